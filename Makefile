@@ -1,0 +1,51 @@
+# The commands of this project. `make` alone lists them.
+#
+#   PYTHON     interpreter the environment is made with; the pinned versions need 3.11 or newer
+#   PIP_ARGS   further arguments for pip, e.g. an index with the torch build for your machine
+
+PYTHON ?= python3
+PIP_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint check fix bench clean
+
+help:
+	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+
+demo: $(STAMP)  ## draw pictures with and without adapters
+	$(BIN)/diffadapt demo
+
+test: $(STAMP)  ## run the tests
+	$(BIN)/pytest -q
+
+lint: $(STAMP)  ## run the linters and the type checker
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+
+check: lint test  ## run everything a change has to pass
+
+fix: $(STAMP)  ## format the code and repair what the linter can repair
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: $(STAMP)  ## measure speed beside the peer libraries
+	@for script in scripts/bench_*.py; do $(BIN)/python $$script || exit 1; done
+
+clean:  ## delete the environment, caches and build output
+	rm -rf $(VENV) .pytest_cache .ruff_cache build dist demo
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch goes first and alone: a later install then finds it present and never swaps in another build.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("make needs PYTHON=<3.11 or newer>" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install $(PIP_ARGS) -c constraints.txt "$(TORCH)"
+	$(BIN)/pip install $(PIP_ARGS) -c constraints.txt -e ".[test,train]"
+	@touch $@
