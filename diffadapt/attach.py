@@ -1,0 +1,240 @@
+"""Attach adapters to a model and detach them again. The only file that changes a foreign module.
+
+What attaching changes, and detaching puts back:
+
+* the root model gets one child, the bank, that owns all its adapters, and two forward hooks for per-call scales;
+* `layer.__class__` of an adapted layer becomes a cached subclass `(Adapted, type(layer))`. The layer keeps its
+  identity: `isinstance`, `.weight`, its path and its state-dict keys are unchanged;
+* the layer's `__dict__` gets one tuple, the adapter layers that are active on it.
+
+`__call__` is overridden and not `forward`: whatever diffusers and accelerate install as the instance's `forward`
+(casting, offloading) runs inside, in whichever order it was installed.
+"""
+
+import copyreg
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffadapt.adapter import BANK, Adapter, AdapterLayer, CallScale
+from diffadapt.errors import AdapterError
+from diffadapt.hooks import diffusers_scales_with_peft
+
+_ACTIVE = "_diffadapt_active"
+_SCALE_KWARGS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
+
+
+class Adapted:
+    """Mixed into the class of an adapted layer: the layer's own call, then its active adapter layers."""
+
+    _diffadapt_active: tuple[AdapterLayer, ...]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().__call__(*args, **kwargs)  # type: ignore[misc]
+        active = self._diffadapt_active
+        if not active:
+            return output
+        input = args[0] if args else next(iter(kwargs.values()))
+        if self._forward_hooks:  # type: ignore[attr-defined]
+            # Somebody may have kept the base output; adapter layers are allowed to overwrite theirs.
+            output = output.clone()
+        for layer in active:
+            output = layer(output, input)
+        return output
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Pickle finds classes by name, and the dynamic class has none: name the layer's own class instead.
+        function, args, *rest = super().__reduce_ex__(protocol)  # type: ignore[misc]
+        if function is copyreg.__newobj__ and args[0] is type(self):  # type: ignore[attr-defined]
+            return _new_adapted, (type(self)._diffadapt_base, *args[1:]), *rest  # type: ignore[attr-defined]
+        return function, args, *rest
+
+
+@cache
+def _adapted(base: type[nn.Module]) -> type[nn.Module]:
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "_diffadapt_base": base}
+    return type(base.__name__, (Adapted, base), names)
+
+
+def _new_adapted(base: type[nn.Module], *args: Any) -> nn.Module:
+    adapted = _adapted(base)
+    return adapted.__new__(adapted, *args)
+
+
+class Bank(nn.Module):
+    """A model's adapters by name, in the order they were attached; a child of the model that no state dict shows.
+
+    Attributes:
+        hosts: module path -> the layer of the model that carries adapter layers.
+        originals: `(tensor, its content before merging)` for every base tensor that `merge.py` changed.
+        merged: names of the adapters that are merged into the weights.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.call = CallScale()
+        self.hosts: dict[str, nn.Module] = {}
+        self.originals: list[tuple[Tensor, Tensor]] = []
+        self.merged: tuple[str, ...] = ()
+        self._carriers: list[tuple[nn.Module, Any]] = []
+
+    @property
+    def adapters(self) -> dict[str, Adapter]:
+        """Adapters by name, in the order they were attached."""
+        return {name: child for name, child in self._modules.items() if isinstance(child, Adapter)}
+
+    def forward(self, input: Any) -> Any:
+        """The input as it is: a root that calls all its children in turn (`nn.Sequential`) calls the bank too."""
+        return input
+
+    def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
+        """Nothing, when asked as part of a model: the model's state dict is the base model's."""
+        if destination is not None:
+            return destination
+        return super().state_dict(*args, **kwargs)
+
+    def before_call(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Forward pre-hook of the model: pick up the scale that diffusers' pipelines pass with a call."""
+        self._restore_checkpointing()
+        value = self.call.outer
+        for name in _SCALE_KWARGS:
+            options = kwargs.get(name)
+            if isinstance(options, dict) and options.get("scale") is not None:
+                value = torch.as_tensor(options["scale"], dtype=torch.float32)
+                if not diffusers_scales_with_peft():
+                    kwargs[name] = {key: option for key, option in options.items() if key != "scale"}
+        self.call.value = value
+        if value is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._carry_through_checkpointing(model, value)
+        return args, kwargs
+
+    def after_call(self, model: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook of the model: the scale was for this call only."""
+        self._restore_checkpointing()
+        self.call.value = self.call.outer
+
+    def _carry_through_checkpointing(self, model: nn.Module, value: Tensor) -> None:
+        """Make blocks that are recomputed during backward see the scale of the call they belong to.
+
+        Backward runs after this call has ended, perhaps after another one with another scale, so the value has to
+        travel with the checkpointed function and not in a place that is reset.
+        """
+        for module in model.modules():
+            checkpoint = module.__dict__.get("_gradient_checkpointing_func")
+            if checkpoint is not None:
+                self._carriers.append((module, checkpoint))
+                module.__dict__["_gradient_checkpointing_func"] = _carrying(checkpoint, self.call, value)
+
+    def _restore_checkpointing(self) -> None:
+        # Also before a call: after an exception in forward the hook that follows it does not run.
+        while self._carriers:
+            module, checkpoint = self._carriers.pop()
+            module.__dict__["_gradient_checkpointing_func"] = checkpoint
+
+
+def bank_of(model: nn.Module) -> Bank | None:
+    """The bank of `model`, or `None` if it carries no adapter."""
+    bank = model._modules.get(BANK)
+    return bank if isinstance(bank, Bank) else None
+
+
+def call_scale_for(model: nn.Module) -> CallScale:
+    """The call scale that adapter layers of `model` read: build an `Adapter` with it before attaching."""
+    bank = bank_of(model)
+    return CallScale() if bank is None else bank.call
+
+
+def attach_(model: nn.Module, name: str, adapter: Adapter, hosts: Mapping[str, nn.Module]) -> None:
+    """Register `adapter` at the root of `model` and make its layers call it; it starts inactive.
+
+    Args:
+        hosts: module path -> layer of the model, for every path of `adapter.layers`.
+
+    Raises:
+        AdapterError: the name is taken, or the class of a layer cannot be changed. Nothing is changed then.
+    """
+    bank = bank_of(model)
+    if bank is not None and name in bank._modules:
+        raise AdapterError(f"adapter {name!r} exists already; remove it first or pass another name")
+    classes: list[tuple[nn.Module, type[nn.Module]]] = []
+    path = ""
+    try:
+        for path in adapter.layers:
+            host = hosts[path]
+            if not isinstance(host, Adapted):
+                classes.append((host, type(host)))
+                host.__class__ = _adapted(type(host))
+                host.__dict__[_ACTIVE] = ()
+    except TypeError as error:
+        for host, base in classes:
+            host.__class__ = base
+            host.__dict__.pop(_ACTIVE, None)
+        raise AdapterError(f"{path}: its class cannot carry an adapter ({error})") from error
+    if bank is None:
+        bank = Bank()
+        bank.train(model.training)
+        model._modules[BANK] = bank
+        model.register_forward_pre_hook(bank.before_call, with_kwargs=True)
+        model.register_forward_hook(bank.after_call)
+    for layer in adapter.layers.values():
+        layer.__dict__["call"] = bank.call
+    bank.hosts.update((path, hosts[path]) for path in adapter.layers)
+    bank._modules[name] = adapter.train(model.training)
+
+
+def detach_(model: nn.Module, name: str) -> None:
+    """Remove adapter `name`. With the last one the model is what it was before the first."""
+    bank = bank_of(model)
+    if bank is None or name not in bank._modules:
+        return
+    del bank._modules[name]
+    refresh_(model)
+    used = {path for adapter in bank.adapters.values() for path in adapter.layers}
+    for path in [path for path in bank.hosts if path not in used]:
+        _release_(bank.hosts.pop(path))
+    if not bank._modules:
+        del model._modules[BANK]
+        for hooks in (model._forward_pre_hooks, model._forward_hooks):
+            for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is bank]:
+                del hooks[key]
+                model._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def refresh_(model: nn.Module) -> None:
+    """Make every layer call exactly the adapters that are active and not merged, in the order they were attached."""
+    bank = bank_of(model)
+    if bank is None:
+        return
+    active: dict[str, tuple[AdapterLayer, ...]] = dict.fromkeys(bank.hosts, ())
+    for name, adapter in bank.adapters.items():
+        if adapter.active and name not in bank.merged:
+            for path, layer in adapter.layers.items():
+                active[path] = (*active[path], layer)
+    for path, layers in active.items():
+        host = bank.hosts[path]
+        if host.__dict__[_ACTIVE] != layers:
+            host.__dict__[_ACTIVE] = layers
+
+
+def _release_(host: nn.Module) -> None:
+    host.__dict__.pop(_ACTIVE, None)
+    base = getattr(type(host), "_diffadapt_base", None)
+    if base is not None and type(host) is _adapted(base):
+        host.__class__ = base
+
+
+def _carrying(checkpoint: Callable[..., Any], call: CallScale, value: Tensor) -> Callable[..., Any]:
+    def carry(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def scoped(*inner: Any, **options: Any) -> Any:
+            before, call.value = call.value, value
+            try:
+                return function(*inner, **options)
+            finally:
+                call.value = before
+
+        return checkpoint(scoped, *args, **kwargs)
+
+    return carry

@@ -1,0 +1,43 @@
+"""The `diffadapt` command."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from diffadapt.errors import AdapterError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 1 on an error the user can do something about."""
+    parser = argparse.ArgumentParser(prog="diffadapt", description="Adapters for diffusers pipelines.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    inspect = commands.add_parser("inspect", help="explain an adapter file without loading it")
+    inspect.add_argument("file", help="file, folder or hub id")
+    inspect.add_argument("--metadata", action="store_true", help="also print the file's metadata")
+    demo = commands.add_parser("demo", help="load adapters into the embedded pipeline and draw a picture")
+    demo.add_argument("--pipeline", default=None, help="folder of the embedded pipeline (default: this checkout's)")
+    demo.add_argument("--output", default="demo.png", help="picture to write (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    try:
+        return _inspect(options) if options.command == "inspect" else _demo(options)
+    except AdapterError as error:
+        print(f"diffadapt: {error}", file=sys.stderr)
+        return 1
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from diffadapt.inspection import inspect
+
+    report = inspect(options.file)
+    print(report)
+    if options.metadata:
+        for key, value in report.metadata.items():
+            print(f"  {key} = {value}")
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from diffadapt.demo import run
+
+    run(options.pipeline, options.output)
+    return 0

@@ -1,0 +1,104 @@
+"""`diffadapt demo`: the main job on the embedded pipeline, ending in one labelled picture."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from diffadapt.errors import AdapterError
+from diffadapt.scales import Strength
+
+_PROMPTS = (
+    "a sks critter on a yellow background",
+    "a red circle on a white background",
+    "a yellow star on a blue background",
+    "a green triangle on a black background",
+)
+_ZOOM = 2
+_LABEL_WIDTH = 190
+_MARGIN = 6
+
+
+@dataclass(frozen=True)
+class _Row:
+    label: str
+    active: dict[str, Strength]
+    pictures: np.ndarray[Any, Any]
+
+
+def run(pipeline: str | None = None, output: str = "demo.png") -> None:
+    """Draw the same prompts and seeds without adapters, with each, mixed, at several scales, and after removing all.
+
+    Args:
+        pipeline: folder of the embedded pipeline, with its adapters in `adapters/`; default the one of this checkout.
+        output: PNG to write.
+
+    Raises:
+        AdapterError: the folder is not there.
+    """
+    folder = Path(pipeline) if pipeline else Path(__file__).parents[1] / "examples" / "tiny_pipeline"
+    files = sorted((folder / "adapters").glob("*.safetensors"))
+    if not files:
+        raise AdapterError(
+            f"{folder}: no adapters/*.safetensors there; run the demo from a checkout, or pass --pipeline FOLDER"
+        )
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    for file in files:
+        print(pipe.load_adapter(file, activate=False), end="\n\n")  # pyright: ignore[reportAttributeAccessIssue]
+    print(pipe.adapters)  # pyright: ignore[reportAttributeAccessIssue]
+    rows = _draw(pipe, [file.stem for file in files])
+    _grid(rows).save(output)
+    print(f"\nwrote {output}: {len(rows)} rows of the same {len(_PROMPTS)} prompts and seeds")
+    if not np.array_equal(rows[0].pictures, rows[-1].pictures):
+        raise AssertionError("the pictures after removing all adapters differ from the first row")
+    print("after removing all adapters the pictures equal the first row, bit for bit")
+
+
+def _draw(pipe: Any, names: Sequence[str]) -> list[_Row]:
+    plan: list[tuple[str, dict[str, Strength]]] = [("no adapter", {})]
+    plan.extend((name, {name: 1.0}) for name in names)
+    subject, style = ("critter", "ink") if {"critter", "ink"} <= set(names) else (names[0], names[-1])
+    plan.append((f"{subject} 1.0 + {style} 0.8", {subject: 1.0, style: 0.8}))
+    plan.extend((f"{style} at scale {scale:g}", {style: scale}) for scale in (0.0, 0.5, 1.0))
+    rows: list[_Row] = []
+    with tqdm(total=len(plan) + 1, unit="row", desc="drawing") as progress:
+        for label, active in plan:
+            pipe.adapters.activate(active)
+            rows.append(_Row(label, active, _generate(pipe)))
+            progress.update()
+        pipe.adapters.clear()
+        rows.append(_Row("all removed", {}, _generate(pipe)))
+        progress.update()
+    return rows
+
+
+def _generate(pipe: Any) -> np.ndarray[Any, Any]:
+    """The prompts with fixed seeds, `(prompt, height, width, 3)` in 0..1."""
+    generators = [torch.Generator().manual_seed(seed) for seed in range(len(_PROMPTS))]
+    result = pipe(list(_PROMPTS), generator=generators, num_inference_steps=20, guidance_scale=3.0, output_type="np")
+    return result.images
+
+
+def _grid(rows: Sequence[_Row]) -> Image.Image:
+    size = rows[0].pictures.shape[1] * _ZOOM
+    step = size + _MARGIN
+    grid = Image.new("RGB", (_LABEL_WIDTH + step * len(_PROMPTS), 40 + step * len(rows)), "white")
+    draw = ImageDraw.Draw(grid)
+    for column, prompt in enumerate(_PROMPTS):
+        words = prompt.split(" on ")
+        draw.text((_LABEL_WIDTH + column * step, 6), f"{words[0]}\non {words[1]}", fill="black")
+    for index, row in enumerate(rows):
+        top = 40 + index * step
+        draw.text((8, top + size // 2 - 6), row.label, fill="black")
+        for column, picture in enumerate(row.pictures):
+            image = Image.fromarray((picture * 255).round().astype(np.uint8))
+            grid.paste(image.resize((size, size), Image.Resampling.NEAREST), (_LABEL_WIDTH + column * step, top))
+    return grid

@@ -1,0 +1,20 @@
+"""The errors users can catch. Every message says path, expected, found, and what to do."""
+
+
+class AdapterError(ValueError):
+    """Base of every error this library raises on purpose.
+
+    A `ValueError`, so that code written against other loaders keeps catching it.
+    """
+
+
+class LoadError(AdapterError):
+    """A file that cannot be applied as asked; nothing has been changed when this is raised.
+
+    Attributes:
+        faults: one `(key, reason)` per tensor of the file that could not be used.
+    """
+
+    def __init__(self, message: str, faults: list[tuple[str, str]] | None = None) -> None:
+        super().__init__(message)
+        self.faults = faults or []

@@ -1,0 +1,102 @@
+"""diffusers' own files, new and old: dotted names, most of them with a component in front.
+
+`unet.<path>.lora_A.weight`, `unet.<path>.lora.down.weight`, `<path>.processor.to_q_lora.down.weight` and
+`text_encoder.<path>.lora_linear_layer.up.weight` all occur, also mixed in one file. Alpha is in the safetensors header
+(`lora_adapter_metadata`) since diffusers 0.34; older files have none, which means a scale of 1.
+"""
+
+import json
+import re
+from typing import Any
+
+from torch import Tensor
+
+from diffadapt.errors import AdapterError
+from diffadapt.formats import peft_config, suffixes
+from diffadapt.formats.format import Alphas, Format, Header, Names, Unused, Verdict
+from diffadapt.state import AdapterState, LayerState
+
+_METADATA = "lora_adapter_metadata"
+_COMPONENT = re.compile(r"unet|transformer(_\d|_ref)?|text_encoder(_\d)?|prior|decoder|connectors|text_conditioner")
+_OTHER_DIALECTS = ("lora_", "lycoris_", "oft_", "base_model.model.", "diffusion_model.")
+_CLIP_LAYERS = "encoder.layers."
+_SPELLINGS = {"lora_down": "lora_A.weight", "lora_up": "lora_B.weight", "lora_bias": "lora_B.bias"}
+_EMBEDDING_SPELLINGS = {"lora_down": "lora_embedding_A", "lora_up": "lora_embedding_B"}
+
+
+def _matches(header: Header) -> bool:
+    if any(key.startswith(_OTHER_DIALECTS) for key in header.keys):
+        return False
+    return any(suffixes.split(key) is not None for key in header.keys)
+
+
+def _locate(header: Header, names: Names) -> dict[str, Verdict]:
+    verdicts: dict[str, Verdict] = {}
+    for key in header.keys:
+        split = suffixes.split(key)
+        if split is None:
+            verdicts[key] = Unused("not the name of an adapter tensor")
+            continue
+        path, name = split
+        component, _, rest = path.partition(".")
+        if _COMPONENT.fullmatch(component) or (names.models is not None and component in names.models):
+            verdicts[key] = names.dotted(component, rest, name)
+        else:
+            verdicts[key] = names.bare(path, name)
+    return verdicts
+
+
+def _alphas(header: Header) -> Alphas:
+    config = header.config or _config(header.metadata.get(_METADATA))
+    by_component: dict[str, dict[str, Any]] = {}
+    for key, value in config.items():
+        component, _, option = key.rpartition(".")
+        by_component.setdefault(component, {})[option] = value
+
+    def alpha(component: str, path: str, rank: int) -> float | None:
+        # A model saved on its own has no component in its names and none in its metadata.
+        options = by_component.get(component) or by_component.get("") or {}
+        return peft_config.alpha(options, path, rank)
+
+    return alpha
+
+
+def _config(text: str | None) -> dict[str, Any]:
+    if text is None:
+        return {}
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise AdapterError(f"the header's {_METADATA} is not JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise AdapterError(f"the header's {_METADATA} is a {type(config).__name__}, expected an object")
+    return config  # type: ignore[return-value]
+
+
+def _dump(state: AdapterState) -> tuple[dict[str, Tensor], dict[str, str]]:
+    tensors: dict[str, Tensor] = {}
+    config: dict[str, Any] = {}
+    for component, layers in state.layers.items():
+        options = peft_config.dump(layers)
+        config.update({f"{component}.{option}": value for option, value in options.items()})
+        for path, layer in layers.items():
+            # Old readers know CLIP only with the level that transformers 5 dropped; new ones strip it.
+            level = "text_model." if path.startswith(_CLIP_LAYERS) else ""
+            for name, tensor in _spelled(component, path, layer).items():
+                tensors[f"{component}.{level}{path}.{name}"] = tensor
+    metadata = {**state.metadata, "format": "pt", _METADATA: json.dumps(config, indent=2, sort_keys=True)}
+    return tensors, metadata
+
+
+def _spelled(component: str, path: str, layer: LayerState) -> dict[str, Tensor]:
+    if layer.type != "lora" or "lora_mid" in layer.tensors:
+        kind = "a Tucker core" if layer.type == "lora" else f"type {layer.type}"
+        raise AdapterError(f"{component}.{path} has {kind}, which diffusers cannot read; save with format='kohya'")
+    spellings = _EMBEDDING_SPELLINGS if layer.is_embedding else _SPELLINGS
+    return {
+        spellings[name]: tensor.view(*tensor.shape, *(1,) * layer.kernel_dims) if name == "lora_up" else tensor
+        for name, tensor in layer.tensors.items()
+    }
+
+
+DIFFUSERS = Format("diffusers", _matches, _locate, _alphas, _dump)

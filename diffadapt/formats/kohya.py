@@ -1,0 +1,107 @@
+"""kohya-ss/sd-scripts files for SD 1.x, SD 2.x and SDXL: flattened names with an alpha for every layer.
+
+`lora_unet_<path with "_" for ".">.lora_down.weight`, text encoders under `lora_te_` (SD) or `lora_te1_`, `lora_te2_`
+(SDXL). UNet names are those of diffusers or of the original latent-diffusion UNet. Flattening loses information, so
+names are looked up in a table built from the model's own paths. Source: sd-scripts 48d368f `networks/lora.py`.
+"""
+
+import re
+
+import torch
+from torch import Tensor
+
+from diffadapt.errors import AdapterError
+from diffadapt.formats import ldm, suffixes
+from diffadapt.formats.format import Alphas, Format, Header, Names, Unused, Verdict
+from diffadapt.state import AdapterState
+
+_PREFIX = re.compile(r"lora_(unet|te\d?)_")
+_COMPONENTS = {
+    "te": "text_encoder",
+    "te1": "text_encoder",
+    "te2": "text_encoder_2",
+    "te3": "text_encoder_3",
+}
+_SPELLINGS = {
+    "lora_down": "lora_down.weight",
+    "lora_up": "lora_up.weight",
+    "lora_mid": "lora_mid.weight",
+    "lora_bias": "lora_up.bias",
+}
+
+
+def _matches(header: Header) -> bool:
+    return any(_PREFIX.match(key) for key in header.keys)
+
+
+def _locate(header: Header, names: Names) -> dict[str, Verdict]:
+    denoiser = names.denoiser()
+    aliases = _ldm_aliases(names, denoiser)
+    verdicts: dict[str, Verdict] = {}
+    for key in header.keys:
+        module, _, suffix = key.partition(".")
+        prefix = _PREFIX.match(module)
+        name = suffixes.canonical(suffix)
+        if prefix is None or name is None:
+            verdicts[key] = Unused("not the name of an adapter tensor")
+            continue
+        component = _COMPONENTS.get(prefix[1], denoiser)
+        flat = module[prefix.end() :]
+        verdicts[key] = names.flat(component, flat, name, aliases if component == denoiser else {})
+    return verdicts
+
+
+def _ldm_aliases(names: Names, denoiser: str) -> dict[str, str]:
+    targets = (names.models or {}).get(denoiser)
+    if targets is None or "down_blocks.0" not in targets.modules:
+        return {}
+    return {original.replace(".", "_"): path for path, original in ldm.names(targets.modules).items()}
+
+
+def _alphas(header: Header) -> Alphas:
+    # ss_network_alpha is one number for files that have one per layer; the alpha tensors are the truth.
+    return lambda component, path, rank: None
+
+
+def _dump(state: AdapterState) -> tuple[dict[str, Tensor], dict[str, str]]:
+    numbered = len(_text_encoders(state)) > 1 or state.family not in ("sd", "sd2", None)
+    tensors: dict[str, Tensor] = {}
+    for component, layers in state.layers.items():
+        prefix = _prefix(component, numbered)
+        for path, layer in layers.items():
+            if layer.type != "lora":
+                raise AdapterError(
+                    f"{component}.{path} is of type {layer.type}, which format='kohya' cannot express yet"
+                )
+            # sd-scripts' CLIP has the `text_model` level that transformers 5 dropped.
+            level = "text_model." if path.startswith("encoder.layers.") else ""
+            module = f"{prefix}_{level}{path}".replace(".", "_")
+            for name, tensor in layer.tensors.items():
+                if name == "lora_up":
+                    tensor = tensor.view(*tensor.shape, *(1,) * layer.kernel_dims)
+                tensors[f"{module}.{_SPELLINGS[name]}"] = tensor
+            alpha = layer.rank if layer.alpha is None else layer.alpha
+            tensors[f"{module}.alpha"] = torch.tensor(float(alpha or 0))
+    ranks = {layer.rank for layers in state.layers.values() for layer in layers.values()}
+    metadata = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(max(rank or 0 for rank in ranks)) if len(ranks) == 1 else "Dynamic",
+        **state.metadata,
+        "format": "pt",
+    }
+    metadata.pop("lora_adapter_metadata", None)
+    return tensors, metadata
+
+
+def _text_encoders(state: AdapterState) -> list[str]:
+    return [component for component in state.layers if component.startswith("text_encoder")]
+
+
+def _prefix(component: str, numbered: bool) -> str:
+    if not component.startswith("text_encoder"):
+        return "lora_unet"
+    number = component.removeprefix("text_encoder").lstrip("_") or "1"
+    return f"lora_te{number}" if numbered else "lora_te"
+
+
+KOHYA = Format("kohya", _matches, _locate, _alphas, _dump)

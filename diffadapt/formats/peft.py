@@ -1,0 +1,33 @@
+"""PEFT folders: `adapter_model.safetensors` with `base_model.model.` names beside `adapter_config.json`."""
+
+from diffadapt.errors import AdapterError
+from diffadapt.formats import peft_config, suffixes
+from diffadapt.formats.format import Alphas, Format, Header, Names, Unused, Verdict
+
+_PREFIX = "base_model.model."
+
+
+def _matches(header: Header) -> bool:
+    return any(key.startswith(_PREFIX) for key in header.keys)
+
+
+def _locate(header: Header, names: Names) -> dict[str, Verdict]:
+    peft_type = (header.config or {}).get("peft_type", "LORA")
+    if peft_type != "LORA":
+        raise AdapterError(f"adapter_config.json says peft_type={peft_type!r}; only LORA can be loaded yet")
+    verdicts: dict[str, Verdict] = {}
+    for key in header.keys:
+        split = suffixes.split(key.removeprefix(_PREFIX))
+        if not key.startswith(_PREFIX) or split is None:
+            verdicts[key] = Unused("not the name of an adapter tensor")
+        else:
+            verdicts[key] = names.bare(*split)
+    return verdicts
+
+
+def _alphas(header: Header) -> Alphas:
+    config = header.config or {}
+    return lambda component, path, rank: peft_config.alpha(config, path, rank)
+
+
+PEFT = Format("peft", _matches, _locate, _alphas, dump=None)

@@ -1,0 +1,93 @@
+"""What we know of the hooks diffusers and accelerate put on a model: where it computes, and in which dtype.
+
+Nothing here installs or removes a foreign hook. Both libraries keep their hooks on the module as attributes, so
+nothing needs to be imported to read them.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+FLOAT8: frozenset[torch.dtype] = frozenset(
+    getattr(torch, name)
+    for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
+    if hasattr(torch, name)
+)
+
+
+def compute_dtype(modules: Sequence[nn.Module]) -> torch.dtype:
+    """The dtype a model, given as all its modules, computes in; layerwise casting stores its weights in another."""
+    for module in modules:
+        casting = _diffusers_hook(module, "layerwise_casting")
+        if casting is not None:
+            return casting.compute_dtype
+    for parameter in _parameters(modules):
+        if parameter.is_floating_point() and parameter.dtype not in FLOAT8:
+            return parameter.dtype
+    return torch.float32
+
+
+def execution_device(modules: Sequence[nn.Module]) -> torch.device:
+    """Where the parameters of a new adapter have to be for the next forward of a model, from all its modules.
+
+    Weights that a hook brings in layer by layer rest elsewhere (the meta device, CPU), so adapters loaded later go to
+    the device the layers run on and stay there.
+    """
+    for module in modules:
+        for name in ("group_offloading", "lazy_prefetch_group_offloading"):
+            offloading = _diffusers_hook(module, name)
+            config = getattr(offloading, "config", None)
+            if config is not None:
+                return torch.device(config.onload_device)
+        for hook in _accelerate_hooks(module):
+            if getattr(hook, "offload", False) and hook.execution_device is not None:
+                return _device(hook.execution_device)
+    for parameter in _parameters(modules):
+        if parameter.device.type != "meta":
+            return parameter.device
+    return torch.device("cpu")
+
+
+def resting_tensor(layer: nn.Module, name: str) -> Tensor | None:
+    """The tensor that keeps parameter `name` of `layer` between forwards, to be read and written in place.
+
+    That is the parameter itself, or accelerate's copy of it while the parameter is a placeholder on the meta device.
+    `None` if the layer has no such parameter.
+    """
+    parameter: Tensor | None = getattr(layer, name, None)
+    if parameter is None or parameter.device.type != "meta":
+        return parameter
+    for hook in _accelerate_hooks(layer):
+        weights = getattr(hook, "weights_map", None)
+        if weights is not None and name in weights:
+            return weights[name]
+    return parameter
+
+
+def diffusers_scales_with_peft() -> bool:
+    """Whether diffusers hands per-call scales to peft. If not, it warns that they have no effect."""
+    from diffusers import utils
+
+    return bool(getattr(utils, "USE_PEFT_BACKEND", False))
+
+
+def _parameters(modules: Sequence[nn.Module]) -> Iterator[nn.Parameter]:
+    return (parameter for module in modules for parameter in module._parameters.values() if parameter is not None)
+
+
+def _diffusers_hook(module: nn.Module, name: str) -> Any:
+    registry = module.__dict__.get("_diffusers_hook")
+    return None if registry is None else registry.hooks.get(name)
+
+
+def _accelerate_hooks(module: nn.Module) -> Iterator[Any]:
+    hook = module.__dict__.get("_hf_hook")
+    if hook is not None:
+        yield from getattr(hook, "hooks", (hook,))
+
+
+def _device(device: Any) -> torch.device:
+    # accelerate stores a bare index for "the accelerator number n", as torch does.
+    return torch.device(device)

@@ -1,0 +1,30 @@
+"""Explain a file without loading it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from diffadapt.io import Location, Source, read
+from diffadapt.load import plan
+from diffadapt.pipeline import components_of
+from diffadapt.report import Report
+
+
+def inspect(
+    source: Source, target: Any = None, *, weight_name: str | None = None, subfolder: str | None = None
+) -> Report:
+    """What is in a file and where it would go. Reads headers only and touches no model.
+
+    Args:
+        source: as for `pipe.load_adapter`.
+        target: a pipeline, or `{component: model}`, also on the meta device; `None` to go by the names alone.
+
+    Raises:
+        AdapterError: the source cannot be read or is in no known format.
+    """
+    models: Mapping[str, nn.Module] | None = None
+    if target is not None:
+        models = target if isinstance(target, Mapping) else components_of(target)
+    checkpoint = read(source, Location(weight_name, subfolder), headers_only=True)
+    return plan(checkpoint, models).report(checkpoint.name or "default_0")

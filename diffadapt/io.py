@@ -1,0 +1,257 @@
+"""Where adapter files come from and go to. The only file that opens files.
+
+safetensors by default. Pickles are never unpickled here unless `read_pickle` is called for one by name.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from huggingface_hub import errors as hub_errors
+from huggingface_hub import hf_hub_download, list_repo_files, try_to_load_from_cache
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from diffadapt.errors import AdapterError
+from diffadapt.formats.format import Header
+
+Source: TypeAlias = str | os.PathLike[str] | Mapping[str, Tensor]
+
+CONFIG_NAME = "adapter_config.json"
+_USUAL_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_MAX_CONFIG_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The content of one source.
+
+    Attributes:
+        origin: what to call the source in messages.
+        name: a name for the adapter, from the file's; `None` for a state dict.
+        tensors: all tensors, or placeholders on the meta device when only headers were read.
+        headers_only: which of the two.
+    """
+
+    origin: str
+    name: str | None
+    tensors: Mapping[str, Tensor]
+    header: Header
+    headers_only: bool = False
+
+
+@dataclass(frozen=True)
+class Location:
+    """The arguments of `load_adapter` that say where a file is; those of `huggingface_hub`, with the same meaning."""
+
+    weight_name: str | None = None
+    subfolder: str | None = None
+    revision: str | None = None
+    token: str | bool | None = None
+    cache_dir: str | os.PathLike[str] | None = None
+    local_files_only: bool = False
+
+
+def read(source: Source, where: Location = Location(), *, headers_only: bool = False) -> Checkpoint:
+    """Read a file, a folder, a hub repository or a state dict.
+
+    Args:
+        headers_only: read names, shapes, metadata and scalars only; other tensors are on the meta device.
+
+    Raises:
+        AdapterError: nothing is there, it is no safetensors file, or it is damaged.
+    """
+    if isinstance(source, Mapping):
+        return _from_state_dict(source, headers_only)
+    text = os.fspath(source)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        file = _in_folder(path / (where.subfolder or ""), where.weight_name)
+    elif path.is_file():
+        file = path
+    else:
+        file = _from_hub(text, where)
+    config = _read_config(file.parent / CONFIG_NAME)
+    generic = file.name in _USUAL_NAMES
+    named_after = (path if path.is_dir() else Path(text)) if generic and path != file else file.with_suffix("")
+    return _from_file(file, named_after.name.replace(".", "_"), config, headers_only)
+
+
+def read_pickle(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The state dict in a pickle file, to be passed on as a source: `pipe.load_adapter(read_pickle(path))`.
+
+    Unpickles with `weights_only=True`, so tensors and containers only.
+
+    Raises:
+        AdapterError: the file is no pickled state dict, or holds more than tensors.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise AdapterError(f"{os.fspath(path)}: cannot be unpickled with weights_only=True ({error})") from error
+    content = content.get("state_dict", content) if isinstance(content, dict) else content
+    return dict(_from_state_dict(content, headers_only=False).tensors)
+
+
+def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
+    """Write a safetensors file: to a temporary name first, renamed when complete.
+
+    Args:
+        path: a file that ends in `.safetensors`, or a folder, which gets `pytorch_lora_weights.safetensors`.
+
+    Returns:
+        The file written.
+    """
+    target = Path(path).expanduser()
+    if target.suffix != ".safetensors":
+        if target.suffix in _PICKLES:
+            raise AdapterError(f"{target}: adapters are written as .safetensors, not {target.suffix}")
+        target = target / _USUAL_NAMES[0]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    content = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    os.close(handle)
+    try:
+        save_file(content, temporary, metadata=dict(metadata))
+        # mkstemp's files are private; an adapter is an ordinary file under the user's umask.
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return target
+
+
+def _from_state_dict(source: Mapping[Any, Any], headers_only: bool) -> Checkpoint:
+    for key, value in source.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise AdapterError(
+                f"a state dict maps str to Tensor; found {type(key).__name__} -> {type(value).__name__} at {key!r}"
+            )
+    tensors = {key: _placeholder(value) if headers_only else value for key, value in source.items()}
+    return Checkpoint("the state dict", None, tensors, Header(tuple(tensors)), headers_only)
+
+
+def _from_file(file: Path, name: str, config: Mapping[str, Any] | None, headers_only: bool) -> Checkpoint:
+    if file.suffix in _PICKLES:
+        raise AdapterError(
+            f"{file}: pickle files can run code and are not loaded; convert it to safetensors, or, if you trust it, "
+            f"pass diffadapt.read_pickle({file.name!r}) as the source"
+        )
+    try:
+        with safe_open(file, framework="pt") as opened:
+            tensors = {key: _read_tensor(opened, key, headers_only) for key in opened.keys()}
+            metadata = opened.metadata() or {}
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise AdapterError(f"{file}: not a readable safetensors file ({error}); download or export it again") from error
+    return Checkpoint(str(file), name, tensors, Header(tuple(tensors), metadata, config), headers_only)
+
+
+def _read_tensor(opened: Any, key: str, headers_only: bool) -> Tensor:
+    if headers_only:
+        view = opened.get_slice(key)
+        shape = view.get_shape()
+        if shape:
+            return torch.empty(shape, device="meta")
+    return opened.get_tensor(key)
+
+
+def _placeholder(tensor: Tensor) -> Tensor:
+    return tensor if tensor.ndim == 0 else torch.empty_like(tensor, device="meta")
+
+
+def _read_config(path: Path) -> Mapping[str, Any] | None:
+    if not path.is_file():
+        return None
+    if path.stat().st_size > _MAX_CONFIG_BYTES:
+        raise AdapterError(f"{path}: {path.stat().st_size} bytes, expected a small JSON file")
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except (ValueError, OSError) as error:
+        raise AdapterError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise AdapterError(f"{path}: holds a {type(config).__name__}, expected an object")
+    return config  # type: ignore[return-value]
+
+
+def _in_folder(folder: Path, weight_name: str | None) -> Path:
+    if not folder.is_dir():
+        raise AdapterError(f"{folder}: no such folder")
+    found = sorted(path.name for path in folder.iterdir() if path.suffix == ".safetensors" and path.is_file())
+    return folder / _choose(found, weight_name, str(folder), lambda name: (folder / name).is_file())
+
+
+def _choose(found: list[str], weight_name: str | None, origin: str, exists: Callable[[str], bool]) -> str:
+    """The one file meant: the one asked for, one of the usual names, or the only one there."""
+    if weight_name is not None:
+        if exists(weight_name):
+            return weight_name
+        raise AdapterError(f"{origin}: no file {weight_name!r}; it has {', '.join(found) or 'no .safetensors file'}")
+    for usual in _USUAL_NAMES:
+        if usual in found:
+            return usual
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise AdapterError(f"{origin}: no .safetensors file there; pass weight_name= if it has another name")
+    raise AdapterError(f"{origin}: several files, pass weight_name= one of: {', '.join(found)}")
+
+
+def _from_hub(repo: str, where: Location) -> Path:
+    try:
+        validate_repo_id(repo)
+    except hub_errors.HFValidationError:
+        raise AdapterError(f"{repo}: no such file or folder, and not a hub id either") from None
+    try:
+        return _download(repo, where)
+    except hub_errors.EntryNotFoundError as error:
+        raise AdapterError(
+            f"{repo}: the repository has no file {where.weight_name!r} ({_first_line(error)})"
+        ) from error
+    except hub_errors.GatedRepoError as error:
+        raise AdapterError(f"{repo}: gated; accept its terms on the hub and pass token=") from error
+    except hub_errors.RepositoryNotFoundError as error:
+        raise AdapterError(f"{repo}: no such file here and no such repository; private ones need token=") from error
+    except hub_errors.RevisionNotFoundError as error:
+        raise AdapterError(f"{repo}: no revision {where.revision!r}") from error
+    except (hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled, OSError) as error:
+        raise AdapterError(
+            f"{repo}: no such file here, and the hub cannot be reached or is switched off ({_first_line(error)}); "
+            "download the file once while online, or pass the path of a local file"
+        ) from error
+
+
+def _download(repo: str, where: Location) -> Path:
+    folder = f"{where.subfolder}/" if where.subfolder else ""
+    options: dict[str, Any] = {"revision": where.revision, "cache_dir": where.cache_dir}
+    fetch: dict[str, Any] = {**options, "token": where.token, "local_files_only": where.local_files_only}
+    name = where.weight_name
+    if name is None and where.local_files_only:
+        cached = [
+            usual for usual in _USUAL_NAMES if isinstance(try_to_load_from_cache(repo, folder + usual, **options), str)
+        ]
+        if not cached:
+            raise AdapterError(f"{repo}: none of {', '.join(_USUAL_NAMES)} is in the cache; pass weight_name=")
+        name = cached[0]
+    elif name is None:
+        listed = list_repo_files(repo, revision=where.revision, token=where.token)
+        inside = [file.removeprefix(folder) for file in listed if file.startswith(folder)]
+        found = sorted(file for file in inside if file.endswith(".safetensors") and "/" not in file)
+        name = _choose(found, None, repo, found.__contains__)
+        if CONFIG_NAME in inside:
+            hf_hub_download(repo, folder + CONFIG_NAME, **fetch)
+    return Path(hf_hub_download(repo, folder + name, **fetch))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,183 @@
+"""Geometry of the layers an adapter can sit on: Linear, Conv1d-3d, Embedding.
+
+A type's formula is written once against `LayerSpec`, whatever the layer. Weights here are *canonical*:
+`(out, in / groups, *kernel)`. Layers that store the transpose (`nn.Embedding`, transformers' `Conv1D`) are
+canonical too, and only `to_stored` knows the difference.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """What a formula needs to know of one layer, and the two operations formulas are built from.
+
+    Attributes:
+        kind: "linear", "conv" or "embedding".
+        out_features: rows of the canonical weight (output channels; embedding dimension).
+        in_features: columns of the canonical weight before grouping (input channels; number of embeddings).
+        kernel: spatial kernel of a convolution, empty otherwise.
+        transposed: the layer stores its weight as `(in, out)`.
+        output_scale: constant the layer multiplies its own output with (scaled word embeddings).
+    """
+
+    kind: Literal["linear", "conv", "embedding"]
+    out_features: int
+    in_features: int
+    kernel: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] | str = ()
+    dilation: tuple[int, ...] = ()
+    groups: int = 1
+    padding_mode: str = "zeros"
+    transposed: bool = False
+    output_scale: float = 1.0
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "LayerSpec | None":
+        """The geometry of `module`, or `None` if no adapter can sit on it."""
+        if isinstance(module, nn.Embedding):
+            return cls(
+                "embedding",
+                module.embedding_dim,
+                module.num_embeddings,
+                transposed=True,
+                output_scale=_embedding_scale(module),
+            )
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            return cls(
+                "conv",
+                module.out_channels,
+                module.in_channels,
+                tuple(module.kernel_size),
+                tuple(module.stride),
+                module.padding if isinstance(module.padding, str) else tuple(module.padding),
+                tuple(module.dilation),
+                module.groups,
+                module.padding_mode,
+            )
+        if _is_transposed_linear(module):
+            rows, columns = cast(Tensor, module.weight).shape
+            return cls("linear", int(columns), int(rows), transposed=True)
+        # Quantised linears pack their weight, so sizes come from the attributes and not from its shape.
+        features: Any = (getattr(module, "out_features", None), getattr(module, "in_features", None))
+        if isinstance(module, nn.Linear) or (all(type(n) is int for n in features) and _is_leaf(module)):
+            return cls("linear", *features)
+        return None
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Canonical `(out, in / groups, *kernel)`."""
+        return (self.out_features, self.in_features // self.groups, *self.kernel)
+
+    @property
+    def fan_in(self) -> int:
+        """Columns of the canonical weight flattened to two dimensions."""
+        columns = self.in_features // self.groups
+        for size in self.kernel:
+            columns *= size
+        return columns
+
+    def to_stored(self, weight: Tensor) -> Tensor:
+        """A canonical weight in the orientation the layer stores."""
+        return weight.t() if self.transposed else weight
+
+    def op(self, input: Tensor, weight: Tensor) -> Tensor:
+        """What the layer computes from `input`, with a canonical `weight` and without bias.
+
+        `weight` may have any number of rows: a rank-sized factor is applied just like the layer's own weight.
+        """
+        if self.kind == "linear":
+            return F.linear(input, weight)
+        if self.kind == "embedding":
+            output = F.embedding(input, weight.t())
+            return output if self.output_scale == 1.0 else output * self.output_scale
+        padding: Any = self.padding
+        if self.padding_mode != "zeros":
+            input = F.pad(input, self._pad_widths(), mode=self.padding_mode)
+            padding = 0
+        convolve = _CONVOLUTIONS[len(self.kernel)]
+        return convolve(input, weight, None, self.stride, padding, self.dilation, self.groups)
+
+    def expand(self, hidden: Tensor, weight: Tensor, onto: Tensor | None = None) -> Tensor:
+        """`onto + weight @ hidden` at every position: from rank space to the layer's output.
+
+        Args:
+            hidden: `(..., rank)`, or `(batch, rank, *space)` for a convolution.
+            weight: `(out, rank / groups)`.
+            onto: `(..., out)`; it may be overwritten when gradients are disabled.
+
+        Under autograd the sum is accumulated into the product, which is ours and which no backward needs;
+        without it the product is accumulated straight into `onto`, which saves one pass over the output.
+        """
+        if self.kind == "conv":
+            pointwise = weight.view(*weight.shape, *(1,) * len(self.kernel))
+            product = _CONVOLUTIONS[len(self.kernel)](hidden, pointwise, groups=self.groups)
+        elif onto is not None and _can_accumulate(onto, hidden, weight):
+            rows = onto.view(-1, self.out_features)
+            rows.addmm_(hidden.reshape(-1, hidden.shape[-1]), weight.t())
+            return onto
+        else:
+            product = F.linear(hidden, weight)
+        return product if onto is None else add(product, onto)
+
+    def _pad_widths(self) -> list[int]:
+        """`F.pad` widths, last dimension first, for padding modes that convolutions do not take themselves."""
+        widths: list[int] = []
+        for axis in reversed(range(len(self.kernel))):
+            if self.padding == "same":
+                total = self.dilation[axis] * (self.kernel[axis] - 1)
+                widths += [total // 2, total - total // 2]
+            else:
+                side = 0 if self.padding == "valid" else int(self.padding[axis])
+                widths += [side, side]
+        return widths
+
+
+def scaled(hidden: Tensor, gate: Tensor) -> Tensor:
+    """`hidden * gate` in the dtype of `hidden`, without rounding a float32 `gate` to half precision first."""
+    if hidden.dtype in (torch.float32, torch.float64):
+        return hidden * gate
+    return (hidden.float() * gate).to(hidden.dtype)
+
+
+def add(product: Tensor, onto: Tensor) -> Tensor:
+    """`onto + product` in the dtype of `onto`; `product` may be overwritten."""
+    if product.dtype == onto.dtype:
+        return product.add_(onto)
+    return onto + product.to(onto.dtype)
+
+
+def _can_accumulate(onto: Tensor, hidden: Tensor, weight: Tensor) -> bool:
+    return (
+        not torch.is_grad_enabled()
+        and onto.dtype == hidden.dtype == weight.dtype
+        and onto.device == hidden.device
+        and onto.is_contiguous()
+    )
+
+
+def _is_transposed_linear(module: nn.Module) -> bool:
+    """transformers' `Conv1D`, told by its attributes so that transformers need not be imported."""
+    weight = getattr(module, "weight", None)
+    return hasattr(module, "nf") and isinstance(weight, Tensor) and weight.ndim == 2
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    return next(module.children(), None) is None
+
+
+def _embedding_scale(module: nn.Module) -> float:
+    """Factor that scaled word embeddings (Gemma, T5Gemma, ...) put on their own output."""
+    scale = getattr(module, "scalar_embed_scale", None)
+    if scale is None:
+        scale = getattr(module, "embed_scale", 1.0)
+    return float(scale)

@@ -1,0 +1,259 @@
+"""From a file to adapters on models: plan everything first, then attach everything or nothing."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from diffadapt import families
+from diffadapt.adapter import Adapter, AdapterLayer
+from diffadapt.attach import attach_, call_scale_for, detach_
+from diffadapt.errors import AdapterError, LoadError
+from diffadapt.formats import detect
+from diffadapt.formats.format import Alphas, Names, Place, Unused
+from diffadapt.hooks import FLOAT8, compute_dtype, execution_device
+from diffadapt.io import Checkpoint
+from diffadapt.layer import LayerSpec
+from diffadapt.report import Report, explained
+from diffadapt.targets import Targets
+from diffadapt.types import identify
+
+
+@dataclass
+class _Group:
+    """The tensors that a file has for one layer, by canonical name, and the keys they came under."""
+
+    written: str
+    keys: dict[str, str] = field(default_factory=dict[str, str])
+    tensors: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A file resolved against models: what would be attached where, and what is wrong with it.
+
+    Attributes:
+        layers: component -> path -> the adapter layer, not attached yet.
+        faults: `(key, reason)` for tensors that a complete load would need.
+        ignored: `(key, reason)` for tensors nobody misses.
+        targets: the models' paths, by component.
+    """
+
+    checkpoint: Checkpoint
+    format: str
+    family: str | None
+    layers: Mapping[str, Mapping[str, AdapterLayer]]
+    used: int
+    faults: list[tuple[str, str]]
+    ignored: list[tuple[str, str]]
+    targets: Mapping[str, Targets]
+
+    def report(self, name: str) -> Report:
+        """The account of the file under the name `name`."""
+        kinds = Counter(layer.kind.name for layers in self.layers.values() for layer in layers.values())
+        return Report(
+            name=name,
+            format=self.format,
+            family=self.family,
+            types=dict(kinds),
+            components={component: len(layers) for component, layers in self.layers.items()},
+            used=self.used,
+            unused=self.faults + self.ignored,
+            metadata=dict(self.checkpoint.header.metadata),
+        )
+
+    def refuse_faults(self, strict: bool) -> None:
+        """Raise `LoadError` if the file must not be applied."""
+        if not self.layers or (strict and self.faults):
+            raise LoadError(self._refusal(), self.faults + self.ignored)
+
+    def _refusal(self) -> str:
+        total = self.used + len(self.faults) + len(self.ignored)
+        lines = [f"{self.checkpoint.origin}: {len(self.faults)} of {total} tensors cannot be used, nothing was loaded"]
+        shapes = ((key, tuple(tensor.shape)) for key, tensor in self.checkpoint.tensors.items())
+        family = families.of_file(shapes)
+        if family is not None and self.family is not None and family != self.family:
+            lines.append(f"this looks like a {family} adapter; the model is {self.family}")
+        lines += [f"  {line}" for line in explained(self.faults or self.ignored)]
+        if self.layers:
+            lines.append("pass strict=False to load the rest")
+        return "\n".join(lines)
+
+
+def plan(
+    checkpoint: Checkpoint,
+    models: Mapping[str, nn.Module] | None,
+    *,
+    components: Iterable[str] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Plan:
+    """Decide for every tensor of a file where it belongs, and build its layers. Touches no model.
+
+    Args:
+        models: component -> model; `None` to believe the names in the file.
+        components: use these and leave the rest of the file aside.
+        dtype: of the adapter; default the compute dtype of each model.
+    """
+    try:
+        format = detect(checkpoint.header)
+        targets = None if models is None else {name: Targets(model) for name, model in models.items()}
+        verdicts = format.locate(checkpoint.header, Names(targets))
+        alphas = format.alphas(checkpoint.header)
+    except AdapterError as error:
+        raise LoadError(f"{checkpoint.origin}: {error}") from error
+    wanted = None if components is None else set(components)
+    faults: list[tuple[str, str]] = []
+    ignored: list[tuple[str, str]] = []
+    groups: dict[tuple[str, str], _Group] = {}
+    for key, verdict in verdicts.items():
+        if isinstance(verdict, Unused):
+            (ignored if verdict.harmless else faults).append((key, verdict.reason))
+        elif wanted is not None and verdict.component not in wanted:
+            ignored.append((key, f"component {verdict.component} was not asked for"))
+        else:
+            _gather(groups, key, verdict, checkpoint.tensors[key], faults)
+    broken = _non_finite(groups.values())
+    builder = _Builder(targets, alphas, dtype, headers_only=checkpoint.headers_only)
+    layers: dict[str, dict[str, AdapterLayer]] = {}
+    used = 0
+    for (component, path), group in groups.items():
+        try:
+            if not broken.isdisjoint(group.keys.values()):
+                raise AdapterError(
+                    f"{', '.join(sorted(broken & set(group.keys.values())))} holds NaN or infinite values"
+                )
+            layer = builder.build(component, path, group)
+        except AdapterError as error:
+            faults += [(key, f"{component}.{path}: {error}") for key in group.keys.values()]
+            continue
+        layers.setdefault(component, {})[path] = layer
+        used += len(group.keys)
+    family = families.of_models(models) if models is not None else None
+    if family is None:
+        family = families.of_file((key, tuple(tensor.shape)) for key, tensor in checkpoint.tensors.items())
+    return Plan(checkpoint, format.name, family, layers, used, faults, ignored, targets or {})
+
+
+def attach_all_(models: Mapping[str, nn.Module], name: str, planned: Plan) -> dict[str, Adapter]:
+    """Attach a plan's layers under `name`: to every component, or, if one refuses, to none."""
+    attached: dict[str, Adapter] = {}
+    try:
+        for component, layers in planned.layers.items():
+            model = models[component]
+            adapter = Adapter(layers, call_scale_for(model), planned.checkpoint.header.metadata)
+            modules = planned.targets[component].modules
+            attach_(model, name, adapter, {path: modules[path] for path in layers})
+            attached[component] = adapter
+    except BaseException:
+        for component in attached:
+            detach_(models[component], name)
+        raise
+    return attached
+
+
+class _Builder:
+    """Builds adapter layers from groups of tensors; knows each component's dtype and device."""
+
+    def __init__(
+        self,
+        targets: Mapping[str, Targets] | None,
+        alphas: Alphas,
+        dtype: torch.dtype | None,
+        *,
+        headers_only: bool,
+    ) -> None:
+        self._targets = targets
+        self._alphas = alphas
+        self._dtype = dtype
+        self._headers_only = headers_only
+        self._homes: dict[str, tuple[torch.dtype, torch.device]] = {}
+
+    def build(self, component: str, path: str, group: _Group) -> AdapterLayer:
+        tensors = dict(group.tensors)
+        alpha_tensor = tensors.pop("alpha", None)
+        kind = identify(tensors)
+        if kind is None or not set(tensors) <= set(kind.tensors):
+            known = kind.tensors if kind else ()
+            unknown = ", ".join(sorted(set(tensors) - set(known))) or "only an alpha"
+            raise AdapterError(f"{unknown}: no adapter type that can be loaded has these tensors")
+        for name, tensor in tensors.items():
+            if not tensor.is_floating_point():
+                raise AdapterError(f"{name} has dtype {tensor.dtype}, expected a floating-point one")
+        spec = self._spec(component, path, tensors)
+        fitted = kind.fit(tensors, spec)
+        rank = kind.rank(fitted)
+        alpha = _alpha(alpha_tensor, rank) if alpha_tensor is not None else None
+        if alpha is None and rank is not None:
+            alpha = self._alphas(component, group.written, rank)
+        if not self._headers_only:
+            dtype, device = self._home(component)
+            # Always our own memory: the caller's tensors, and pages of a file that may change on disk, stay apart.
+            fitted = {name: t.to(device=device, dtype=dtype, copy=True).contiguous() for name, t in fitted.items()}
+        return AdapterLayer(kind, spec, fitted, alpha)
+
+    def _spec(self, component: str, path: str, tensors: Mapping[str, Tensor]) -> LayerSpec:
+        if self._targets is not None:
+            return self._targets[component].spec(path)
+        return _spec_from_factors(tensors)
+
+    def _home(self, component: str) -> tuple[torch.dtype, torch.device]:
+        if component not in self._homes:
+            assert self._targets is not None
+            model = self._targets[component]
+            self._homes[component] = (self._dtype or compute_dtype(model.all), execution_device(model.all))
+        return self._homes[component]
+
+
+def _gather(
+    groups: dict[tuple[str, str], _Group],
+    key: str,
+    place: Place,
+    tensor: Tensor,
+    faults: list[tuple[str, str]],
+) -> None:
+    group = groups.setdefault((place.component, place.path), _Group(place.written))
+    if place.name in group.tensors:
+        faults.append((key, f"the same tensor as {group.keys[place.name]}"))
+        return
+    group.keys[place.name] = key
+    group.tensors[place.name] = tensor
+
+
+def _alpha(tensor: Tensor, rank: int | None) -> float | None:
+    if tensor.numel() != 1 or tensor.device.type == "meta":
+        raise AdapterError(f"alpha has shape {tuple(tensor.shape)}, expected a single number")
+    alpha = float(tensor)
+    if rank is not None and not torch.isfinite(tensor.float()).all():
+        raise AdapterError(f"alpha is {alpha}, expected a finite number")
+    return alpha
+
+
+def _non_finite(groups: Iterable[_Group]) -> set[str]:
+    """Keys of tensors with NaN or infinite values, with one synchronisation for the whole file."""
+    extremes: dict[tuple[torch.device, torch.dtype], list[tuple[str, Tensor]]] = {}
+    for group in groups:
+        for name, tensor in group.tensors.items():
+            if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta and name != "alpha":
+                wide = tensor.float() if tensor.dtype in FLOAT8 else tensor
+                same = extremes.setdefault((tensor.device, wide.dtype), [])
+                same += ((group.keys[name], extreme) for extreme in torch.aminmax(wide))
+    broken: set[str] = set()
+    for found in extremes.values():
+        finite = torch.isfinite(torch.stack([extreme for _, extreme in found]))
+        if not finite.all():
+            broken |= {key for (key, _), ok in zip(found, finite.tolist(), strict=True) if not ok}
+    return broken
+
+
+def _spec_from_factors(tensors: Mapping[str, Tensor]) -> LayerSpec:
+    """The layer that factors fit on, when there is no model to ask."""
+    down, up = tensors.get("lora_down"), tensors.get("lora_up")
+    if down is None or up is None or down.ndim < 2 or up.ndim < 2:
+        return LayerSpec("linear", 0, 0)
+    core = tensors.get("lora_mid", down)
+    kernel = tuple(core.shape[2:])
+    ones = (1,) * len(kernel)
+    kind = "conv" if kernel else "linear"
+    return LayerSpec(kind, up.shape[0], down.shape[1], kernel, ones, (0,) * len(kernel), ones)

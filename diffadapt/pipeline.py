@@ -1,0 +1,247 @@
+"""Adapters on diffusers pipelines: the two names pipelines get, and the scale they pass to their text encoders."""
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import inspect
+import os
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffadapt.attach import bank_of
+from diffadapt.errors import AdapterError
+from diffadapt.hooks import diffusers_scales_with_peft
+from diffadapt.io import Location, Source
+from diffadapt.manager import Adapters
+from diffadapt.report import Report
+from diffadapt.scales import Strength
+
+_OWNERS = {
+    "diffusers.pipelines.pipeline_utils": "DiffusionPipeline",
+    "diffusers.modular_pipelines.modular_pipeline": "ModularPipeline",
+}
+_TEXT_ENCODER_ROLES = ("text_encoder", "text_encoder_2", "text_encoder_3")
+
+
+def load_adapter(
+    pipe: Any,
+    source: Source,
+    name: str | None = None,
+    *,
+    scale: Strength = 1.0,
+    components: Iterable[str] | None = None,
+    weight_name: str | None = None,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    strict: bool = True,
+    dtype: torch.dtype | None = None,
+    activate: bool = True,
+) -> Report:
+    """Load an adapter into this pipeline; it joins those already active.
+
+    Args:
+        source: path of a file or folder, hub id, or a state dict.
+        name: default: from the file name, or "default_0", ... A name in use raises.
+        scale: strength, or strengths by prefix as in `pipe.adapters.activate`.
+        components: load into these only, and leave the rest of the file aside.
+        weight_name, subfolder, revision, token, cache_dir, local_files_only: as in `huggingface_hub`.
+        strict: raise unless every tensor of the file can be used.
+        dtype: of the adapter's parameters; default the dtype each component computes in.
+        activate: `False` to only load it.
+
+    Returns:
+        What was used, and what was not and why.
+
+    Raises:
+        AdapterError: the file cannot be read or applied. The pipeline is exactly as before.
+    """
+    where = Location(weight_name, subfolder, revision, token, cache_dir, local_files_only)
+    return adapters_of(pipe).load(
+        source,
+        name,
+        scale=scale,
+        components=components,
+        where=where,
+        strict=strict,
+        dtype=dtype,
+        activate=activate,
+    )
+
+
+def adapters_of(owner: Any) -> Adapters:
+    """The adapters of a pipeline or of a single model: what `pipe.adapters` gives."""
+    if isinstance(owner, nn.Module):
+        model = _unwrapped(owner)
+        return Adapters(lambda: {"model": model}, qualified=False)
+    _EncodePrompt.install(owner)
+    return Adapters(lambda: components_of(owner), changed=lambda: _EncodePrompt.install(owner))
+
+
+def load_adapter_into_model(
+    model: nn.Module,
+    source: Source,
+    name: str | None = None,
+    *,
+    component: str | None = None,
+    scale: Strength = 1.0,
+    weight_name: str | None = None,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    strict: bool = True,
+    dtype: torch.dtype | None = None,
+    activate: bool = True,
+) -> Report:
+    """Load an adapter into one model without a pipeline. Arguments as for `pipe.load_adapter`, and:
+
+    Args:
+        component: which part of a file for a whole pipeline is meant ("unet", "text_encoder_2", ...); default: what
+            the model's class says. The rest of the file is left aside.
+    """
+    where = Location(weight_name, subfolder, revision, token, cache_dir, local_files_only)
+    role = component or _role(model)
+    adapters = Adapters(lambda: {role: _unwrapped(model)}, qualified=False)
+    return adapters.load(
+        source,
+        name,
+        scale=scale,
+        where=where,
+        strict=strict,
+        dtype=dtype,
+        activate=activate,
+        components=[role],
+    )
+
+
+def components_of(pipe: Any) -> dict[str, nn.Module]:
+    """The models of a pipeline by component name, out of the wrappers of `torch.compile` and data parallelism."""
+    found: dict[str, nn.Module] = {}
+    for name, component in pipe.components.items():
+        if isinstance(component, nn.Module):
+            model = _unwrapped(component)
+            if all(model is not other for other in found.values()):
+                found[name] = model
+    return found
+
+
+def install() -> None:
+    """Give `DiffusionPipeline` and `ModularPipeline` the names `load_adapter` and `adapters`.
+
+    Pipelines take a second to import, so classes that are not there yet get them when they are.
+    """
+    waiting = {module: owner for module, owner in _OWNERS.items() if module not in sys.modules}
+    for module, owner in _OWNERS.items():
+        if module not in waiting:
+            _extend(getattr(sys.modules[module], owner))
+    if waiting:
+        sys.meta_path.insert(0, _Finder(waiting))
+
+
+def _extend(owner: type) -> None:
+    for name, value in (("load_adapter", load_adapter), ("adapters", property(adapters_of))):
+        existing = vars(owner).get(name)
+        if getattr(owner, name, None) is None:
+            setattr(owner, name, value)
+        elif existing is not load_adapter and getattr(existing, "fget", None) is not adapters_of:
+            warnings.warn(
+                f"{owner.__name__} has its own {name!r} in this version of diffusers, which stays as it is; "
+                f"use diffadapt.{'adapters(pipe)' if name == 'adapters' else 'load_adapter(pipe, ...)'}",
+                stacklevel=2,
+            )
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Calls `_extend` on a class right after its module has been imported, and then gets out of the way."""
+
+    def __init__(self, waiting: dict[str, str]) -> None:
+        self.waiting = waiting
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        owner = self.waiting.pop(fullname, None)
+        if owner is None:
+            return None
+        if not self.waiting:
+            sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                _extend(getattr(module, owner))
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+class _EncodePrompt:
+    """Stands in for a pipeline's `encode_prompt` and hands its `lora_scale` to the text encoders' adapters.
+
+    diffusers keeps that scale for peft, and without peft it crashes on the text encoders of transformers 5.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = pipe
+
+    @classmethod
+    def install(cls, pipe: Any) -> None:
+        """Put it on `pipe` while one of its models carries adapters, and take it away afterwards."""
+        adapted = any(bank_of(model) is not None for model in components_of(pipe).values())
+        encode = getattr(type(pipe), "encode_prompt", None)
+        if not adapted or encode is None:
+            if isinstance(pipe.__dict__.get("encode_prompt"), cls):
+                del pipe.__dict__["encode_prompt"]
+        elif "encode_prompt" not in pipe.__dict__ and "lora_scale" in inspect.signature(encode).parameters:
+            pipe.__dict__["encode_prompt"] = cls(pipe)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        encode = type(self.pipe).encode_prompt
+        bound = inspect.signature(encode).bind(self.pipe, *args, **kwargs)
+        scale = bound.arguments.get("lora_scale")
+        if scale is not None and not diffusers_scales_with_peft():
+            bound.arguments["lora_scale"] = None
+        models = components_of(self.pipe).items()
+        banks = [bank for name, model in models if name.startswith("text_encoder") and (bank := bank_of(model))]
+        value = None if scale is None else torch.as_tensor(scale, dtype=torch.float32)
+        for bank in banks:
+            bank.call.outer = bank.call.value = value
+        try:
+            return encode(*bound.args, **bound.kwargs)
+        finally:
+            for bank in banks:
+                bank.call.outer = bank.call.value = None
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def _role(model: nn.Module) -> str:
+    """The component name that files use for a model of this class."""
+    kind = type(_unwrapped(model)).__name__
+    if kind.startswith("UNet"):
+        return "unet"
+    if "Transformer" in kind:
+        return "transformer"
+    if "CLIPTextModelWithProjection" in kind:
+        raise AdapterError(f"{kind} is text_encoder_2 of SDXL and text_encoder of SD3: pass component=")
+    return "text_encoder"

@@ -1,0 +1,130 @@
+"""LoRA and LoCon: `W' = W + scale * up @ down`.
+
+Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685. Convolutions as in LoCon
+(a k x k `down`, a 1 x 1 `up`) with the optional Tucker core of LyCORIS (Yeh et al., arXiv 2309.14859). Tensor layout:
+kohya-ss/sd-scripts 48d368f `networks/lora.py`, KohakuBlueleaf/LyCORIS f49d30d `lycoris/modules/locon.py`.
+
+| tensor | Linear | Convolution | with a Tucker core |
+|---|---|---|---|
+| `lora_down` | (rank, in) | (rank, in / groups, *kernel) | (rank, in, 1...) |
+| `lora_mid` | | | (rank, rank, *kernel) |
+| `lora_up` | (out, rank) | (out, rank) | (out, rank) |
+| `lora_bias` | (out) | (out) | (out) |
+
+A grouped convolution has either one `down` that every group shares (the flat product `up @ down` has the shape of the
+weight), or one per group, told by an `up` of `rank / groups` columns (the layout of PEFT).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from diffadapt.errors import AdapterError
+from diffadapt.kind import AdapterType, Tensors
+from diffadapt.layer import LayerSpec, scaled
+
+
+def fit(tensors: Tensors, layer: LayerSpec) -> dict[str, Tensor]:
+    """Tensors of a file in the shapes of the table above; 2-d and 4-d spellings of a 1 x 1 kernel both occur."""
+    for name in ("lora_down", "lora_up"):
+        if name not in tensors:
+            raise AdapterError(f"{name} is missing, only {', '.join(sorted(tensors))} found")
+    down, up = tensors["lora_down"], tensors["lora_up"]
+    if down.ndim < 2 or up.ndim < 2 or 0 in down.shape or 0 in up.shape:
+        raise AdapterError(f"factors have shapes {_shape(down)} and {_shape(up)}, expected at least one rank")
+    rank, out = down.shape[0], layer.out_features
+    fitted: dict[str, Tensor] = {}
+    if "lora_mid" in tensors:
+        mid = tensors["lora_mid"]
+        expected = (rank, rank, *layer.kernel)
+        if layer.groups != 1 or tuple(mid.shape) != expected:
+            raise AdapterError(f"lora_mid has shape {_shape(mid)}, expected {expected} on an ungrouped convolution")
+        if down[0].numel() != layer.in_features:
+            raise AdapterError(f"lora_down has shape {_shape(down)}, expected ({rank}, {layer.in_features})")
+        fitted["lora_mid"] = mid
+        fitted["lora_down"] = down.reshape(rank, layer.in_features, *(1,) * len(layer.kernel))
+    else:
+        expected = (rank, *layer.weight_shape[1:])
+        kernel = tuple(down.shape[2:])
+        if down[0].numel() != layer.fan_in or (kernel and set(kernel) != {1} and kernel != layer.kernel):
+            raise AdapterError(f"lora_down has shape {_shape(down)}, expected {expected}")
+        fitted["lora_down"] = down.reshape(expected)
+    columns = up[0].numel()
+    if up.shape[0] != out or columns not in (rank, rank / layer.groups):
+        raise AdapterError(f"lora_up has shape {_shape(up)}, expected ({out}, {rank}): lora_down has rank {rank}")
+    fitted["lora_up"] = up.reshape(out, columns)
+    if "lora_bias" in tensors:
+        bias = tensors["lora_bias"]
+        if bias.numel() != out or layer.kind == "embedding":
+            raise AdapterError(f"lora_bias has shape {_shape(bias)}, expected ({out},) on a layer with a bias")
+        fitted["lora_bias"] = bias.reshape(out)
+    return fitted
+
+
+def init(layer: LayerSpec, rank: int, generator: torch.Generator | None, bias: bool) -> dict[str, Tensor]:
+    """Kaiming-uniform `down` and zero `up`, as in the reference implementation of the paper."""
+    bound = 1 / math.sqrt(layer.fan_in)
+    down = torch.empty(rank, *layer.weight_shape[1:]).uniform_(-bound, bound, generator=generator)
+    tensors = {"lora_down": down, "lora_up": torch.zeros(layer.out_features, rank)}
+    if bias:
+        tensors["lora_bias"] = torch.zeros(layer.out_features)
+    return tensors
+
+
+def rank(tensors: Tensors) -> int:
+    """Rows of `lora_down`."""
+    return tensors["lora_down"].shape[0]
+
+
+def delta_weight(tensors: Tensors, layer: LayerSpec) -> Tensor:
+    """`up @ down`, group by group, in the canonical weight shape."""
+    down, up = _factors(tensors, layer)
+    blocks = torch.bmm(
+        up.reshape(layer.groups, layer.out_features // layer.groups, -1),
+        down.reshape(layer.groups, down.shape[0] // layer.groups, -1),
+    )
+    return blocks.reshape(layer.weight_shape)
+
+
+def delta_bias(tensors: Tensors) -> Tensor | None:
+    """The bias of `up`, if the file has one."""
+    return tensors.get("lora_bias")
+
+
+def delta_output(tensors: Tensors, layer: LayerSpec, input: Tensor, gate: Tensor, onto: Tensor | None = None) -> Tensor:
+    """`onto + up(gate * down(input))`: the gate is applied in rank space, where it is cheapest."""
+    down, up = _factors(tensors, layer)
+    output = layer.expand(scaled(layer.op(input, down), gate), up, onto)
+    bias = tensors.get("lora_bias")
+    if bias is None:
+        return output
+    return output + scaled(bias, gate).to(output.dtype).view(-1, *(1,) * len(layer.kernel))
+
+
+def _factors(tensors: Tensors, layer: LayerSpec) -> tuple[Tensor, Tensor]:
+    """`down` and `up` with the Tucker core folded in and one `down` per group: what both paths multiply."""
+    down, up = tensors["lora_down"], tensors["lora_up"]
+    if "lora_mid" in tensors:
+        # Exact, and no convolution of rank x rank is left: down'[m, j, *k] = sum_n mid[m, n, *k] down[n, j].
+        down = torch.einsum("mn...,nj->mj...", tensors["lora_mid"], down.flatten(1))
+    if layer.groups > 1 and up.shape[1] == down.shape[0]:
+        down = down.repeat(layer.groups, *(1,) * (down.ndim - 1))
+    return down, up
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
+
+
+LORA = AdapterType(
+    name="lora",
+    tensors=("lora_down", "lora_up", "lora_mid", "lora_bias"),
+    identified_by=frozenset({"lora_down", "lora_up", "lora_mid"}),
+    fit=fit,
+    init=init,
+    rank=rank,
+    delta_weight=delta_weight,
+    delta_bias=delta_bias,
+    delta_output=delta_output,
+)
