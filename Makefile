@@ -39,7 +39,7 @@ bench: $(STAMP)  ## measure speed beside the peer libraries
 	@for script in scripts/bench_*.py; do $(BIN)/python $$script || exit 1; done
 
 clean:  ## delete the environment, caches and build output
-	rm -rf $(VENV) .pytest_cache .ruff_cache build dist demo
+	rm -rf $(VENV) .pytest_cache .ruff_cache build dist demo.png
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first and alone: a later install then finds it present and never swaps in another build.

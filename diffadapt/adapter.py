@@ -87,8 +87,11 @@ class AdapterLayer(nn.Module):
     def forward(self, output: Tensor, input: Tensor) -> Tensor:
         """`output` of the layer for `input`, plus this adapter's change. `output` may be overwritten."""
         tensors = self.tensors
-        dtype = next(iter(tensors.values())).dtype
-        gate = self.gate
+        home = next(iter(tensors.values()))
+        dtype, gate = home.dtype, self.gate
+        if home.device != output.device:
+            # The layer's weights come and go by someone's offloading; ours follow for this call.
+            tensors = {name: tensor.to(output.device, non_blocking=True) for name, tensor in tensors.items()}
         if gate.device != output.device:
             gate = gate.to(output.device)
         if self.call.value is not None:

@@ -12,7 +12,7 @@ What attaching changes, and detaching puts back:
 """
 
 import copyreg
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -85,6 +85,17 @@ class Bank(nn.Module):
     def adapters(self) -> dict[str, Adapter]:
         """Adapters by name, in the order they were attached."""
         return {name: child for name, child in self._modules.items() if isinstance(child, Adapter)}
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """Nothing: accelerate's per-layer offloading walks these and looks their weights up in the model's state dict.
+
+        Adapters are not in there; they stay where they are, and an adapter layer follows its input.
+        """
+        return iter(())
+
+    def children(self) -> Iterator[nn.Module]:
+        """The adapters, for everything that moves, casts or switches a model as a whole."""
+        return iter(self.adapters.values())
 
     def forward(self, input: Any) -> Any:
         """The input as it is: a root that calls all its children in turn (`nn.Sequential`) calls the bank too."""
