@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 import torch
 from huggingface_hub import errors as hub_errors
-from huggingface_hub import hf_hub_download, list_repo_files, try_to_load_from_cache
+from huggingface_hub import hf_hub_download, is_offline_mode, list_repo_files, try_to_load_from_cache
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -214,21 +214,20 @@ def _from_hub(repo: str, where: Location) -> Path:
         raise AdapterError(f"{repo}: no such file or folder, and not a hub id either") from None
     try:
         return _download(repo, where)
+    except hub_errors.LocalEntryNotFoundError as error:
+        raise _unreachable(repo, error) from error
     except hub_errors.EntryNotFoundError as error:
-        raise AdapterError(
-            f"{repo}: the repository has no file {where.weight_name!r} ({_first_line(error)})"
-        ) from error
+        raise AdapterError(f"{repo}: the repository has no file {where.weight_name!r}") from error
     except hub_errors.GatedRepoError as error:
         raise AdapterError(f"{repo}: gated; accept its terms on the hub and pass token=") from error
     except hub_errors.RepositoryNotFoundError as error:
         raise AdapterError(f"{repo}: no such file here and no such repository; private ones need token=") from error
     except hub_errors.RevisionNotFoundError as error:
         raise AdapterError(f"{repo}: no revision {where.revision!r}") from error
-    except (hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled, OSError) as error:
-        raise AdapterError(
-            f"{repo}: no such file here, and the hub cannot be reached or is switched off ({_first_line(error)}); "
-            "download the file once while online, or pass the path of a local file"
-        ) from error
+    except AdapterError:
+        raise
+    except Exception as error:  # which ones the network raises depends on the HTTP library of huggingface_hub
+        raise _unreachable(repo, error) from error
 
 
 def _download(repo: str, where: Location) -> Path:
@@ -236,13 +235,16 @@ def _download(repo: str, where: Location) -> Path:
     options: dict[str, Any] = {"revision": where.revision, "cache_dir": where.cache_dir}
     fetch: dict[str, Any] = {**options, "token": where.token, "local_files_only": where.local_files_only}
     name = where.weight_name
-    if name is None and where.local_files_only:
-        cached = [
+    if name is None and (where.local_files_only or is_offline_mode()):
+        cached = (
             usual for usual in _USUAL_NAMES if isinstance(try_to_load_from_cache(repo, folder + usual, **options), str)
-        ]
-        if not cached:
-            raise AdapterError(f"{repo}: none of {', '.join(_USUAL_NAMES)} is in the cache; pass weight_name=")
-        name = cached[0]
+        )
+        name = next(cached, None)
+        if name is None:
+            raise AdapterError(
+                f"{repo}: none of {', '.join(_USUAL_NAMES)} is in the cache and the hub is switched off; "
+                "pass weight_name=, or the path of a local file"
+            )
     elif name is None:
         listed = list_repo_files(repo, revision=where.revision, token=where.token)
         inside = [file.removeprefix(folder) for file in listed if file.startswith(folder)]
@@ -251,6 +253,13 @@ def _download(repo: str, where: Location) -> Path:
         if CONFIG_NAME in inside:
             hf_hub_download(repo, folder + CONFIG_NAME, **fetch)
     return Path(hf_hub_download(repo, folder + name, **fetch))
+
+
+def _unreachable(repo: str, error: BaseException) -> AdapterError:
+    return AdapterError(
+        f"{repo}: no such file here, and the hub cannot be reached or is switched off ({_first_line(error)}); "
+        "download the file once while online, or pass the path of a local file"
+    )
 
 
 def _first_line(error: BaseException) -> str:

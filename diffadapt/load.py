@@ -108,10 +108,10 @@ def plan(
     ignored: list[tuple[str, str]] = []
     groups: dict[tuple[str, str], _Group] = {}
     for key, verdict in verdicts.items():
-        if isinstance(verdict, Unused):
-            (ignored if verdict.harmless else faults).append((key, verdict.reason))
-        elif wanted is not None and verdict.component not in wanted:
+        if wanted is not None and verdict.component is not None and verdict.component not in wanted:
             ignored.append((key, f"component {verdict.component} was not asked for"))
+        elif isinstance(verdict, Unused):
+            (ignored if verdict.harmless else faults).append((key, verdict.reason))
         else:
             _gather(groups, key, verdict, checkpoint.tensors[key], faults)
     broken = _non_finite(groups.values())

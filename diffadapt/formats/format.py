@@ -42,9 +42,15 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Unused:
-    """A tensor that belongs nowhere, and why. `harmless` ones are bookkeeping and do not make a file faulty."""
+    """A tensor that belongs nowhere, and why.
+
+    Attributes:
+        component: that the name speaks of, where it does.
+        harmless: bookkeeping, which does not make a file faulty.
+    """
 
     reason: str
+    component: str | None = None
     harmless: bool = False
 
 
@@ -114,7 +120,7 @@ class Names:
     def _missing(self, component: str, path: str) -> Unused:
         assert self.models is not None
         if component not in self.models:
-            return Unused(f"there is no component {component!r} (only {', '.join(self.models)})")
+            return Unused(f"there is no component {component!r} (only {', '.join(self.models)})", component)
         reason = f"{component} has no layer {path!r}"
         if self._guesses:
             # Each guess compares with every path of the model: enough for a typo, too slow for a wrong base model.
@@ -125,4 +131,4 @@ class Names:
             )
             if close:
                 reason += f"; did you mean {close[0]!r}?"
-        return Unused(reason)
+        return Unused(reason, component)

@@ -25,7 +25,7 @@ _SPELLINGS = {
     **{name: name for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")},
     **{name: name for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")},
     **{name: name for name in ("oft_blocks", "oft_diag", "oft_R.weight", "boft_R", "boft_s", "rescale")},
-    **{name: name for name in ("diff", "diff_b", "w_norm", "b_norm", "on_input", "weight")},
+    **{name: name for name in ("diff", "diff_b", "w_norm", "b_norm", "on_input")},
 }
 
 _PROCESSORS = {"to_q_lora": "to_q", "to_k_lora": "to_k", "to_v_lora": "to_v", "to_out_lora": "to_out.0"}

@@ -1,0 +1,146 @@
+"""Loading and managing adapters on an SDXL-shaped UNet, beside diffusers with peft, interleaved in one run.
+
+560 LoRA layers of rank 16 (attention q, k, v, out), bf16, random weights. Figures are CPU milliseconds of this process,
+medians over the rounds, so that other work on the machine distorts them little.
+
+    python scripts/bench_load.py [--rounds 5] [--json FILE]
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import diffadapt
+
+SDXL = {
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "attention_head_dim": [5, 10, 20],
+    "block_out_channels": [320, 640, 1280],
+    "cross_attention_dim": 2048,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "projection_class_embeddings_input_dim": 2816,
+    "sample_size": 128,
+    "transformer_layers_per_block": [1, 2, 10],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "use_linear_projection": True,
+}
+RANK = 16
+ENDINGS = (".to_q", ".to_k", ".to_v", ".to_out.0")
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors")
+
+Figures = dict[str, list[float]]
+
+
+def sdxl_unet() -> UNet2DConditionModel:
+    """The real shape with memory that is never touched: loading does not read base weights."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SDXL).to(torch.bfloat16)
+    return unet.to_empty(device="cpu").requires_grad_(False)
+
+
+def lora_file(unet: nn.Module) -> dict[str, Tensor]:
+    """A diffusers-format LoRA for every attention projection."""
+    generator = torch.Generator().manual_seed(0)
+    tensors: dict[str, Tensor] = {}
+    for path, module in unet.named_modules():
+        if path.endswith(ENDINGS):
+            out, columns = module.weight.shape
+            down, up = (torch.randn(shape, generator=generator) for shape in ((RANK, columns), (out, RANK)))
+            tensors[f"unet.{path}.lora_A.weight"] = down.bfloat16()
+            tensors[f"unet.{path}.lora_B.weight"] = up.bfloat16()
+    return tensors
+
+
+@contextmanager
+def timed(figures: Figures, what: str) -> Iterator[None]:
+    """Append the CPU milliseconds of the body to `figures[what]`; Python's collector runs before and not in it."""
+    gc.collect()
+    start = time.process_time()
+    yield
+    figures.setdefault(what, []).append(1e3 * (time.process_time() - start))
+
+
+def round_of_ours(unet: nn.Module, tensors: dict[str, Tensor], file: Path, figures: Figures) -> None:
+    """Load three adapters, manage them, remove them."""
+    for number, name in enumerate("abc", 1):
+        with timed(figures, f"load a parsed adapter, #{number}"):
+            diffadapt.load_adapter(unet, tensors, name)
+    adapters = diffadapt.adapters(unet)
+    with timed(figures, "activate one of three"):
+        adapters.activate({"a": 0.5})
+    with timed(figures, "activate all three"):
+        adapters.activate({"a": 0.5, "b": 0.3, "c": 1.0})
+    with timed(figures, "remove one of three"):
+        adapters.remove("b")
+    with timed(figures, "remove the rest"):
+        adapters.clear()
+    with timed(figures, "load a safetensors file"):
+        diffadapt.load_adapter(unet, file, "f")
+    adapters.clear()
+
+
+def round_of_diffusers(unet: nn.Module, tensors: dict[str, Tensor], file: Path, figures: Figures) -> None:
+    """The same operations by diffusers with peft."""
+    for number, name in enumerate("abc", 1):
+        with timed(figures, f"load a parsed adapter, #{number}"):
+            unet.load_lora_adapter(dict(tensors), prefix="unet", adapter_name=name, low_cpu_mem_usage=True)
+    with timed(figures, "activate one of three"):
+        unet.set_adapters(["a"], [0.5])
+    with timed(figures, "activate all three"):
+        unet.set_adapters(["a", "b", "c"], [0.5, 0.3, 1.0])
+    with timed(figures, "remove one of three"):
+        unet.delete_adapters("b")
+    with timed(figures, "remove the rest"):
+        unet.unload_lora()
+    with timed(figures, "load a safetensors file"):
+        unet.load_lora_adapter(str(file), prefix="unet", adapter_name="f", low_cpu_mem_usage=True)
+    unet.unload_lora()
+
+
+def main() -> None:
+    """Measure, print a table, and write the figures if asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    unets = sdxl_unet(), sdxl_unet()
+    tensors = lora_file(unets[0])
+    figures: tuple[Figures, Figures] = {}, {}
+    measures: tuple[Callable[..., None], ...] = (round_of_ours, round_of_diffusers)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "lora.safetensors"
+        save_file(tensors, file)
+        for number in range(options.rounds + 1):
+            print(f"round {number} of {options.rounds}", file=sys.stderr)
+            for measure, unet, found in zip(measures, unets, figures, strict=True):
+                # The first round warms up caches and is not counted.
+                measure(unet, tensors, file, found if number else {})
+    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    print(f"{len(tensors) // 2} LoRA layers, rank {RANK}, bf16; {torch.get_num_threads()} thread; {versions}\n")
+    print("| CPU ms, median (minimum) | diffadapt | diffusers + peft | ratio |\n|---|---|---|---|")
+    for what, ours in figures[0].items():
+        theirs = figures[1][what]
+        cells = (f"{statistics.median(values):.1f} ({min(values):.1f})" for values in (ours, theirs))
+        ratio = statistics.median(theirs) / statistics.median(ours)
+        print(f"| {what} | {' | '.join(cells)} | {ratio:.0f} x |")
+    if options.json:
+        options.json.write_text(json.dumps({"versions": versions, "ours": figures[0], "theirs": figures[1]}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
