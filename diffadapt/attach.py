@@ -12,7 +12,7 @@ What attaching changes, and detaching puts back:
 """
 
 import copyreg
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from diffadapt.adapter import BANK, Adapter, AdapterLayer, CallScale
 from diffadapt.errors import AdapterError
-from diffadapt.hooks import diffusers_scales_with_peft
+from diffadapt.hooks import diffusers_scales_with_peft, is_bypassed
 
 _ACTIVE = "_diffadapt_active"
 _SCALE_KWARGS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
@@ -69,6 +69,7 @@ class Bank(nn.Module):
 
     Attributes:
         hosts: module path -> the layer of the model that carries adapter layers.
+        attentions: module path of a host -> its parent, where diffusers can fuse that and then bypass the host.
         originals: `(tensor, its content before merging)` for every base tensor that `merge.py` changed.
         merged: names of the adapters that are merged into the weights.
     """
@@ -77,6 +78,7 @@ class Bank(nn.Module):
         super().__init__()
         self.call = CallScale()
         self.hosts: dict[str, nn.Module] = {}
+        self.attentions: dict[str, nn.Module] = {}
         self.originals: list[tuple[Tensor, Tensor]] = []
         self.merged: tuple[str, ...] = ()
         self._carriers: list[tuple[nn.Module, Any]] = []
@@ -108,7 +110,18 @@ class Bank(nn.Module):
         return super().state_dict(*args, **kwargs)
 
     def before_call(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Forward pre-hook of the model: pick up the scale that diffusers' pipelines pass with a call."""
+        """Forward pre-hook of the model: pick up the scale that diffusers' pipelines pass with a call.
+
+        Raises:
+            AdapterError: a layer would not be called, because its projections were fused after loading.
+        """
+        for path, attention in self.attentions.items():
+            fused = attention.fused_projections and is_bypassed(attention, path.rpartition(".")[2])
+            if fused and self.hosts[path].__dict__[_ACTIVE]:
+                raise AdapterError(
+                    f"{path} carries an adapter, but its projections are fused, so it is never called; "
+                    "call unfuse_qkv_projections(), or merge the adapter before fusing"
+                )
         self._restore_checkpointing()
         value = self.call.outer
         for name in _SCALE_KWARGS:
@@ -193,6 +206,7 @@ def attach_(model: nn.Module, name: str, adapter: Adapter, hosts: Mapping[str, n
     for layer in adapter.layers.values():
         layer.__dict__["call"] = bank.call
     bank.hosts.update((path, hosts[path]) for path in adapter.layers)
+    bank.attentions.update(_attentions(model, adapter.layers))
     bank._modules[name] = adapter.train(model.training)
 
 
@@ -206,6 +220,7 @@ def detach_(model: nn.Module, name: str) -> None:
     used = {path for adapter in bank.adapters.values() for path in adapter.layers}
     for path in [path for path in bank.hosts if path not in used]:
         _release_(bank.hosts.pop(path))
+        bank.attentions.pop(path, None)
     if not bank._modules:
         del model._modules[BANK]
         for hooks in (model._forward_pre_hooks, model._forward_hooks):
@@ -228,6 +243,16 @@ def refresh_(model: nn.Module) -> None:
         host = bank.hosts[path]
         if host.__dict__[_ACTIVE] != layers:
             host.__dict__[_ACTIVE] = layers
+
+
+def _attentions(model: nn.Module, paths: Iterable[str]) -> Iterator[tuple[str, nn.Module]]:
+    parents: dict[str, nn.Module] = {}
+    for path in paths:
+        parent_path = path.rpartition(".")[0]
+        if parent_path not in parents:
+            parents[parent_path] = model.get_submodule(parent_path)
+        if hasattr(parents[parent_path], "fused_projections"):
+            yield path, parents[parent_path]
 
 
 def _release_(host: nn.Module) -> None:

@@ -16,6 +16,8 @@ FLOAT8: frozenset[torch.dtype] = frozenset(
     if hasattr(torch, name)
 )
 
+_FUSIBLE = frozenset({"to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"})
+
 
 def compute_dtype(modules: Sequence[nn.Module]) -> torch.dtype:
     """The dtype a model, given as all its modules, computes in; layerwise casting stores its weights in another."""
@@ -64,6 +66,15 @@ def resting_tensor(layer: nn.Module, name: str) -> Tensor | None:
         if weights is not None and name in weights:
             return weights[name]
     return parameter
+
+
+def is_bypassed(attention: nn.Module, name: str) -> bool:
+    """Whether projection `name` of `attention` is not called any more, because diffusers fused it with its siblings."""
+    if name not in _FUSIBLE or getattr(attention, "fused_projections", False) is not True:
+        return False
+    # The older attention class has no way back for the flag; there, unfusing only puts the plain processor back.
+    processor = type(getattr(attention, "processor", None)).__name__
+    return hasattr(attention, "unfuse_projections") or processor.startswith("Fused")
 
 
 def diffusers_scales_with_peft() -> bool:

@@ -1,5 +1,6 @@
 """From a file to adapters on models: plan everything first, then attach everything or nothing."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -98,12 +99,12 @@ def plan(
     """
     try:
         format = detect(checkpoint.header)
-        targets = None if models is None else {name: Targets(model) for name, model in models.items()}
+        wanted = None if components is None else set(components)
+        targets = _targets(models, wanted)
         verdicts = format.locate(checkpoint.header, Names(targets))
         alphas = format.alphas(checkpoint.header)
     except AdapterError as error:
         raise LoadError(f"{checkpoint.origin}: {error}") from error
-    wanted = None if components is None else set(components)
     faults: list[tuple[str, str]] = []
     ignored: list[tuple[str, str]] = []
     groups: dict[tuple[str, str], _Group] = {}
@@ -206,6 +207,12 @@ class _Builder:
         return self._homes[component]
 
 
+def _targets(models: Mapping[str, nn.Module] | None, wanted: set[str] | None) -> dict[str, Targets] | None:
+    if models is None:
+        return None
+    return {name: Targets(model) for name, model in models.items() if wanted is None or name in wanted}
+
+
 def _gather(
     groups: dict[tuple[str, str], _Group],
     key: str,
@@ -225,8 +232,8 @@ def _alpha(tensor: Tensor, rank: int | None) -> float | None:
     if tensor.numel() != 1 or tensor.device.type == "meta":
         raise AdapterError(f"alpha has shape {tuple(tensor.shape)}, expected a single number")
     alpha = float(tensor)
-    if rank is not None and not torch.isfinite(tensor.float()).all():
-        raise AdapterError(f"alpha is {alpha}, expected a finite number")
+    if rank is not None and (alpha == 0 or not math.isfinite(alpha)):
+        raise AdapterError(f"alpha is {alpha}, expected a finite number other than 0")
     return alpha
 
 

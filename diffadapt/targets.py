@@ -8,6 +8,7 @@ from torch import nn
 
 from diffadapt.adapter import BANK
 from diffadapt.errors import AdapterError
+from diffadapt.hooks import is_bypassed
 from diffadapt.layer import LayerSpec
 
 _CLIP_LEVEL = "text_model."
@@ -35,6 +36,9 @@ class Targets:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.modules = dict(walk(model))
+        self._paths: dict[int, str] = {}
+        for path, module in self.modules.items():
+            self._paths.setdefault(id(module), path)
 
     @property
     def all(self) -> list[nn.Module]:
@@ -51,16 +55,17 @@ class Targets:
 
         CLIP text encoders have a `text_model.` level in transformers 4 and mostly not in 5; files have either.
         """
-        if path in self.modules:
-            return path
         other = path.removeprefix(_CLIP_LEVEL) if path.startswith(_CLIP_LEVEL) else _CLIP_LEVEL + path
-        return other if other in self.modules else None
+        module = self.modules.get(path) or self.modules.get(other)
+        # A module at two paths (the convolutions of old downsamplers) is one layer, whatever a file calls it.
+        return None if module is None else self._paths[id(module)]
 
     def resolve_flat(self, flat: str) -> str | None:
         """The model's own path for a flattened one."""
         level = _CLIP_LEVEL.replace(".", "_")
         other = flat.removeprefix(level) if flat.startswith(level) else level + flat
-        return self.flattened.get(flat) or self.flattened.get(other)
+        path = self.flattened.get(flat) or self.flattened.get(other)
+        return None if path is None else self.resolve(path)
 
     def spec(self, path: str) -> LayerSpec:
         """Geometry of the layer at `path`.
@@ -73,7 +78,7 @@ class Targets:
         parent = self.modules.get(parent_path, self.model)
         if isinstance(parent, nn.MultiheadAttention):
             raise AdapterError(f"nn.MultiheadAttention reads the weight of {name} without calling the layer")
-        if getattr(parent, "fused_projections", False) is True and re.fullmatch(r"(to|add)_[qkv](_proj)?", name):
+        if is_bypassed(parent, name):
             raise AdapterError("its projections are fused, so it is never called; call unfuse_qkv_projections() first")
         spec = LayerSpec.of(module)
         if spec is None:
@@ -110,15 +115,19 @@ class Targets:
     def _matching(self, pattern: str, *, is_regex: bool) -> dict[str, nn.Module]:
         if is_regex and pattern in ("all-linear", "all-conv"):
             kind = pattern.removeprefix("all-")
-            return {path: module for path, module in self.modules.items() if self._kind(path) == kind}
-        if is_regex:
+            found = {path: module for path, module in self.modules.items() if self._kind(path) == kind}
+        elif is_regex:
             expression = re.compile(pattern)
             found = {path: module for path, module in self.modules.items() if expression.fullmatch(path)}
         else:
             found = {
                 path: module for path, module in self.modules.items() if path == pattern or path.endswith(f".{pattern}")
             }
-        return {path: module for path, module in found.items() if LayerSpec.of(module) is not None}
+        return {
+            path: module
+            for path, module in found.items()
+            if LayerSpec.of(module) is not None and self._paths[id(module)] == path
+        }
 
     def _kind(self, path: str) -> str | None:
         try:

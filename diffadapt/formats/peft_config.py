@@ -46,10 +46,17 @@ def dump(layers: Mapping[str, LayerState]) -> dict[str, Any]:
 
 def _by_pattern(patterns: Any, path: str) -> Any:
     """PEFT's rule: the first key that matches the path from its start or from after a dot, to its end."""
+    if not isinstance(patterns or {}, Mapping):
+        raise AdapterError(f"alpha_pattern in the file's metadata is {patterns!r}, expected an object")
     for pattern, value in (patterns or {}).items():
-        anchored = pattern.startswith("^")
-        if re.match(rf"{'' if anchored else r'(.*[.])?'}({pattern.removeprefix('^')})$", path):
-            return value
+        start = "" if pattern.startswith("^") else "(.*[.])?"
+        try:
+            if re.match(f"{start}({pattern.removeprefix('^')})$", path):
+                return value
+        except re.error as error:
+            raise AdapterError(
+                f"alpha_pattern in the file's metadata has a bad expression {pattern!r}: {error}"
+            ) from error
     return None
 
 
