@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from huggingface_hub import constants, hf_hub_download, list_repo_files, try_to_load_from_cache
 from huggingface_hub import errors as hub_errors
-from huggingface_hub import hf_hub_download, is_offline_mode, list_repo_files, try_to_load_from_cache
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -235,7 +235,7 @@ def _download(repo: str, where: Location) -> Path:
     options: dict[str, Any] = {"revision": where.revision, "cache_dir": where.cache_dir}
     fetch: dict[str, Any] = {**options, "token": where.token, "local_files_only": where.local_files_only}
     name = where.weight_name
-    if name is None and (where.local_files_only or is_offline_mode()):
+    if name is None and (where.local_files_only or constants.HF_HUB_OFFLINE):
         cached = (
             usual for usual in _USUAL_NAMES if isinstance(try_to_load_from_cache(repo, folder + usual, **options), str)
         )

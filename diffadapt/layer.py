@@ -129,6 +129,34 @@ class LayerSpec:
             product = F.linear(hidden, weight)
         return product if onto is None else add(product, onto)
 
+    def low_rank(self, input: Tensor, down: Tensor, up: Tensor, gate: Tensor, onto: Tensor | None = None) -> Tensor:
+        """`onto + gate * op(input, product(down, up))` without building the product.
+
+        The gate is applied in rank space, where that is cheapest.
+
+        Args:
+            down: `(rank, in / groups, *kernel)`.
+            up: `(out, rank)`, or `(out, rank / groups)` if every group has its own part of `down`.
+            gate: 0-d.
+            onto: see `expand`.
+        """
+        hidden = self.op(input, self._per_group(down, up))
+        return self.expand(scaled(hidden, gate), up, onto)
+
+    def product(self, down: Tensor, up: Tensor) -> Tensor:
+        """`up @ down`, group by group, in the canonical weight shape; arguments as for `low_rank`."""
+        down = self._per_group(down, up)
+        blocks = torch.bmm(
+            up.reshape(self.groups, self.out_features // self.groups, -1),
+            down.reshape(self.groups, down.shape[0] // self.groups, -1),
+        )
+        return blocks.reshape(self.weight_shape)
+
+    def _per_group(self, down: Tensor, up: Tensor) -> Tensor:
+        if self.groups == 1 or up.shape[1] != down.shape[0]:
+            return down
+        return down.repeat(self.groups, *(1,) * (down.ndim - 1))
+
     def _pad_widths(self) -> list[int]:
         """`F.pad` widths, last dimension first, for padding modes that convolutions do not take themselves."""
         widths: list[int] = []
@@ -140,6 +168,11 @@ class LayerSpec:
                 side = 0 if self.padding == "valid" else int(self.padding[axis])
                 widths += [side, side]
         return widths
+
+
+def shape_of(tensor: Tensor) -> tuple[int, ...]:
+    """Shape as a tuple, which reads better in messages."""
+    return tuple(tensor.shape)
 
 
 def scaled(hidden: Tensor, gate: Tensor) -> Tensor:

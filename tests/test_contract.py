@@ -84,7 +84,12 @@ class Case:
         self.kind = kind
         self.spec = LayerSpec.of(self.root[0]) or pytest.fail("no adapter can sit here")
         self.input = draw(self.generator)
-        self.bias = bias and self.spec.kind != "embedding" and getattr(self.root[0], "bias", None) is not None
+        self.bias = (
+            bias
+            and kind.name == "lora"
+            and self.spec.kind != "embedding"
+            and getattr(self.root[0], "bias", None) is not None
+        )
 
     def initial(self) -> dict[str, Tensor]:
         tensors = self.kind.init(self.spec, RANK, self.generator, self.bias)

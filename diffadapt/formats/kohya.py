@@ -22,6 +22,7 @@ _COMPONENTS = {
     "te2": "text_encoder_2",
     "te3": "text_encoder_3",
 }
+_EXPRESSIBLE = frozenset({"lora", "loha", "lokr"})
 _SPELLINGS = {
     "lora_down": "lora_down.weight",
     "lora_up": "lora_up.weight",
@@ -69,22 +70,22 @@ def _dump(state: AdapterState) -> tuple[dict[str, Tensor], dict[str, str]]:
     for component, layers in state.layers.items():
         prefix = _prefix(component, numbered)
         for path, layer in layers.items():
-            if layer.type != "lora":
-                raise AdapterError(
-                    f"{component}.{path} is of type {layer.type}, which format='kohya' cannot express yet"
-                )
+            if layer.type not in _EXPRESSIBLE:
+                raise AdapterError(f"{component}.{path} is of type {layer.type}, which format='kohya' cannot express")
             # sd-scripts' CLIP has the `text_model` level that transformers 5 dropped.
             level = "text_model." if path.startswith("encoder.layers.") else ""
             module = f"{prefix}_{level}{path}".replace(".", "_")
             for name, tensor in layer.tensors.items():
                 if name == "lora_up":
                     tensor = tensor.view(*tensor.shape, *(1,) * layer.kernel_dims)
-                tensors[f"{module}.{_SPELLINGS[name]}"] = tensor
-            alpha = layer.rank if layer.alpha is None else layer.alpha
-            tensors[f"{module}.alpha"] = torch.tensor(float(alpha or 0))
-    ranks = {layer.rank for layers in state.layers.values() for layer in layers.values()}
+                tensors[f"{module}.{_SPELLINGS.get(name, name)}"] = tensor
+            if layer.rank is not None:
+                alpha = layer.rank if layer.alpha is None else layer.alpha
+                tensors[f"{module}.alpha"] = torch.tensor(float(alpha))
+    every = [layer for layers in state.layers.values() for layer in layers.values()]
+    ranks = {layer.rank for layer in every}
     metadata = {
-        "ss_network_module": "networks.lora",
+        "ss_network_module": "networks.lora" if {layer.type for layer in every} == {"lora"} else "lycoris.kohya",
         "ss_network_dim": str(max(rank or 0 for rank in ranks)) if len(ranks) == 1 else "Dynamic",
         **state.metadata,
         "format": "pt",

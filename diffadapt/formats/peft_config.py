@@ -18,7 +18,7 @@ def alpha(config: Mapping[str, Any], path: str, rank: int) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise AdapterError(f"{path}: alpha in the file's metadata is {value!r}, expected a finite number")
+        raise AdapterError(f"alpha in the file's metadata is {value!r}, expected a finite number")
     return value * math.sqrt(rank) if config.get("use_rslora") else float(value)
 
 

@@ -18,7 +18,7 @@ _SPELLINGS = {
     "lora_linear_layer.down.weight": "lora_down",
     "lora_linear_layer.up.weight": "lora_up",
     "alpha": "alpha",
-    # Types that no file here implements yet are still recognised, so that a file is refused by their name.
+    # Tensors of types that are not implemented yet are recognised too, so that a file is refused by their name.
     "lora_magnitude_vector": "lora_magnitude_vector",
     "lora_magnitude_vector.weight": "lora_magnitude_vector",
     "dora_scale": "dora_scale",

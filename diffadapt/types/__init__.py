@@ -6,9 +6,11 @@ The order is the order of detection; the tests iterate over `TYPES`, so a new ty
 from collections.abc import Iterable
 
 from diffadapt.kind import AdapterType
+from diffadapt.types.loha import LOHA
+from diffadapt.types.lokr import LOKR
 from diffadapt.types.lora import LORA
 
-TYPES: tuple[AdapterType, ...] = (LORA,)
+TYPES: tuple[AdapterType, ...] = (LORA, LOHA, LOKR)
 
 
 def identify(names: Iterable[str]) -> AdapterType | None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from diffadapt.errors import AdapterError
 from diffadapt.kind import AdapterType, Tensors
-from diffadapt.layer import LayerSpec, scaled
+from diffadapt.layer import LayerSpec, scaled, shape_of
 
 
 def fit(tensors: Tensors, layer: LayerSpec) -> dict[str, Tensor]:
@@ -32,32 +32,32 @@ def fit(tensors: Tensors, layer: LayerSpec) -> dict[str, Tensor]:
             raise AdapterError(f"{name} is missing, only {', '.join(sorted(tensors))} found")
     down, up = tensors["lora_down"], tensors["lora_up"]
     if down.ndim < 2 or up.ndim < 2 or 0 in down.shape or 0 in up.shape:
-        raise AdapterError(f"factors have shapes {_shape(down)} and {_shape(up)}, expected at least one rank")
+        raise AdapterError(f"factors have shapes {shape_of(down)} and {shape_of(up)}, expected at least one rank")
     rank, out = down.shape[0], layer.out_features
     fitted: dict[str, Tensor] = {}
     if "lora_mid" in tensors:
         mid = tensors["lora_mid"]
         expected = (rank, rank, *layer.kernel)
         if layer.groups != 1 or tuple(mid.shape) != expected:
-            raise AdapterError(f"lora_mid has shape {_shape(mid)}, expected {expected} on an ungrouped convolution")
+            raise AdapterError(f"lora_mid has shape {shape_of(mid)}, expected {expected} on an ungrouped convolution")
         if down[0].numel() != layer.in_features:
-            raise AdapterError(f"lora_down has shape {_shape(down)}, expected ({rank}, {layer.in_features})")
+            raise AdapterError(f"lora_down has shape {shape_of(down)}, expected ({rank}, {layer.in_features})")
         fitted["lora_mid"] = mid
         fitted["lora_down"] = down.reshape(rank, layer.in_features, *(1,) * len(layer.kernel))
     else:
         expected = (rank, *layer.weight_shape[1:])
         kernel = tuple(down.shape[2:])
         if down[0].numel() != layer.fan_in or (kernel and set(kernel) != {1} and kernel != layer.kernel):
-            raise AdapterError(f"lora_down has shape {_shape(down)}, expected {expected}")
+            raise AdapterError(f"lora_down has shape {shape_of(down)}, expected {expected}")
         fitted["lora_down"] = down.reshape(expected)
     columns = up[0].numel()
     if up.shape[0] != out or columns not in (rank, rank / layer.groups):
-        raise AdapterError(f"lora_up has shape {_shape(up)}, expected ({out}, {rank}): lora_down has rank {rank}")
+        raise AdapterError(f"lora_up has shape {shape_of(up)}, expected ({out}, {rank}): lora_down has rank {rank}")
     fitted["lora_up"] = up.reshape(out, columns)
     if "lora_bias" in tensors:
         bias = tensors["lora_bias"]
         if bias.numel() != out or layer.kind == "embedding":
-            raise AdapterError(f"lora_bias has shape {_shape(bias)}, expected ({out},) on a layer with a bias")
+            raise AdapterError(f"lora_bias has shape {shape_of(bias)}, expected ({out},) on a layer with a bias")
         fitted["lora_bias"] = bias.reshape(out)
     return fitted
 
@@ -78,13 +78,8 @@ def rank(tensors: Tensors) -> int:
 
 
 def delta_weight(tensors: Tensors, layer: LayerSpec) -> Tensor:
-    """`up @ down`, group by group, in the canonical weight shape."""
-    down, up = _factors(tensors, layer)
-    blocks = torch.bmm(
-        up.reshape(layer.groups, layer.out_features // layer.groups, -1),
-        down.reshape(layer.groups, down.shape[0] // layer.groups, -1),
-    )
-    return blocks.reshape(layer.weight_shape)
+    """`up @ down` in the canonical weight shape."""
+    return layer.product(_down(tensors), tensors["lora_up"])
 
 
 def delta_bias(tensors: Tensors) -> Tensor | None:
@@ -93,28 +88,20 @@ def delta_bias(tensors: Tensors) -> Tensor | None:
 
 
 def delta_output(tensors: Tensors, layer: LayerSpec, input: Tensor, gate: Tensor, onto: Tensor | None = None) -> Tensor:
-    """`onto + up(gate * down(input))`: the gate is applied in rank space, where it is cheapest."""
-    down, up = _factors(tensors, layer)
-    output = layer.expand(scaled(layer.op(input, down), gate), up, onto)
+    """`onto + up(gate * down(input))`, and the bias."""
+    output = layer.low_rank(input, _down(tensors), tensors["lora_up"], gate, onto)
     bias = tensors.get("lora_bias")
     if bias is None:
         return output
     return output + scaled(bias, gate).to(output.dtype).view(-1, *(1,) * len(layer.kernel))
 
 
-def _factors(tensors: Tensors, layer: LayerSpec) -> tuple[Tensor, Tensor]:
-    """`down` and `up` with the Tucker core folded in and one `down` per group: what both paths multiply."""
-    down, up = tensors["lora_down"], tensors["lora_up"]
-    if "lora_mid" in tensors:
-        # Exact, and no convolution of rank x rank is left: down'[m, j, *k] = sum_n mid[m, n, *k] down[n, j].
-        down = torch.einsum("mn...,nj->mj...", tensors["lora_mid"], down.flatten(1))
-    if layer.groups > 1 and up.shape[1] == down.shape[0]:
-        down = down.repeat(layer.groups, *(1,) * (down.ndim - 1))
-    return down, up
-
-
-def _shape(tensor: Tensor) -> tuple[int, ...]:
-    return tuple(tensor.shape)
+def _down(tensors: Tensors) -> Tensor:
+    """`down` with the Tucker core folded in: down'[m, j, *k] = sum_n mid[m, n, *k] down[n, j], exactly."""
+    down = tensors["lora_down"]
+    if "lora_mid" not in tensors:
+        return down
+    return torch.einsum("mn...,nj->mj...", tensors["lora_mid"], down.flatten(1))
 
 
 LORA = AdapterType(

@@ -1,0 +1,109 @@
+"""LoHa: `W' = W + scale * (w1_a @ w1_b) * (w2_a @ w2_b)`, the second product element by element.
+
+Hyeon-Woo et al., "FedPara", arXiv 2108.06098; as an adapter in LyCORIS (Yeh et al., arXiv 2309.14859). Tensor layout:
+KohakuBlueleaf/LyCORIS f49d30d `lycoris/modules/loha.py`; PEFT has the same.
+
+| tensor | plain | with Tucker cores |
+|---|---|---|
+| `hada_w1_a`, `hada_w2_a` | (out, rank) | (rank, out) |
+| `hada_w1_b`, `hada_w2_b` | (rank, in / groups x kernel) | (rank, in / groups) |
+| `hada_t1`, `hada_t2` | | (rank, rank, *kernel) |
+
+The element-wise product of two matrices of rank r is a matrix of rank r^2 whose factors are the row-wise and
+column-wise Khatri-Rao products (Khatri and Rao, 1968), so the forward costs that of a LoRA of rank r^2.
+"""
+
+import torch
+from torch import Tensor
+
+from diffadapt.errors import AdapterError
+from diffadapt.kind import AdapterType, Tensors
+from diffadapt.layer import LayerSpec, add, scaled, shape_of
+
+_FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+_CORES = ("hada_t1", "hada_t2")
+
+
+def fit(tensors: Tensors, layer: LayerSpec) -> dict[str, Tensor]:
+    """Tensors of a file in the shapes of the table above; some writers give convolutions 4-d factors."""
+    missing = [name for name in _FACTORS if name not in tensors]
+    cores = [name for name in _CORES if name in tensors]
+    if missing or len(cores) == 1:
+        absent = ", ".join(missing or [name for name in _CORES if name not in cores])
+        raise AdapterError(f"{absent} missing, only {', '.join(sorted(tensors))} found")
+    flat = {name: tensors[name].flatten(1) if tensors[name].ndim > 1 else tensors[name] for name in _FACTORS}
+    rank = flat["hada_w1_b"].shape[0]
+    rows, columns = layer.out_features, layer.in_features // layer.groups if cores else layer.fan_in
+    for name in _FACTORS:
+        expected = ((rank, rows) if cores else (rows, rank)) if name.endswith("a") else (rank, columns)
+        if shape_of(flat[name]) != expected or not rank:
+            raise AdapterError(f"{name} has shape {shape_of(tensors[name])}, expected {expected}")
+    for name in cores:
+        expected = (rank, rank, *layer.kernel)
+        if shape_of(tensors[name]) != expected:
+            raise AdapterError(f"{name} has shape {shape_of(tensors[name])}, expected {expected}")
+        flat[name] = tensors[name]
+    return flat
+
+
+def init(layer: LayerSpec, rank: int, generator: torch.Generator | None, bias: bool) -> dict[str, Tensor]:
+    """Normal factors with the reference's deviations, and a zero `w2_a`."""
+    if bias:
+        raise AdapterError("LoHa has no bias")
+    shapes = {name: (layer.out_features, rank) if name.endswith("a") else (rank, layer.fan_in) for name in _FACTORS}
+    deviations = {"hada_w1_a": 0.1, "hada_w1_b": 1.0, "hada_w2_a": 0.0, "hada_w2_b": 1.0}
+    return {name: torch.randn(shapes[name], generator=generator) * deviations[name] for name in _FACTORS}
+
+
+def rank(tensors: Tensors) -> int:
+    """Rank of each of the two products."""
+    return tensors["hada_w1_b"].shape[0]
+
+
+def delta_weight(tensors: Tensors, layer: LayerSpec) -> Tensor:
+    """The element-wise product, in the canonical weight shape."""
+    parts: list[Tensor] = []
+    for number in "12":
+        down, up = _part(tensors, layer, number)
+        parts.append(up @ down.flatten(1))
+    return (parts[0] * parts[1]).view(layer.weight_shape)
+
+
+def delta_output(tensors: Tensors, layer: LayerSpec, input: Tensor, gate: Tensor, onto: Tensor | None = None) -> Tensor:
+    """As a LoRA of rank r^2, or with the matrix itself where that has fewer elements than the factors."""
+    rank = tensors["hada_w1_b"].shape[0]
+    if rank**2 * (layer.out_features + layer.fan_in) > layer.out_features * layer.fan_in:
+        delta = scaled(layer.op(input, delta_weight(tensors, layer)), gate)
+        return delta if onto is None else add(delta, onto)
+    down, up = as_low_rank(tensors, layer)
+    return layer.low_rank(input, down, up, gate, onto)
+
+
+def as_low_rank(tensors: Tensors, layer: LayerSpec) -> tuple[Tensor, Tensor]:
+    """`down` (rank^2, in / groups, *kernel) and `up` (out, rank^2) of the LoRA that is this LoHa."""
+    (down_1, up_1), (down_2, up_2) = (_part(tensors, layer, number) for number in "12")
+    up = (up_1.unsqueeze(2) * up_2.unsqueeze(1)).flatten(1)
+    down = (down_1.unsqueeze(1) * down_2.unsqueeze(0)).flatten(0, 1)
+    return down, up
+
+
+def _part(tensors: Tensors, layer: LayerSpec, number: str) -> tuple[Tensor, Tensor]:
+    """`down` (rank, in / groups, *kernel) and `up` (out, rank) of one of the two products, Tucker core folded in."""
+    up, down = tensors[f"hada_w{number}_a"], tensors[f"hada_w{number}_b"]
+    core = tensors.get(f"hada_t{number}")
+    if core is None:
+        return down.view(-1, *layer.weight_shape[1:]), up
+    return torch.einsum("ij...,jc->ic...", core, down), up.t()
+
+
+LOHA = AdapterType(
+    name="loha",
+    tensors=(*_FACTORS, *_CORES),
+    identified_by=frozenset({*_FACTORS, *_CORES}),
+    fit=fit,
+    init=init,
+    rank=rank,
+    delta_weight=delta_weight,
+    delta_bias=lambda tensors: None,
+    delta_output=delta_output,
+)

@@ -1,0 +1,128 @@
+"""LoKr: `W' = W + scale * kron(w1, w2)`, either factor whole or itself of low rank.
+
+Edalati et al., "KronA", arXiv 2212.10650; as an adapter in LyCORIS (Yeh et al., arXiv 2309.14859). Tensor layout:
+KohakuBlueleaf/LyCORIS f49d30d `lycoris/modules/lokr.py`. With out = o1 x o2 and in / groups = i1 x i2:
+
+| factor | whole | of low rank |
+|---|---|---|
+| w1 | `lokr_w1` (o1, i1) | `lokr_w1_a` (o1, rank), `lokr_w1_b` (rank, i1) |
+| w2 | `lokr_w2` (o2, i2, *kernel) | `lokr_w2_a` (o2, rank), `lokr_w2_b` (rank, i2 x kernel) |
+| w2 with a Tucker core `lokr_t2` (rank, rank, *kernel) | | `lokr_w2_a` (rank, o2), `lokr_w2_b` (rank, i2) |
+
+The sizes come from the tensors, never from a "factor" in metadata, which libraries read differently. Alpha applies only
+where a factor is of low rank: with two whole factors LyCORIS and its relatives write an alpha and ignore it.
+"""
+
+import torch
+from torch import Tensor
+
+from diffadapt.errors import AdapterError
+from diffadapt.kind import AdapterType, Tensors
+from diffadapt.layer import LayerSpec, add, scaled, shape_of
+
+_TENSORS = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+
+
+def fit(tensors: Tensors, layer: LayerSpec) -> dict[str, Tensor]:
+    """Tensors of a file, checked: both factors complete, and their Kronecker product of the layer's shape."""
+    for number in "12":
+        whole, parts = f"lokr_w{number}", {f"lokr_w{number}_a", f"lokr_w{number}_b"}
+        if (whole in tensors) == bool(parts & set(tensors)) or 0 < len(parts & set(tensors)) < 2:
+            raise AdapterError(f"{whole}, or {whole}_a and {whole}_b expected, {', '.join(sorted(tensors))} found")
+    shapes = {name: shape_of(tensor) for name, tensor in tensors.items()}
+    fitted = dict(tensors)
+    if any(len(shape) < 2 or 0 in shape for shape in shapes.values()):
+        raise AdapterError(f"factors have shapes {shapes}, expected matrices")
+    if "lokr_w2_b" in tensors and "lokr_t2" not in tensors:
+        fitted["lokr_w2_a"], fitted["lokr_w2_b"] = tensors["lokr_w2_a"].flatten(1), tensors["lokr_w2_b"].flatten(1)
+    try:
+        w1, w2 = _w1(fitted), _w2(fitted, layer)
+    except RuntimeError:
+        raise AdapterError(f"factors of shapes {shapes} cannot be multiplied for {layer.weight_shape}") from None
+    rows, columns = w1.shape[0] * w2.shape[0], w1.shape[1] * w2.shape[1]
+    if w1.ndim != 2 or (rows, columns, *w2.shape[2:]) != layer.weight_shape:
+        found = (rows, columns, *w2.shape[2:])
+        raise AdapterError(f"factors of shapes {shapes} multiply to {found}, expected {layer.weight_shape}")
+    return fitted
+
+
+def init(layer: LayerSpec, rank: int, generator: torch.Generator | None, bias: bool) -> dict[str, Tensor]:
+    """Balanced factors: a random whole `w1` and a low-rank `w2` with a zero `w2_a` (whole where rank is no saving)."""
+    if bias:
+        raise AdapterError("LoKr has no bias")
+    (o1, o2), (i1, i2) = (_balanced(size) for size in layer.weight_shape[:2])
+    taps = layer.fan_in // layer.weight_shape[1]
+    tensors = {"lokr_w1": torch.randn(o1, i1, generator=generator) / i1**0.5}
+    if 2 * rank >= max(o2, i2):
+        tensors["lokr_w2"] = torch.zeros(o2, i2, *layer.kernel)
+        return tensors
+    tensors["lokr_w2_a"] = torch.zeros(o2, rank)
+    tensors["lokr_w2_b"] = torch.randn(rank, i2 * taps, generator=generator) / (i2 * taps) ** 0.5
+    return tensors
+
+
+def rank(tensors: Tensors) -> int | None:
+    """Rank of the decomposed factor; `None` if both are whole, where alpha does not apply."""
+    for name in ("lokr_w1_b", "lokr_w2_b"):
+        if name in tensors:
+            return tensors[name].shape[0]
+    return None
+
+
+def delta_weight(tensors: Tensors, layer: LayerSpec) -> Tensor:
+    """The Kronecker product, in the canonical weight shape."""
+    w1, w2 = _w1(tensors), _w2(tensors, layer)
+    return torch.kron(w1.reshape(*w1.shape, *(1,) * len(layer.kernel)), w2)
+
+
+def delta_output(tensors: Tensors, layer: LayerSpec, input: Tensor, gate: Tensor, onto: Tensor | None = None) -> Tensor:
+    """`w2` on every block of the input, then `w1` across the blocks: the product itself is never built."""
+    if layer.kind == "embedding" or layer.groups > 1:
+        # A row of the product is as cheap as it gets; groups cut across the blocks.
+        delta = scaled(layer.op(input, delta_weight(tensors, layer)), gate)
+        return delta if onto is None else add(delta, onto)
+    w1, w2 = _w1(tensors), _w2(tensors, layer)
+    w1 = scaled(w1, gate)
+    if layer.kind == "linear":
+        blocks = torch.nn.functional.linear(input.unflatten(-1, (w1.shape[1], -1)), w2)
+        delta = torch.einsum("oi,...ip->...op", w1, blocks).flatten(-2)
+    else:
+        batched = input if input.ndim == len(layer.kernel) + 2 else input.unsqueeze(0)
+        blocks = layer.op(batched.unflatten(1, (w1.shape[1], -1)).flatten(0, 1), w2)
+        delta = torch.einsum("oi,nip...->nop...", w1, blocks.unflatten(0, (-1, w1.shape[1]))).flatten(1, 2)
+        delta = delta if input.ndim == batched.ndim else delta.squeeze(0)
+    return delta if onto is None else add(delta, onto)
+
+
+def _w1(tensors: Tensors) -> Tensor:
+    return tensors["lokr_w1"] if "lokr_w1" in tensors else tensors["lokr_w1_a"] @ tensors["lokr_w1_b"]
+
+
+def _w2(tensors: Tensors, layer: LayerSpec) -> Tensor:
+    """`w2` as (o2, i2, *kernel)."""
+    if "lokr_w2" in tensors:
+        w2 = tensors["lokr_w2"]
+        return w2.reshape(*w2.shape, *(1,) * len(layer.kernel)) if w2.ndim == 2 else w2
+    up, down = tensors["lokr_w2_a"], tensors["lokr_w2_b"]
+    if "lokr_t2" in tensors:
+        return torch.einsum("ij...,ip,jr->pr...", tensors["lokr_t2"], up, down).contiguous()
+    return (up @ down).view(up.shape[0], -1, *layer.kernel)
+
+
+def _balanced(size: int) -> tuple[int, int]:
+    """The factor pair of `size` nearest to its square root, the smaller first."""
+    small = next(divisor for divisor in range(int(size**0.5), 0, -1) if size % divisor == 0)
+    return small, size // small
+
+
+LOKR = AdapterType(
+    name="lokr",
+    tensors=_TENSORS,
+    identified_by=frozenset(_TENSORS),
+    fit=fit,
+    init=init,
+    rank=rank,
+    delta_weight=delta_weight,
+    delta_bias=lambda tensors: None,
+    delta_output=delta_output,
+)
