@@ -19,6 +19,7 @@ _PROMPTS = (
     "a yellow star on a blue background",
     "a green triangle on a black background",
 )
+_STEPS = 20
 _ZOOM = 2
 _LABEL_WIDTH = 190
 _MARGIN = 6
@@ -83,7 +84,9 @@ def _draw(pipe: Any, names: Sequence[str]) -> list[_Row]:
 def _generate(pipe: Any) -> np.ndarray[Any, Any]:
     """The prompts with fixed seeds, `(prompt, height, width, 3)` in 0..1."""
     generators = [torch.Generator().manual_seed(seed) for seed in range(len(_PROMPTS))]
-    result = pipe(list(_PROMPTS), generator=generators, num_inference_steps=20, guidance_scale=3.0, output_type="np")
+    result = pipe(
+        list(_PROMPTS), generator=generators, num_inference_steps=_STEPS, guidance_scale=3.0, output_type="np"
+    )
     return result.images
 
 

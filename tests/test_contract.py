@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from diffadapt.adapter import Adapter, AdapterLayer, CallScale
 from diffadapt.attach import attach_, detach_, refresh_
@@ -15,7 +16,6 @@ from diffadapt.kind import AdapterType
 from diffadapt.layer import LayerSpec
 from diffadapt.merge import merge_, unmerge_
 from diffadapt.types import TYPES, identify
-from transformers.pytorch_utils import Conv1D
 
 RANK = 4
 

@@ -1,0 +1,37 @@
+"""What every test runs under: one thread, a fixed seed, no traces of the last test."""
+
+import importlib
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+pytest.register_assert_rewrite("tests.compare")
+importlib.import_module("diffadapt")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    yield
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None:
+        dynamo.reset()
+
+
+@pytest.fixture
+def peft_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    """diffusers as it behaves where peft is not installed."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("diffusers.") and "USE_PEFT_BACKEND" in vars(module):
+            monkeypatch.setattr(module, "USE_PEFT_BACKEND", False)
