@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from diffadapt.errors import AdapterError
@@ -21,7 +21,7 @@ _PROMPTS = (
 )
 _STEPS = 20
 _ZOOM = 2
-_LABEL_WIDTH = 190
+_LABEL_WIDTH = 160
 _MARGIN = 6
 
 
@@ -95,12 +95,15 @@ def _grid(rows: Sequence[_Row]) -> Image.Image:
     step = size + _MARGIN
     grid = Image.new("RGB", (_LABEL_WIDTH + step * len(_PROMPTS), 40 + step * len(rows)), "white")
     draw = ImageDraw.Draw(grid)
+    font = ImageFont.load_default(size=13)
     for column, prompt in enumerate(_PROMPTS):
         words = prompt.split(" on ")
-        draw.text((_LABEL_WIDTH + column * step, 6), f"{words[0]}\non {words[1]}", fill="black")
+        draw.text(
+            (_LABEL_WIDTH + column * step, 6), f"{words[0]}\n{words[1].removeprefix('a ')}", fill="black", font=font
+        )
     for index, row in enumerate(rows):
         top = 40 + index * step
-        draw.text((8, top + size // 2 - 6), row.label, fill="black")
+        draw.text((8, top + size // 2 - 6), row.label, fill="black", font=font)
         for column, picture in enumerate(row.pictures):
             image = Image.fromarray((picture * 255).round().astype(np.uint8))
             grid.paste(image.resize((size, size), Image.Resampling.NEAREST), (_LABEL_WIDTH + column * step, top))
