@@ -97,10 +97,8 @@ def _grid(rows: Sequence[_Row]) -> Image.Image:
     draw = ImageDraw.Draw(grid)
     font = ImageFont.load_default(size=13)
     for column, prompt in enumerate(_PROMPTS):
-        words = prompt.split(" on ")
-        draw.text(
-            (_LABEL_WIDTH + column * step, 6), f"{words[0]}\n{words[1].removeprefix('a ')}", fill="black", font=font
-        )
+        label = prompt.replace(" on a ", "\n")
+        draw.text((_LABEL_WIDTH + column * step, 6), label, fill="black", font=font)
     for index, row in enumerate(rows):
         top = 40 + index * step
         draw.text((8, top + size // 2 - 6), row.label, fill="black", font=font)

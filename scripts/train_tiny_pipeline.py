@@ -350,9 +350,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--pictures", type=int, default=6000, help="pre-encoded pictures for the UNet")
     parser.add_argument("--vae-steps", type=int, default=1200)
-    parser.add_argument("--decoder-steps", type=int, default=1800)
+    parser.add_argument("--decoder-steps", type=int, default=3000)
     parser.add_argument("--text-steps", type=int, default=600)
-    parser.add_argument("--unet-steps", type=int, default=5500)
+    parser.add_argument("--unet-steps", type=int, default=8000)
     return parser.parse_args()
 
 

@@ -244,5 +244,6 @@ def draw(pipe: DiffusionPipeline | ModularPipeline, **options: Any) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         if isinstance(pipe, ModularPipeline):
-            return pipe(generator=generator, output="latents", output_type="latent", **options)
+            latents: Any = pipe(generator=generator, output="latents", output_type="latent", **options)
+            return latents
         return pipe(generator=generator, output_type="latent", **{"guidance_scale": 1.0, **options}).images
