@@ -143,6 +143,11 @@ class LayerSpec:
         hidden = self.op(input, self._per_group(down, up))
         return self.expand(scaled(hidden, gate), up, onto)
 
+    def dense(self, input: Tensor, weight: Tensor, gate: Tensor, onto: Tensor | None = None) -> Tensor:
+        """`onto + gate * op(input, weight)`, for changes that are cheapest as a whole; arguments as for `low_rank`."""
+        product = scaled(self.op(input, weight), gate)
+        return product if onto is None else add(product, onto)
+
     def product(self, down: Tensor, up: Tensor) -> Tensor:
         """`up @ down`, group by group, in the canonical weight shape; arguments as for `low_rank`."""
         down = self._per_group(down, up)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from diffadapt.errors import AdapterError
 from diffadapt.kind import AdapterType, Tensors
-from diffadapt.layer import LayerSpec, add, scaled, shape_of
+from diffadapt.layer import LayerSpec, shape_of
 
 _FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 _CORES = ("hada_t1", "hada_t2")
@@ -73,8 +73,7 @@ def delta_output(tensors: Tensors, layer: LayerSpec, input: Tensor, gate: Tensor
     """As a LoRA of rank r^2, or with the matrix itself where that has fewer elements than the factors."""
     rank = tensors["hada_w1_b"].shape[0]
     if rank**2 * (layer.out_features + layer.fan_in) > layer.out_features * layer.fan_in:
-        delta = scaled(layer.op(input, delta_weight(tensors, layer)), gate)
-        return delta if onto is None else add(delta, onto)
+        return layer.dense(input, delta_weight(tensors, layer), gate, onto)
     down, up = as_low_rank(tensors, layer)
     return layer.low_rank(input, down, up, gate, onto)
 

@@ -79,8 +79,7 @@ def delta_output(tensors: Tensors, layer: LayerSpec, input: Tensor, gate: Tensor
     """`w2` on every block of the input, then `w1` across the blocks: the product itself is never built."""
     if layer.kind == "embedding" or layer.groups > 1:
         # A row of the product is as cheap as it gets; groups cut across the blocks.
-        delta = scaled(layer.op(input, delta_weight(tensors, layer)), gate)
-        return delta if onto is None else add(delta, onto)
+        return layer.dense(input, delta_weight(tensors, layer), gate, onto)
     w1, w2 = _w1(tensors), _w2(tensors, layer)
     w1 = scaled(w1, gate)
     if layer.kind == "linear":
