@@ -7,7 +7,7 @@ import inspect
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -188,28 +188,31 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 class _EncodePrompt:
-    """Stands in for a pipeline's `encode_prompt` and hands its `lora_scale` to the text encoders' adapters.
+    """Stands in for an `encode_prompt` of diffusers and hands its `lora_scale` to the text encoders' adapters.
 
     diffusers keeps that scale for peft, and without peft it crashes on the text encoders of transformers 5.
     """
 
-    def __init__(self, pipe: Any) -> None:
+    def __init__(self, pipe: Any, owner: Any) -> None:
         self.pipe = pipe
+        self.owner = owner
 
     @classmethod
     def install(cls, pipe: Any) -> None:
         """Put it on `pipe` while one of its models carries adapters, and take it away afterwards."""
         adapted = any(bank_of(model) is not None for model in components_of(pipe).values())
-        encode = getattr(type(pipe), "encode_prompt", None)
-        if not adapted or encode is None:
-            if isinstance(pipe.__dict__.get("encode_prompt"), cls):
-                del pipe.__dict__["encode_prompt"]
-        elif "encode_prompt" not in pipe.__dict__ and "lora_scale" in inspect.signature(encode).parameters:
-            pipe.__dict__["encode_prompt"] = cls(pipe)
+        for owner in _prompt_encoders(pipe):
+            present = owner.__dict__.get("encode_prompt")
+            if not adapted and isinstance(present, cls):
+                del owner.__dict__["encode_prompt"]
+            elif adapted and present is None and "lora_scale" in inspect.signature(owner.encode_prompt).parameters:
+                owner.__dict__["encode_prompt"] = cls(pipe, owner)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        encode = type(self.pipe).encode_prompt
-        bound = inspect.signature(encode).bind(self.pipe, *args, **kwargs)
+        kind = type(self.owner)
+        # A method of pipelines, a static method of modular blocks.
+        encode = inspect.getattr_static(kind, "encode_prompt").__get__(self.owner, kind)
+        bound = inspect.signature(encode).bind(*args, **kwargs)
         scale = bound.arguments.get("lora_scale")
         if scale is not None and not diffusers_scales_with_peft():
             bound.arguments["lora_scale"] = None
@@ -223,6 +226,17 @@ class _EncodePrompt:
         finally:
             for bank in banks:
                 bank.call.outer = bank.call.value = None
+
+
+def _prompt_encoders(pipe: Any) -> Iterator[Any]:
+    """The pipeline and, if it is modular, its blocks, as far as they encode prompts."""
+    waiting = [pipe, getattr(pipe, "_blocks", None)]
+    while waiting:
+        owner = waiting.pop()
+        if hasattr(type(owner), "encode_prompt"):
+            yield owner
+        if owner is not pipe:
+            waiting.extend((getattr(owner, "sub_blocks", None) or {}).values())
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -13,7 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -66,7 +66,7 @@ def lora_file(unet: nn.Module) -> dict[str, Tensor]:
 
 
 @contextmanager
-def timed(figures: Figures, what: str) -> Iterator[None]:
+def timed(figures: Figures, what: str) -> Generator[None, None, None]:
     """Append the CPU milliseconds of the body to `figures[what]`; Python's collector runs before and not in it."""
     gc.collect()
     start = time.process_time()

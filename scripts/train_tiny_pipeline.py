@@ -4,7 +4,7 @@ No weights can be downloaded where the checks run, so the project carries its ow
 miniature, made of diffusers' and transformers' own classes. Without options this trains every stage and
 saves the pipeline; interrupted, the same command continues from the last checkpoint.
 
-    python scripts/train_tiny_pipeline.py                      # train, about 90 minutes on one CPU core
+    python scripts/train_tiny_pipeline.py                      # train, about 100 minutes on two CPU cores
     python scripts/train_tiny_pipeline.py --evaluate --grid sheet.png
 
 The stages: `vae` (encoder and decoder together), `decoder` (alone, against the now frozen encoder),
@@ -350,7 +350,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--pictures", type=int, default=6000, help="pre-encoded pictures for the UNet")
     parser.add_argument("--vae-steps", type=int, default=1200)
-    parser.add_argument("--decoder-steps", type=int, default=3000)
+    parser.add_argument("--decoder-steps", type=int, default=1800)
     parser.add_argument("--text-steps", type=int, default=600)
     parser.add_argument("--unet-steps", type=int, default=8000)
     return parser.parse_args()
