@@ -50,7 +50,7 @@ def run(pipeline: str | None = None, output: str = "demo.png") -> None:
         )
     from diffusers import StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, safety_checker=None)
+    pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     for file in files:
         print(pipe.load_adapter(file, activate=False), end="\n\n")  # pyright: ignore[reportAttributeAccessIssue]

@@ -168,7 +168,7 @@ def write_contact_sheet(folder: Path, path: Path, device: torch.device, seed: in
     sheet.save(path)
 
 
-def _wrap(text: str, width: int = 26) -> str:
+def _wrap(text: str, width: int = 24) -> str:
     lines = [""]
     for word in text.split():
         lines[-1:] = [lines[-1] + " " + word] if len(lines[-1] + word) < width else [lines[-1], word]

@@ -19,7 +19,7 @@ ADAPTERS = sorted((FOLDER / "adapters").glob("*.safetensors"))
 
 @pytest.fixture(scope="module")
 def pipe() -> Any:
-    pipe = StableDiffusionPipeline.from_pretrained(FOLDER, torch_dtype=torch.float32, safety_checker=None)
+    pipe = StableDiffusionPipeline.from_pretrained(FOLDER, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
