@@ -57,7 +57,7 @@ def lora_file(unet: nn.Module) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     tensors: dict[str, Tensor] = {}
     for path, module in unet.named_modules():
-        if path.endswith(ENDINGS):
+        if isinstance(module, nn.Linear) and path.endswith(ENDINGS):
             out, columns = module.weight.shape
             down, up = (torch.randn(shape, generator=generator) for shape in ((RANK, columns), (out, RANK)))
             tensors[f"unet.{path}.lora_A.weight"] = down.bfloat16()
