@@ -250,7 +250,10 @@ def _attentions(model: nn.Module, paths: Iterable[str]) -> Iterator[tuple[str, n
     for path in paths:
         parent_path = path.rpartition(".")[0]
         if parent_path not in parents:
-            parents[parent_path] = model.get_submodule(parent_path)
+            parent = model
+            for name in filter(None, parent_path.split(".")):
+                parent = parent._modules[name] or parent
+            parents[parent_path] = parent
         if hasattr(parents[parent_path], "fused_projections"):
             yield path, parents[parent_path]
 

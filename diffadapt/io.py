@@ -39,6 +39,7 @@ class Checkpoint:
         name: a name for the adapter, from the file's; `None` for a state dict.
         tensors: all tensors, or placeholders on the meta device when only headers were read.
         headers_only: which of the two.
+        mapped: the tensors are pages of a file, which may change on disk.
     """
 
     origin: str
@@ -46,6 +47,7 @@ class Checkpoint:
     tensors: Mapping[str, Tensor]
     header: Header
     headers_only: bool = False
+    mapped: bool = False
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ def _from_file(file: Path, name: str, config: Mapping[str, Any] | None, headers_
             metadata = opened.metadata() or {}
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise AdapterError(f"{file}: not a readable safetensors file ({error}); download or export it again") from error
-    return Checkpoint(str(file), name, tensors, Header(tuple(tensors), metadata, config), headers_only)
+    return Checkpoint(str(file), name, tensors, Header(tuple(tensors), metadata, config), headers_only, mapped=True)
 
 
 def _read_tensor(opened: Any, key: str, headers_only: bool) -> Tensor:

@@ -49,7 +49,8 @@ def load_adapter(
     """Load an adapter into this pipeline; it joins those already active.
 
     Args:
-        source: path of a file or folder, hub id, or a state dict.
+        source: path of a file or folder, hub id, or a state dict, whose tensors are not changed, and not copied where
+            dtype and device fit: do not write into them afterwards.
         name: default: from the file name, or "default_0", ... A name in use raises.
         scale: strength, or strengths by prefix as in `pipe.adapters.activate`.
         components: load into these only, and leave the rest of the file aside.
