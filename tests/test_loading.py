@@ -102,15 +102,32 @@ def test_pickle_with_a_safetensors_name_is_refused(tmp_path: Path) -> None:
         pipe.load_adapter(file)
 
 
-def test_state_dict_is_copied_and_not_kept() -> None:
+def test_state_dict_is_never_changed() -> None:
+    pipe = models.sd15()
+    tensors = files.peft_names(files.parts_for(pipe))
+    before = {key: tensor.clone() for key, tensor in tensors.items()}
+    base = draw(pipe)
+    pipe.load_adapter(tensors, "a", scale=0.5)
+    assert_differs(draw(pipe), base)
+    pipe.adapters.merge("a")
+    pipe.adapters.unmerge()
+    pipe.to(torch.bfloat16)
+    pipe.adapters.clear()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in tensors.items())
+    assert all(tensor.dtype == before[key].dtype for key, tensor in tensors.items())
+    assert not any(tensor.requires_grad for tensor in tensors.values())
+
+
+def test_file_may_change_after_loading(tmp_path: Path) -> None:
     pipe = models.sd15()
     parts = files.parts_for(pipe)
-    tensors = files.peft_names(parts)
-    pipe.load_adapter(tensors)
-    expected = baked(models.sd15, parts)
-    for tensor in tensors.values():
-        tensor.zero_()
-    assert_same(draw(pipe), expected)
+    file = tmp_path / "ink.safetensors"
+    files.write(file, files.peft_names(parts))
+    pipe.load_adapter(file)
+    with file.open("r+b") as opened:
+        opened.seek(file.stat().st_size // 2)
+        opened.write(bytes(file.stat().st_size // 2))
+    assert_same(draw(pipe), baked(models.sd15, parts))
 
 
 # The hub
