@@ -44,8 +44,8 @@ class AdapterLayer(nn.Module):
     spec: LayerSpec
     alpha: float | None
     dropout: float
-    gate: Tensor
-    call: CallScale
+    gate: Tensor  # given by the adapter
+    call: CallScale  # given when the adapter is attached
 
     def __init__(
         self,
@@ -124,16 +124,13 @@ class Adapter(nn.Module):
         active: whether it takes part in the forward.
     """
 
-    def __init__(
-        self, layers: Mapping[str, AdapterLayer], call: CallScale, metadata: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, layers: Mapping[str, AdapterLayer], metadata: Mapping[str, str] | None = None) -> None:
         super().__init__()
         self.layers = {path: layers[path] for path in sorted(layers)}
         self.metadata = dict(metadata or {})
         self.strength: float | Mapping[str, float] = 1.0
         self.active = False
         for path, layer in self.layers.items():
-            layer.__dict__["call"] = call
             self._graft(path, layer)
         self._scales = torch.tensor([layer.scale for layer in self.layers.values()], dtype=torch.float64)
         device = next((p.device for p in self.parameters() if p.device.type != "meta"), torch.device("cpu"))

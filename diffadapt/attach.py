@@ -165,12 +165,6 @@ def bank_of(model: nn.Module) -> Bank | None:
     return bank if isinstance(bank, Bank) else None
 
 
-def call_scale_for(model: nn.Module) -> CallScale:
-    """The call scale that adapter layers of `model` read: build an `Adapter` with it before attaching."""
-    bank = bank_of(model)
-    return CallScale() if bank is None else bank.call
-
-
 def attach_(model: nn.Module, name: str, adapter: Adapter, hosts: Mapping[str, nn.Module]) -> None:
     """Register `adapter` at the root of `model` and make its layers call it; it starts inactive.
 

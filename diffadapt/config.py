@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from diffadapt.adapter import Adapter, AdapterLayer
-from diffadapt.attach import attach_, bank_of, call_scale_for, refresh_
+from diffadapt.attach import attach_, bank_of, refresh_
 from diffadapt.errors import AdapterError
 from diffadapt.hooks import execution_device
 from diffadapt.targets import Targets
@@ -80,7 +80,7 @@ def add_adapter(model: nn.Module, config: LoraConfig, name: str = "default") -> 
     bank = bank_of(model)
     if bank is not None and bank.merged:
         raise AdapterError(f"{', '.join(bank.merged)} is merged into the weights; unmerge() before adding an adapter")
-    adapter = Adapter(layers, call_scale_for(model))
+    adapter = Adapter(layers)
     attach_(model, name, adapter, hosts)
     adapter.active = True
     refresh_(model)

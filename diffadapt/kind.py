@@ -29,9 +29,9 @@ class AdapterType:
         init: `(layer, rank, generator, bias)` -> float32 tensors of an adapter that changes nothing yet.
         rank: from the shapes; `None` where alpha does not apply to the type.
         delta_weight: canonical weight change at scale 1, in the dtype of the tensors.
-        delta_bias: bias change at scale 1, or `None`.
         delta_output: `onto + gate * op(input, delta_weight)`, plus the bias change, at the cost of the factors.
             Arguments: tensors, layer, input, gate (0-d float32), onto (may be overwritten without autograd).
+        delta_bias: bias change at scale 1, or `None`; most types have none.
     """
 
     name: str
@@ -41,5 +41,5 @@ class AdapterType:
     init: Callable[[LayerSpec, int, torch.Generator | None, bool], dict[str, Tensor]]
     rank: Callable[[Tensors], int | None]
     delta_weight: Callable[[Tensors, LayerSpec], Tensor]
-    delta_bias: Callable[[Tensors], Tensor | None]
     delta_output: Callable[[Tensors, LayerSpec, Tensor, Tensor, Tensor | None], Tensor]
+    delta_bias: Callable[[Tensors], Tensor | None] = lambda tensors: None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from diffadapt import families
 from diffadapt.adapter import Adapter, AdapterLayer
-from diffadapt.attach import attach_, call_scale_for, detach_
+from diffadapt.attach import attach_, detach_
 from diffadapt.errors import AdapterError, LoadError
 from diffadapt.formats import detect
 from diffadapt.formats.format import Alphas, Names, Place, Unused
@@ -116,7 +116,7 @@ def plan(
         else:
             _gather(groups, key, verdict, checkpoint.tensors[key], faults)
     broken = _non_finite(groups.values())
-    builder = _Builder(targets, alphas, dtype, headers_only=checkpoint.headers_only, mapped=checkpoint.mapped)
+    builder = _Builder(checkpoint, targets, alphas, dtype)
     layers: dict[str, dict[str, AdapterLayer]] = {}
     used = 0
     for (component, path), group in groups.items():
@@ -143,7 +143,7 @@ def attach_all_(models: Mapping[str, nn.Module], name: str, planned: Plan) -> di
     try:
         for component, layers in planned.layers.items():
             model = models[component]
-            adapter = Adapter(layers, call_scale_for(model), planned.checkpoint.header.metadata)
+            adapter = Adapter(layers, planned.checkpoint.header.metadata)
             modules = planned.targets[component].modules
             attach_(model, name, adapter, {path: modules[path] for path in layers})
             attached[component] = adapter
@@ -159,18 +159,15 @@ class _Builder:
 
     def __init__(
         self,
+        checkpoint: Checkpoint,
         targets: Mapping[str, Targets] | None,
         alphas: Alphas,
         dtype: torch.dtype | None,
-        *,
-        headers_only: bool,
-        mapped: bool,
     ) -> None:
+        self._checkpoint = checkpoint
         self._targets = targets
         self._alphas = alphas
         self._dtype = dtype
-        self._headers_only = headers_only
-        self._mapped = mapped
         self._homes: dict[str, tuple[torch.dtype, torch.device]] = {}
 
     def build(self, component: str, path: str, group: _Group) -> AdapterLayer:
@@ -190,11 +187,11 @@ class _Builder:
         alpha = _alpha(alpha_tensor, rank) if alpha_tensor is not None else None
         if alpha is None and rank is not None:
             alpha = self._alphas(component, group.written, rank)
-        if not self._headers_only:
+        if not self._checkpoint.headers_only:
             dtype, device = self._home(component)
             # A caller's tensors are taken as they are where they fit: a copy is half the time and twice the memory.
             fitted = {
-                name: tensor.detach().to(device=device, dtype=dtype, copy=self._mapped).contiguous()
+                name: tensor.detach().to(device=device, dtype=dtype, copy=self._checkpoint.mapped).contiguous()
                 for name, tensor in fitted.items()
             }
         return AdapterLayer(kind, spec, fitted, alpha)

@@ -197,20 +197,16 @@ class Adapters:
         for name, strength in wanted.items():
             scales.check(name, strength)
             strengths[name] = self._strengths(name, strength, self[name].components)
-        models = self._models()
-        for name, loaded in self._loaded().items():
-            for component, adapter in loaded.components.items():
-                adapter.active = name in wanted
-                if name in wanted:
-                    adapter.strength = wanted[name]
-                    adapter.set_strengths(strengths[name][component])
-        for model in models.values():
-            refresh_(model)
+        for name, strength in wanted.items():
+            for component, adapter in self[name].components.items():
+                adapter.strength = strength
+                adapter.set_strengths(strengths[name][component])
+        self._set_active(wanted)
 
     @contextmanager
     def disabled(self) -> Generator[None, None, None]:
         """The base model inside; on leaving, also by an exception, the state before."""
-        merged, active = self.merged, [name for name in self.names if self[name].active]
+        merged, active = self.merged, list(self.active)
         self.unmerge()
         self._set_active(())
         try:

@@ -72,7 +72,7 @@ def _changes(bank: Bank, names: tuple[str, ...]) -> list[_Change]:
             host = bank.hosts[path]
             gate = float(layer.gate)
             change = _change(changes, originals, host, path, "weight")
-            tensors = {key: _real(tensor, layer, key).to(change.total) for key, tensor in layer.tensors.items()}
+            tensors = {key: tensor.to(change.total) for key, tensor in layer.tensors.items()}
             delta = layer.spec.to_stored(layer.kind.delta_weight(tensors, layer.spec))
             change.total.add_(delta, alpha=gate)
             bias = layer.kind.delta_bias(tensors)
@@ -99,12 +99,6 @@ def _change(
         total = original.detach().to(device=tensor.device, dtype=wide, copy=True)
         changes[id(tensor)] = _Change(path, tensor, original, total)
     return changes[id(tensor)]
-
-
-def _real(tensor: Tensor, layer: nn.Module, name: str) -> Tensor:
-    if tensor.device.type == "meta":
-        return resting_tensor(layer, name) or tensor
-    return tensor
 
 
 def _rounded(path: str, change: _Change) -> Tensor:

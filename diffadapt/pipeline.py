@@ -26,7 +26,6 @@ _OWNERS = {
     "diffusers.pipelines.pipeline_utils": "DiffusionPipeline",
     "diffusers.modular_pipelines.modular_pipeline": "ModularPipeline",
 }
-_TEXT_ENCODER_ROLES = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 def load_adapter(

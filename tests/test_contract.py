@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from diffadapt.adapter import Adapter, AdapterLayer, CallScale
+from diffadapt.adapter import Adapter, AdapterLayer
 from diffadapt.attach import attach_, detach_, refresh_
 from diffadapt.kind import AdapterType
 from diffadapt.layer import LayerSpec
@@ -102,7 +102,7 @@ class Case:
         }
 
     def attach(self, tensors: dict[str, Tensor], name: str = "a", strength: float = 0.5) -> Adapter:
-        adapter = Adapter({"0": AdapterLayer(self.kind, self.spec, tensors, alpha=3.0, trainable=True)}, CallScale())
+        adapter = Adapter({"0": AdapterLayer(self.kind, self.spec, tensors, alpha=3.0, trainable=True)})
         attach_(self.root, name, adapter, {"0": self.root[0]})
         adapter.set_strengths([strength])
         adapter.active = True

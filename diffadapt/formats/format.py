@@ -111,11 +111,10 @@ class Names:
 
     def bare(self, path: str, name: str) -> Verdict:
         """The same for a dotted path that names no component: the denoiser, or whichever component has it."""
-        for component in (self.denoiser(), *(self.models or ())):
-            verdict = self.dotted(component, path, name)
-            if isinstance(verdict, Place):
-                return verdict
-        return self._missing(self.denoiser(), path)
+        owner = self.denoiser()
+        if self.models is not None and (owner not in self.models or self.models[owner].resolve(path) is None):
+            owner = next((other for other, targets in self.models.items() if targets.resolve(path)), owner)
+        return self.dotted(owner, path, name)
 
     def _missing(self, component: str, path: str) -> Unused:
         assert self.models is not None

@@ -103,6 +103,5 @@ LOHA = AdapterType(
     init=init,
     rank=rank,
     delta_weight=delta_weight,
-    delta_bias=lambda tensors: None,
     delta_output=delta_output,
 )

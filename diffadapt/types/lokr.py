@@ -122,6 +122,5 @@ LOKR = AdapterType(
     init=init,
     rank=rank,
     delta_weight=delta_weight,
-    delta_bias=lambda tensors: None,
     delta_output=delta_output,
 )
