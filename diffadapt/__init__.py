@@ -1,6 +1,6 @@
 """Adapters for diffusers pipelines: `import diffadapt`, then `pipe.load_adapter("anything.safetensors")`."""
 
-from diffadapt.config import LoraConfig, add_adapter
+from diffadapt.create import add_adapter
 from diffadapt.errors import AdapterError, LoadError
 from diffadapt.inspection import inspect
 from diffadapt.io import read_pickle
@@ -9,14 +9,21 @@ from diffadapt.pipeline import adapters_of as adapters
 from diffadapt.pipeline import install
 from diffadapt.pipeline import load_adapter_into_model as load_adapter
 from diffadapt.report import Report
+from diffadapt.types.loha import LoHaConfig
+from diffadapt.types.lokr import LoKrConfig
+from diffadapt.types.lora import LoraConfig
+from diffadapt.types.oft import OFTConfig
 
 __version__ = "0.1.0"
 __all__ = [
     "AdapterError",
     "Adapters",
+    "LoHaConfig",
+    "LoKrConfig",
     "LoadError",
     "LoadedAdapter",
     "LoraConfig",
+    "OFTConfig",
     "Report",
     "adapters",
     "add_adapter",

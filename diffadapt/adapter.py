@@ -10,18 +10,21 @@ adapter is one write and never a recompile. The call scale is diffusers' per-cal
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffadapt.hooks import FLOAT8
-from diffadapt.kind import AdapterType
+from diffadapt.hooks import FLOAT8, decoded, resting_tensor
+from diffadapt.kind import AdapterType, Stage, Surroundings, Tensors
 from diffadapt.layer import LayerSpec
 
 BANK = "diffadapt"
 """Name of the child module that holds a model's adapters."""
+
+_PATCH_DELTA = "patch_delta"
 
 
 class CallScale:
@@ -37,34 +40,112 @@ class CallScale:
         self.outer: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Dropout:
+    """Probabilities while training, see `AdapterConfig` and `RankedConfig`."""
+
+    input: float = 0.0
+    rank: float = 0.0
+    module: float = 0.0
+
+
+_NO_DROPOUT = Dropout()
+
+
+class Ready(NamedTuple):
+    """An adapter layer for one call: prepared tensors on the call's device, and the number they are scaled with."""
+
+    layer: "AdapterLayer"
+    tensors: Tensors
+    gate: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype the adapter computes in."""
+        return next(iter(self.layer.parameters())).dtype
+
+    def turned(self, vectors: Tensor, axis: int, transposed: bool = False) -> Tensor:
+        """`gate * (T - 1) vectors`, in the adapter's dtype."""
+        layer = self.layer
+        return layer.kind.turn(self.tensors, layer.spec, vectors.to(self.dtype), axis, self.gate, transposed)
+
+    def gained(self) -> Tensor:
+        """`gate * (s - 1)`, in float32 or wider."""
+        gain = self.layer.kind.gain(self.tensors)
+        return gain.to(torch.promote_types(gain.dtype, torch.float32)) * self.gate
+
+    def added(self, output: Tensor, input: Tensor) -> Tensor:
+        """`output` plus the additive change for `input`. `output` may be overwritten."""
+        layer = self.layer
+        input = self.dropped(input)
+        if "patch" in layer.stages:
+            return layer.spec.dense(input, self.tensors[_PATCH_DELTA], self.gate, output)
+        return layer.kind.delta_output(self.tensors, layer.spec, input, self.gate, output)
+
+    def dropped(self, input: Tensor) -> Tensor:
+        """The input as the additive change sees it."""
+        layer = self.layer
+        if input.is_floating_point():
+            input = input.to(self.dtype)
+        if layer.training and layer.dropout.input and not layer.kind.blocks:
+            input = F.dropout(input, layer.dropout.input)
+        return input
+
+    def as_low_rank(self) -> tuple[Tensor, Tensor] | None:
+        """The additive change as factors, if it can share a product with others."""
+        layer = self.layer
+        if "add" not in layer.stages or (layer.training and layer.dropout.input):
+            return None
+        if layer.kind.delta_bias(self.tensors) is not None:
+            return None
+        return layer.kind.as_low_rank(self.tensors, layer.spec)
+
+
 class AdapterLayer(nn.Module):
-    """The part of an adapter that belongs to one layer. Called with tensors only: accelerate moves what is called."""
+    """The part of an adapter that belongs to one layer: its tensors, and how they get ready for a call.
+
+    What the layer computes with them is in `compose.py`.
+    """
 
     kind: AdapterType
     spec: LayerSpec
     alpha: float | None
-    dropout: float
+    dropout: Dropout
+    settings: Mapping[str, float]
+    stages: tuple[Stage, ...]
     gate: Tensor  # given by the adapter
     call: CallScale  # given when the adapter is attached
+    host: nn.Module  # given when the adapter is attached
+    _kept: "_Kept | None"
 
     def __init__(
         self,
         kind: AdapterType,
         spec: LayerSpec,
-        tensors: Mapping[str, Tensor],
+        tensors: Tensors,
         alpha: float | None = None,
         *,
+        settings: Mapping[str, float] | None = None,
         trainable: bool = False,
-        dropout: float = 0.0,
+        dropout: Dropout = _NO_DROPOUT,
     ) -> None:
         """
         Args:
             tensors: what `kind.fit` or `kind.init` returned; they become this module's parameters as they are.
             alpha: `None` means the rank, which makes the scale 1.
+            settings: numbers of the type that are no tensors; the others have the type's defaults.
         """
         super().__init__()
         # Plain attributes, set without nn.Module's search for parameters: it is a fifth of the time of loading a file.
-        self.__dict__.update(kind=kind, spec=spec, alpha=alpha, dropout=dropout)
+        self.__dict__.update(
+            kind=kind,
+            spec=spec,
+            alpha=alpha,
+            dropout=dropout,
+            settings={**kind.settings, **(settings or {})},
+            stages=kind.stages(tensors, spec),
+            _kept=None,
+        )
         for name, tensor in tensors.items():
             self._parameters[name] = nn.Parameter(tensor, requires_grad=trainable)
 
@@ -81,26 +162,74 @@ class AdapterLayer(nn.Module):
     @property
     def scale(self) -> float:
         """`alpha / rank`; 1 where the file gives no alpha or the type has no rank."""
-        rank = self.rank
-        return 1.0 if rank is None or self.alpha is None else self.alpha / rank
+        rank = self.rank or self.settings.get("rank")
+        return 1.0 if not rank or self.alpha is None else self.alpha / rank
 
-    def forward(self, output: Tensor, input: Tensor) -> Tensor:
-        """`output` of the layer for `input`, plus this adapter's change. `output` may be overwritten."""
-        tensors = self.tensors
-        home = next(iter(tensors.values()))
-        dtype, gate = home.dtype, self.gate
-        if home.device != output.device:
+    @property
+    def is_additive(self) -> bool:
+        """Whether the layer's own result stays as it is and something is added to it."""
+        return "add" in self.stages and len(self.stages) == 1
+
+    def ready(self, device: torch.device) -> Ready:
+        """Tensors and gate for one call on `device`."""
+        tensors, gate = self._prepared(), self.gate
+        # Not with .device of the parameters: a prepared tensor may be a buffer that was kept elsewhere.
+        if next(iter(tensors.values())).device != device:
             # The layer's weights come and go by someone's offloading; ours follow for this call.
-            tensors = {name: tensor.to(output.device, non_blocking=True) for name, tensor in tensors.items()}
-        if gate.device != output.device:
-            gate = gate.to(output.device)
+            tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+        if gate.device != device:
+            gate = gate.to(device)
         if self.call.value is not None:
-            gate = gate * self.call.value.to(gate.device)
-        if input.is_floating_point():
-            input = input.to(dtype)
-        if self.training and self.dropout:
-            input = F.dropout(input, self.dropout)
-        return self.kind.delta_output(tensors, self.spec, input, gate, output)
+            gate = gate * self.call.value.to(device)
+        if self.training:
+            tensors, gate = self._dropped(tensors, gate)
+        return Ready(self, tensors, gate)
+
+    def prepared(self, weight: Callable[[], Tensor], dtype: torch.dtype | None = None) -> Tensors:
+        """What `kind.prepare` makes of the tensors, for a layer with this weight, in `dtype`."""
+        tensors: Tensors = self.tensors
+        if dtype is not None:
+            tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+        prepared = self.kind.prepare(tensors, self.spec, Surroundings(self.settings, self.scale, weight))
+        if "patch" not in self.stages:
+            return prepared
+        # A rotation of whole patches cannot be applied to the input, where patches overlap.
+        rows = weight().to(next(iter(tensors.values()))).flatten(1)
+        one = torch.ones((), device=rows.device)
+        delta = self.kind.turn(prepared, self.spec, rows, 1, one, True)
+        return {**prepared, _PATCH_DELTA: delta.view(self.spec.weight_shape)}
+
+    def base_weight(self) -> Tensor:
+        """The layer's own weight, canonical and decoded."""
+        return self.spec.to_stored(decoded(self.host, "weight"))
+
+    def _prepared(self) -> Tensors:
+        if not self.kind.is_prepared and "patch" not in self.stages:
+            return self.tensors
+        # In training, tensors may be written past autograd's version counters (`.data` of an averaged model); in a
+        # compiled graph there are no versions to compare.
+        if torch.compiler.is_compiling() or any(t.requires_grad or t.is_inference() for t in self.tensors.values()):
+            return self.prepared(self.base_weight)
+        if self._kept is None or not self._kept.is_current(self):
+            with torch.inference_mode(False), torch.no_grad():
+                self.__dict__["_kept"] = _Kept.of(self)
+        assert self._kept is not None
+        return self._kept.tensors
+
+    def _dropped(self, tensors: Tensors, gate: Tensor) -> tuple[Tensors, Tensor]:
+        dropout, changed = self.dropout, dict(tensors)
+        if dropout.rank:
+            for name, axis in self.kind.masked.items():
+                if name in changed:
+                    mask = _slices(changed[name], axis, dropout.rank) / (1 - dropout.rank)
+                    changed[name] = changed[name] * mask
+        if dropout.input:
+            for name, axis in self.kind.blocks.items():
+                if name in changed:
+                    changed[name] = changed[name] * _slices(changed[name], axis, dropout.input)
+        if dropout.module:
+            gate = gate * (torch.rand((), device=gate.device) >= dropout.module)
+        return changed, gate
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         # A state dict of the adapted model is the base model's and says nothing of adapters.
@@ -110,6 +239,56 @@ class AdapterLayer(nn.Module):
     def extra_repr(self) -> str:
         shapes = ", ".join(f"{name}={tuple(tensor.shape)}" for name, tensor in self.tensors.items())
         return f"{self.kind.name}, {shapes}, scale={self.scale:g}"
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Prepared tensors, and what they were made from.
+
+    Attributes:
+        sources: tensors, with version, storage and dtype at that time.
+        used_weight: the layer's own weight is among the sources.
+    """
+
+    tensors: Tensors
+    sources: tuple[tuple[Tensor, Any], ...]
+    used_weight: bool
+
+    @classmethod
+    def of(cls, layer: AdapterLayer) -> "_Kept":
+        read: list[Tensor] = []
+
+        def weight() -> Tensor:
+            read.append(layer.base_weight())
+            return read[0]
+
+        tensors = layer.prepared(weight)
+        return cls(tensors, cls._sources(layer, bool(read)), bool(read))
+
+    def is_current(self, layer: AdapterLayer) -> bool:
+        now = self._sources(layer, self.used_weight)
+        return len(now) == len(self.sources) and all(
+            tensor is kept and state == was for (tensor, state), (kept, was) in zip(now, self.sources, strict=True)
+        )
+
+    @staticmethod
+    def _sources(layer: AdapterLayer, with_weight: bool) -> tuple[tuple[Tensor, Any], ...]:
+        sources: list[tuple[Tensor, Any]] = [
+            (tensor, (tensor._version, tensor.data_ptr(), tensor.dtype)) for tensor in layer.tensors.values()
+        ]
+        if with_weight:
+            weight = resting_tensor(layer.host, "weight")
+            # Not its storage: casting and offloading hooks give it a new one in every forward.
+            if weight is not None:
+                sources.append((weight, None if weight.is_inference() else (weight._version, weight.dtype)))
+        return tuple(sources)
+
+
+def _slices(tensor: Tensor, axis: int, probability: float) -> Tensor:
+    """Ones, and zeros for the slices along `axis` that are dropped; they broadcast over `tensor`."""
+    shape = [1] * tensor.ndim
+    shape[axis] = tensor.shape[axis]
+    return (torch.rand(shape, device=tensor.device) >= probability).to(tensor.dtype)
 
 
 class Adapter(nn.Module):

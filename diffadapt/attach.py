@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffadapt import compose
 from diffadapt.adapter import BANK, Adapter, AdapterLayer, CallScale
 from diffadapt.errors import AdapterError
 from diffadapt.hooks import diffusers_scales_with_peft, is_bypassed
@@ -33,17 +34,10 @@ class Adapted:
     _diffadapt_active: tuple[AdapterLayer, ...]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().__call__(*args, **kwargs)  # type: ignore[misc]
         active = self._diffadapt_active
         if not active:
-            return output
-        input = args[0] if args else next(iter(kwargs.values()))
-        if self._forward_hooks:  # type: ignore[attr-defined]
-            # Somebody may have kept the base output; adapter layers are allowed to overwrite theirs.
-            output = output.clone()
-        for layer in active:
-            output = layer(output, input)
-        return output
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        return compose.run(active, self, super().__call__, args, kwargs)  # type: ignore[misc,arg-type]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Pickle finds classes by name, and the dynamic class has none: name the layer's own class instead.
@@ -197,8 +191,9 @@ def attach_(model: nn.Module, name: str, adapter: Adapter, hosts: Mapping[str, n
         model._modules[BANK] = bank
         model.register_forward_pre_hook(bank.before_call, with_kwargs=True)
         model.register_forward_hook(bank.after_call)
-    for layer in adapter.layers.values():
+    for path, layer in adapter.layers.items():
         layer.__dict__["call"] = bank.call
+        layer.__dict__["host"] = hosts[path]
     bank.hosts.update((path, hosts[path]) for path in adapter.layers)
     bank.attentions.update(_attentions(model, adapter.layers))
     bank._modules[name] = adapter.train(model.training)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffadapt.errors import AdapterError
+
 FLOAT8: frozenset[torch.dtype] = frozenset(
     getattr(torch, name)
     for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
@@ -66,6 +68,40 @@ def resting_tensor(layer: nn.Module, name: str) -> Tensor | None:
         if weights is not None and name in weights:
             return weights[name]
     return parameter
+
+
+def decoded(layer: nn.Module, name: str) -> Tensor:
+    """Parameter `name` of `layer` as numbers: float32, or float64 if the layer has that. Never the parameter itself.
+
+    Raises:
+        AdapterError: it is quantised in a way that cannot be decoded here, or its values are nowhere.
+    """
+    tensor = resting_tensor(layer, name)
+    if tensor is None or tensor.device.type == "meta":
+        raise AdapterError(f"the {name} of the {type(layer).__name__} is on the meta device; load the weights first")
+    tensor = tensor.detach()
+    if tensor.dtype != torch.float64:
+        tensor = _dequantised(layer, name, tensor).to(torch.float32)
+    return tensor
+
+
+def _dequantised(layer: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    kind = type(getattr(layer, name)).__name__
+    if kind in ("Params4bit", "Int8Params"):
+        from diffusers.quantizers.bitsandbytes import dequantize_bnb_weight
+
+        return dequantize_bnb_weight(getattr(layer, name), state=getattr(layer, "state", None))
+    if kind == "GGUFParameter":
+        from diffusers.quantizers.gguf.utils import dequantize_gguf_tensor
+
+        return dequantize_gguf_tensor(getattr(layer, name))
+    if tensor.is_quantized or (not isinstance(tensor, nn.Parameter) and type(tensor) is not Tensor):
+        return tensor.dequantize()
+    if not tensor.is_floating_point():
+        raise AdapterError(
+            f"the {name} of the {type(layer).__name__} is quantised ({tensor.dtype}) and this adapter needs its values"
+        )
+    return tensor
 
 
 def is_bypassed(attention: nn.Module, name: str) -> bool:

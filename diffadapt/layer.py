@@ -1,4 +1,4 @@
-"""Geometry of the layers an adapter can sit on: Linear, Conv1d-3d, Embedding.
+"""Geometry of the layers an adapter can sit on: Linear, Conv1d-3d, Embedding, norms.
 
 A type's formula is written once against `LayerSpec`, whatever the layer. Weights here are *canonical*:
 `(out, in / groups, *kernel)`. Layers that store the transpose (`nn.Embedding`, transformers' `Conv1D`) are
@@ -7,11 +7,13 @@ canonical too, and only `to_stored` knows the difference.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+LayerKind: TypeAlias = Literal["linear", "conv", "embedding", "norm"]
 
 _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -21,15 +23,17 @@ class LayerSpec:
     """What a formula needs to know of one layer, and the two operations formulas are built from.
 
     Attributes:
-        kind: "linear", "conv" or "embedding".
+        kind: "linear", "conv", "embedding" or "norm" (layer, group or RMS norm with a weight).
         out_features: rows of the canonical weight (output channels; embedding dimension).
         in_features: columns of the canonical weight before grouping (input channels; number of embeddings).
         kernel: spatial kernel of a convolution, empty otherwise.
         transposed: the layer stores its weight as `(in, out)`.
         output_scale: constant the layer multiplies its own output with (scaled word embeddings).
+        norm_groups: of a group norm; 0 for a layer norm, -1 for an RMS norm.
+        eps: of a norm.
     """
 
-    kind: Literal["linear", "conv", "embedding"]
+    kind: LayerKind
     out_features: int
     in_features: int
     kernel: tuple[int, ...] = ()
@@ -40,6 +44,8 @@ class LayerSpec:
     padding_mode: str = "zeros"
     transposed: bool = False
     output_scale: float = 1.0
+    norm_groups: int = 0
+    eps: float = 0.0
 
     @classmethod
     def of(cls, module: nn.Module) -> "LayerSpec | None":
@@ -64,6 +70,10 @@ class LayerSpec:
                 module.groups,
                 module.padding_mode,
             )
+        norm = _norm(module)
+        if norm is not None:
+            size, groups, eps = norm
+            return cls("norm", size, size, norm_groups=groups, eps=eps)
         if _is_transposed_linear(module):
             rows, columns = cast(Tensor, module.weight).shape
             return cls("linear", int(columns), int(rows), transposed=True)
@@ -75,7 +85,9 @@ class LayerSpec:
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
-        """Canonical `(out, in / groups, *kernel)`."""
+        """Canonical `(out, in / groups, *kernel)`; `(out,)` for a norm."""
+        if self.kind == "norm":
+            return (self.out_features,)
         return (self.out_features, self.in_features // self.groups, *self.kernel)
 
     @property
@@ -100,6 +112,8 @@ class LayerSpec:
         if self.kind == "embedding":
             output = F.embedding(input, weight.t())
             return output if self.output_scale == 1.0 else output * self.output_scale
+        if self.kind == "norm":
+            return self._normalised(input, weight)
         padding: Any = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._pad_widths(), mode=self.padding_mode)
@@ -137,10 +151,11 @@ class LayerSpec:
         Args:
             down: `(rank, in / groups, *kernel)`.
             up: `(out, rank)`, or `(out, rank / groups)` if every group has its own part of `down`.
-            gate: 0-d.
+            gate: 0-d, or one number per rank.
             onto: see `expand`.
         """
         hidden = self.op(input, self._per_group(down, up))
+        gate = gate if gate.ndim == 0 else self.along_channels(gate)
         return self.expand(scaled(hidden, gate), up, onto)
 
     def dense(self, input: Tensor, weight: Tensor, gate: Tensor, onto: Tensor | None = None) -> Tensor:
@@ -156,6 +171,23 @@ class LayerSpec:
             down.reshape(self.groups, down.shape[0] // self.groups, -1),
         )
         return blocks.reshape(self.weight_shape)
+
+    @property
+    def channel_axis(self) -> int:
+        """Axis of the channels in what the layer takes and gives, counted from the end."""
+        return -1 - len(self.kernel)
+
+    def along_channels(self, values: Tensor) -> Tensor:
+        """One value per channel, so that it broadcasts over what the layer takes or gives."""
+        return values.view(-1, *(1,) * len(self.kernel))
+
+    def _normalised(self, input: Tensor, weight: Tensor) -> Tensor:
+        if self.norm_groups > 0:
+            return F.group_norm(input, self.norm_groups, weight, None, self.eps)
+        if self.norm_groups == 0:
+            return F.layer_norm(input, (self.out_features,), weight, None, self.eps)
+        wide = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
+        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(input.dtype) * weight
 
     def _per_group(self, down: Tensor, up: Tensor) -> Tensor:
         if self.groups == 1 or up.shape[1] != down.shape[0]:
@@ -173,6 +205,25 @@ class LayerSpec:
                 side = 0 if self.padding == "valid" else int(self.padding[axis])
                 widths += [side, side]
         return widths
+
+
+def layer_of(out: int, columns: int, kernel: tuple[int, ...] = ()) -> LayerSpec:
+    """The plainest layer of this shape: linear, or a convolution with stride 1 where there is a kernel."""
+    ones = (1,) * len(kernel)
+    return LayerSpec("conv" if kernel else "linear", out, columns, kernel, ones, (0,) * len(kernel), ones)
+
+
+def blockwise(vectors: Tensor, blocks: Tensor, axis: int) -> Tensor:
+    """A block-diagonal map of one axis: every stretch of b numbers along it, as a row, times its block.
+
+    Args:
+        vectors: any shape, with n x b numbers along `axis`.
+        blocks: (n, b, b).
+    """
+    if axis % vectors.ndim == vectors.ndim - 1:
+        return torch.einsum("...nb,nbc->...nc", vectors.unflatten(-1, blocks.shape[:2]), blocks).flatten(-2)
+    stretches = vectors.unflatten(axis, blocks.shape[:2]).flatten(axis % vectors.ndim + 2)
+    return torch.matmul(blocks.transpose(1, 2), stretches).reshape(vectors.shape)
 
 
 def shape_of(tensor: Tensor) -> tuple[int, ...]:
@@ -207,6 +258,22 @@ def _is_transposed_linear(module: nn.Module) -> bool:
     """transformers' `Conv1D`, told by its attributes so that transformers need not be imported."""
     weight = getattr(module, "weight", None)
     return hasattr(module, "nf") and isinstance(weight, Tensor) and weight.ndim == 2
+
+
+def _norm(module: nn.Module) -> tuple[int, int, float] | None:
+    """Size, groups and eps of a norm with a weight vector; RMS norms go by name: every library has its own."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 1:
+        return None
+    if isinstance(module, nn.GroupNorm):
+        return weight.numel(), module.num_groups, module.eps
+    if isinstance(module, nn.LayerNorm):
+        return weight.numel(), 0, module.eps
+    name = type(module).__name__
+    if name.endswith("RMSNorm") or name == "T5LayerNorm":
+        eps = getattr(module, "eps", getattr(module, "variance_epsilon", None))
+        return weight.numel(), -1, torch.finfo(torch.float32).eps if eps is None else float(eps)
+    return None
 
 
 def _is_leaf(module: nn.Module) -> bool:

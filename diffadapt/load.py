@@ -13,9 +13,10 @@ from diffadapt.adapter import Adapter, AdapterLayer
 from diffadapt.attach import attach_, detach_
 from diffadapt.errors import AdapterError, LoadError
 from diffadapt.formats import detect
-from diffadapt.formats.format import Alphas, Names, Place, Unused
+from diffadapt.formats.format import Alphas, Names, Place, Settings, Unused
 from diffadapt.hooks import FLOAT8, compute_dtype, execution_device
 from diffadapt.io import Checkpoint
+from diffadapt.kind import AdapterType
 from diffadapt.layer import LayerSpec
 from diffadapt.report import Report, explained
 from diffadapt.targets import Targets
@@ -102,7 +103,7 @@ def plan(
         wanted = None if components is None else set(components)
         targets = _targets(models, wanted)
         verdicts = format.locate(checkpoint.header, Names(targets))
-        alphas = format.alphas(checkpoint.header)
+        alphas, settings = format.alphas(checkpoint.header), format.settings(checkpoint.header)
     except AdapterError as error:
         raise LoadError(f"{checkpoint.origin}: {error}") from error
     faults: list[tuple[str, str]] = []
@@ -116,7 +117,7 @@ def plan(
         else:
             _gather(groups, key, verdict, checkpoint.tensors[key], faults)
     broken = _non_finite(groups.values())
-    builder = _Builder(checkpoint, targets, alphas, dtype)
+    builder = _Builder(checkpoint, targets, alphas, settings, dtype)
     layers: dict[str, dict[str, AdapterLayer]] = {}
     used = 0
     for (component, path), group in groups.items():
@@ -162,11 +163,13 @@ class _Builder:
         checkpoint: Checkpoint,
         targets: Mapping[str, Targets] | None,
         alphas: Alphas,
+        settings: Settings,
         dtype: torch.dtype | None,
     ) -> None:
         self._checkpoint = checkpoint
         self._targets = targets
         self._alphas = alphas
+        self._settings = settings
         self._dtype = dtype
         self._homes: dict[str, tuple[torch.dtype, torch.device]] = {}
 
@@ -181,12 +184,15 @@ class _Builder:
         for name, tensor in tensors.items():
             if not tensor.is_floating_point():
                 raise AdapterError(f"{name} has dtype {tensor.dtype}, expected a floating-point one")
-        spec = self._spec(component, path, tensors)
+        spec = self._spec(component, path, tensors, kind)
         fitted = kind.fit(tensors, spec)
         rank = kind.rank(fitted)
+        settings = dict(self._settings(component, group.written, kind.name))
         alpha = _alpha(alpha_tensor, rank) if alpha_tensor is not None else None
-        if alpha is None and rank is not None:
-            alpha = self._alphas(component, group.written, rank)
+        if alpha is None and (rank is not None or "rank" in settings):
+            alpha = self._alphas(component, group.written, rank or int(settings["rank"]))
+        if alpha is not None and kind.alpha_is is not None:
+            settings[kind.alpha_is], alpha = alpha, None
         if not self._checkpoint.headers_only:
             dtype, device = self._home(component)
             # A caller's tensors are taken as they are where they fit: a copy is half the time and twice the memory.
@@ -194,12 +200,12 @@ class _Builder:
                 name: tensor.detach().to(device=device, dtype=dtype, copy=self._checkpoint.mapped).contiguous()
                 for name, tensor in fitted.items()
             }
-        return AdapterLayer(kind, spec, fitted, alpha)
+        return AdapterLayer(kind, spec, fitted, alpha, settings=settings)
 
-    def _spec(self, component: str, path: str, tensors: Mapping[str, Tensor]) -> LayerSpec:
+    def _spec(self, component: str, path: str, tensors: Mapping[str, Tensor], kind: AdapterType) -> LayerSpec:
         if self._targets is not None:
-            return self._targets[component].spec(path)
-        return _spec_from_factors(tensors)
+            return self._targets[component].spec(path, kind.layers)
+        return kind.geometry(tensors)
 
     def _home(self, component: str) -> tuple[torch.dtype, torch.device]:
         if component not in self._homes:
@@ -254,15 +260,3 @@ def _non_finite(groups: Iterable[_Group]) -> set[str]:
         if not finite.all():
             broken |= {key for (key, _), ok in zip(found, finite.tolist(), strict=True) if not ok}
     return broken
-
-
-def _spec_from_factors(tensors: Mapping[str, Tensor]) -> LayerSpec:
-    """The layer that factors fit on, when there is no model to ask."""
-    down, up = tensors.get("lora_down"), tensors.get("lora_up")
-    if down is None or up is None or down.ndim < 2 or up.ndim < 2:
-        return LayerSpec("linear", 0, 0)
-    core = tensors.get("lora_mid", down)
-    kernel = tuple(core.shape[2:])
-    ones = (1,) * len(kernel)
-    kind = "conv" if kernel else "linear"
-    return LayerSpec(kind, up.shape[0], down.shape[1], kernel, ones, (0,) * len(kernel), ones)

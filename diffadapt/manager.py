@@ -343,6 +343,7 @@ def _states(adapter: Adapter) -> dict[str, LayerState]:
             rank=layer.rank,
             kernel_dims=len(layer.spec.kernel),
             is_embedding=layer.spec.kind == "embedding",
+            settings=layer.settings,
         )
         for path, layer in adapter.layers.items()
     }

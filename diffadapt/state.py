@@ -20,6 +20,7 @@ class LayerState:
     rank: int | None
     kernel_dims: int = 0
     is_embedding: bool = False
+    settings: Mapping[str, float] = field(default_factory=dict[str, float])
 
 
 @dataclass(frozen=True)

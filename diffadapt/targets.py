@@ -1,7 +1,7 @@
 """Module paths of a model: which of them a name in a file means, and which can carry an adapter."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 
 from torch import nn
@@ -9,9 +9,10 @@ from torch import nn
 from diffadapt.adapter import BANK
 from diffadapt.errors import AdapterError
 from diffadapt.hooks import is_bypassed
-from diffadapt.layer import LayerSpec
+from diffadapt.layer import LayerKind, LayerSpec
 
 _CLIP_LEVEL = "text_model."
+_CARRIERS: tuple[LayerKind, ...] = ("linear", "conv", "embedding", "norm")
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -67,8 +68,8 @@ class Targets:
         path = self.flattened.get(flat) or self.flattened.get(other)
         return None if path is None else self.resolve(path)
 
-    def spec(self, path: str) -> LayerSpec:
-        """Geometry of the layer at `path`.
+    def spec(self, path: str, kinds: Collection[LayerKind] = _CARRIERS) -> LayerSpec:
+        """Geometry of the layer at `path`, for an adapter that can sit on layers of these `kinds`.
 
         Raises:
             AdapterError: no adapter can sit there, and why.
@@ -81,8 +82,8 @@ class Targets:
         if is_bypassed(parent, name):
             raise AdapterError("its projections are fused, so it is never called; call unfuse_qkv_projections() first")
         spec = LayerSpec.of(module)
-        if spec is None:
-            raise AdapterError(f"a {type(module).__name__} cannot carry an adapter")
+        if spec is None or spec.kind not in kinds:
+            raise AdapterError(f"a {type(module).__name__} cannot carry {'an' if spec is None else 'this'} adapter")
         return spec
 
     def select(self, wanted: str | Sequence[str], excluded: str | Sequence[str] = ()) -> dict[str, nn.Module]:

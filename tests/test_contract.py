@@ -4,20 +4,45 @@ A new type is covered as soon as it is in the registry.
 """
 
 from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from diffadapt import compose
 from diffadapt.adapter import Adapter, AdapterLayer
 from diffadapt.attach import attach_, detach_, refresh_
+from diffadapt.errors import AdapterError
 from diffadapt.kind import AdapterType
 from diffadapt.layer import LayerSpec
 from diffadapt.merge import merge_, unmerge_
-from diffadapt.types import TYPES, identify
+from diffadapt.types import TYPES, for_config, identify
 
 RANK = 4
+Variant: TypeAlias = tuple[AdapterType, dict[str, Any]]
+
+OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "lora": [{"rank": RANK, "bias": True}, {"rank": RANK, "use_tucker": True}],
+    "dora": [{"rank": RANK, "use_dora": True}, {"rank": RANK, "use_dora": True, "dora_axis": "input"}],
+    "loha": [{"rank": 2}, {"rank": RANK, "use_tucker": True}],
+    "dora-loha": [{"rank": 2, "use_dora": True}, {"rank": RANK, "use_dora": True, "dora_axis": "input"}],
+    "lokr": [{"full_matrix": True}, {"rank": 1, "factor": 2}, {"rank": 1, "factor": 2, "decompose_both": True}],
+    "dora-lokr": [{"rank": 1, "use_dora": True}, {"rank": 1, "use_dora": True, "dora_axis": "input"}],
+    "oft": [
+        {"block_size": 2},
+        {"num_blocks": 1, "neumann_terms": 0},
+        {"block_size": 2, "block_share": True, "coft_eps": 0.5},
+        {"block_size": 2, "side": "output", "rescale": True},
+        {"num_blocks": 2, "side": "output", "constraint": 0.1},
+    ],
+}
+"""Settings that the promises are checked with; a type that is not here is checked with its defaults."""
+
+VARIANTS = [(kind, options) for kind in TYPES for options in OPTIONS.get(kind.name, [{}])]
+DETACHED = ("dora", "dora-loha", "dora-lokr")
+"""Types that keep a part of their formula from autograd, as their papers say."""
 
 
 class ScaledEmbedding(nn.Embedding):
@@ -67,32 +92,49 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[torch.Generator], Ten
 }
 
 pytestmark = [
-    pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.name),
+    pytest.mark.parametrize(
+        "variant",
+        VARIANTS,
+        ids=lambda variant: "-".join([variant[0].name, *(f"{k}={v}" for k, v in variant[1].items())]),
+    ),
     pytest.mark.parametrize("layer", LAYERS),
 ]
+
+
+def refuses(kind: AdapterType, options: dict[str, Any], layer: str) -> bool:
+    """Layers a variant has no meaning on; everything else has to work."""
+    groups = "grouped" in layer or "depthwise" in layer
+    if kind.name == "oft":
+        # Neither a rotation across groups nor one of token numbers exists, and 7 tokens have no blocks of 2.
+        return groups
+    if layer.startswith("embedding"):
+        return options.get("dora_axis") == "input" or bool(options.get("bias"))
+    return groups and bool(options.get("use_tucker")) and kind.name == "lora"
 
 
 class Case:
     """A root with one layer, seeded input, and tensors of a type for it."""
 
-    def __init__(self, kind: AdapterType, layer: str, *, bias: bool = True) -> None:
+    def __init__(self, variant: Variant, layer: str) -> None:
         self.generator = torch.Generator().manual_seed(7)
         make, draw = LAYERS[layer]
         self.root = nn.Sequential(make()).double()
         for parameter in self.root.parameters():
             parameter.data.copy_(torch.randn(parameter.shape, generator=self.generator, dtype=torch.float64))
-        self.kind = kind
+        self.kind, options = variant
+        if layer == "linear-no-bias":
+            options = {**options, "bias": False} if options.get("bias") else options
+        self.config = self.kind.config(target_modules=["0"], **options)
         self.spec = LayerSpec.of(self.root[0]) or pytest.fail("no adapter can sit here")
         self.input = draw(self.generator)
-        self.bias = (
-            bias
-            and kind.name == "lora"
-            and self.spec.kind != "embedding"
-            and getattr(self.root[0], "bias", None) is not None
-        )
+        if refuses(self.kind, options, layer):
+            with pytest.raises(AdapterError):
+                self.initial()
+            pytest.skip("refused, as it should be")
 
     def initial(self) -> dict[str, Tensor]:
-        tensors = self.kind.init(self.spec, RANK, self.generator, self.bias)
+        weight = self.spec.to_stored(self.root[0].weight.detach().clone())
+        tensors = self.kind.init(self.spec, self.config, self.generator, lambda: weight)
         return {name: tensor.double() for name, tensor in tensors.items()}
 
     def random(self) -> dict[str, Tensor]:
@@ -101,8 +143,11 @@ class Case:
             for name, tensor in self.initial().items()
         }
 
+    def layer(self, tensors: dict[str, Tensor]) -> AdapterLayer:
+        return AdapterLayer(self.kind, self.spec, tensors, alpha=3.0, settings=self.config.settings, trainable=True)
+
     def attach(self, tensors: dict[str, Tensor], name: str = "a", strength: float = 0.5) -> Adapter:
-        adapter = Adapter({"0": AdapterLayer(self.kind, self.spec, tensors, alpha=3.0, trainable=True)})
+        adapter = Adapter({"0": self.layer(tensors)})
         attach_(self.root, name, adapter, {"0": self.root[0]})
         adapter.set_strengths([strength])
         adapter.active = True
@@ -110,16 +155,16 @@ class Case:
         return adapter
 
 
-def test_initial_adapter_changes_nothing(kind: AdapterType, layer: str) -> None:
-    case = Case(kind, layer)
+def test_initial_adapter_changes_nothing(variant: Variant, layer: str) -> None:
+    case = Case(variant, layer)
     base = case.root(case.input)
     case.attach(case.initial())
     torch.testing.assert_close(case.root(case.input), base, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("grad", [True, False], ids=["autograd", "no-grad"])
-def test_forward_equals_merged_weight_and_has_an_effect(kind: AdapterType, layer: str, grad: bool) -> None:
-    case = Case(kind, layer)
+def test_forward_equals_merged_weight_and_has_an_effect(variant: Variant, layer: str, grad: bool) -> None:
+    case = Case(variant, layer)
     weights = {name: tensor.clone() for name, tensor in case.root.state_dict().items()}
     with torch.set_grad_enabled(grad):
         base = case.root(case.input).clone()
@@ -134,41 +179,78 @@ def test_forward_equals_merged_weight_and_has_an_effect(kind: AdapterType, layer
     assert all(torch.equal(tensor, weights[name]) for name, tensor in case.root.state_dict().items())
 
 
-def test_two_adapters_add_up_in_any_order(kind: AdapterType, layer: str) -> None:
-    case = Case(kind, layer)
+def test_strength_interpolates_between_the_base_and_the_adapter(variant: Variant, layer: str) -> None:
+    case = Case(variant, layer)
     base = case.root(case.input)
+    adapter = case.attach(case.random(), strength=1.0)
+    full = case.root(case.input)
+    adapter.set_strengths([0.25])
+    torch.testing.assert_close(case.root(case.input), base + 0.25 * (full - base), rtol=1e-10, atol=1e-10)
+
+
+def test_two_adapters_in_any_order(variant: Variant, layer: str) -> None:
+    case = Case(variant, layer)
     first, second = case.random(), case.random()
-    changes: list[Tensor] = []
-    for tensors in (first, second):
-        case.attach(tensors)
-        changes.append(case.root(case.input) - base)
-        detach_(case.root, "a")
+    outputs: list[Tensor] = []
     for order in ((first, second), (second, first)):
         case.attach(order[0], "a")
         case.attach(order[1], "b")
-        torch.testing.assert_close(case.root(case.input), base + changes[0] + changes[1], rtol=1e-10, atol=1e-10)
+        outputs.append(case.root(case.input).clone())
+        merge_({"model": case.root}, ["a", "b"])
+        outputs.append(case.root(case.input).clone())
+        unmerge_(case.root)
         detach_(case.root, "a")
+        outputs.append(case.root(case.input).clone())
         detach_(case.root, "b")
+    for output in (outputs[1], outputs[3], outputs[4]):
+        torch.testing.assert_close(output, outputs[0], rtol=1e-10, atol=1e-10)
+    assert (outputs[2] - outputs[0]).abs().max() > 0.1
 
 
-def test_gradients(kind: AdapterType, layer: str) -> None:
-    case = Case(kind, layer)
-    gate = torch.tensor(0.75, dtype=torch.float32)
+def test_gradients(variant: Variant, layer: str) -> None:
+    case = Case(variant, layer)
+    adapter = case.attach(case.random(), strength=0.75)
+    part = adapter.layers["0"]
+    gradients: list[list[Tensor]] = []
+    for merged in (False, True):
+        if merged:
+            base = case.spec.to_stored(case.root[0].weight.detach())
+            ready = [compose.wide(part, base)]
+            output = case.spec.op(case.input, compose.weight(ready, base))
+            if getattr(case.root[0], "bias", None) is not None:
+                output = output + case.spec.along_channels(compose.bias(ready, case.root[0].bias.detach()))
+        else:
+            output = case.root(case.input)
+        adapter.zero_grad()
+        output.pow(2).sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in adapter.parameters()])
+    for ours, reference in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-9, atol=1e-9)
+        assert reference.abs().max() > 0
+
+
+def test_gradients_by_differences(variant: Variant, layer: str) -> None:
+    if variant[0].name in DETACHED:
+        pytest.skip("the norm is a constant to autograd, and not to differences")
+    case = Case(variant, layer)
     names, tensors = zip(*case.random().items(), strict=True)
-    onto = case.root(case.input).detach()
+    adapter = case.attach(dict(zip(names, tensors, strict=True)), strength=0.75)
+    part = adapter.layers["0"]
 
     def output(*values: Tensor) -> Tensor:
-        return kind.delta_output(dict(zip(names, values, strict=True)), case.spec, case.input, gate, onto)
+        parameters = {f"diffadapt.a.0.{name}": value for name, value in zip(names, values, strict=True)}
+        return torch.func.functional_call(case.root, parameters, (case.input,))
 
-    assert torch.autograd.gradcheck(output, [tensor.requires_grad_() for tensor in tensors])
+    assert len(part.tensors) == len(tensors)
+    assert torch.autograd.gradcheck(output, [tensor.clone().requires_grad_() for tensor in tensors], fast_mode=True)
 
 
-def test_gradient_reaches_the_input(kind: AdapterType, layer: str) -> None:
-    case = Case(kind, layer)
+def test_gradient_reaches_the_input(variant: Variant, layer: str) -> None:
+    case = Case(variant, layer)
     if not case.input.is_floating_point():
         pytest.skip("embeddings take ids")
     case.attach(case.random())
-    merged = Case(kind, layer)
+    merged = Case(variant, layer)
     merged.attach(merged.random())
     merge_({"model": merged.root}, ["a"])
     gradients: list[Tensor] = []
@@ -180,16 +262,17 @@ def test_gradient_reaches_the_input(kind: AdapterType, layer: str) -> None:
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)
 
 
-def test_declared_names_and_rank(kind: AdapterType, layer: str) -> None:
-    case = Case(kind, layer)
+def test_declared_names_and_rank(variant: Variant, layer: str) -> None:
+    case = Case(variant, layer)
     tensors = case.random()
-    assert set(tensors) <= set(kind.tensors)
-    assert identify(tensors) is kind
-    assert kind.rank(tensors) in (RANK, None)
+    assert set(tensors) <= set(case.kind.tensors)
+    assert identify(tensors) is case.kind
+    assert for_config(case.config) is case.kind
+    assert case.kind.rank(tensors) in (case.config.at("0").__dict__.get("rank"), None)
 
 
-def test_state_round_trip(kind: AdapterType, layer: str) -> None:
-    case = Case(kind, layer)
+def test_state_round_trip(variant: Variant, layer: str) -> None:
+    case = Case(variant, layer)
     adapter = case.attach(case.random())
     output = case.root(case.input)
     state = {name: tensor.clone() for name, tensor in adapter.state_dict().items()}
@@ -202,16 +285,16 @@ def test_state_round_trip(kind: AdapterType, layer: str) -> None:
     assert torch.equal(case.root(case.input), output)
 
 
-def test_fitted_tensors_fit_again(kind: AdapterType, layer: str) -> None:
-    case = Case(kind, layer)
-    tensors = kind.fit(case.random(), case.spec)
-    again = kind.fit(tensors, case.spec)
+def test_fitted_tensors_fit_again(variant: Variant, layer: str) -> None:
+    case = Case(variant, layer)
+    tensors = case.kind.fit(case.random(), case.spec)
+    again = case.kind.fit(tensors, case.spec)
     assert {name: tensor.shape for name, tensor in again.items()} == {n: t.shape for n, t in tensors.items()}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_error(kind: AdapterType, layer: str, dtype: torch.dtype) -> None:
-    case = Case(kind, layer)
+def test_half_precision_error(variant: Variant, layer: str, dtype: torch.dtype) -> None:
+    case = Case(variant, layer)
     adapter = case.attach(case.random(), strength=0.7)
     with torch.no_grad():
         exact = case.root(case.input.clone())
@@ -219,4 +302,4 @@ def test_half_precision_error(kind: AdapterType, layer: str, dtype: torch.dtype)
         half = case.root(case.input.to(dtype) if case.input.is_floating_point() else case.input).double()
     assert all(parameter.dtype == dtype for parameter in adapter.parameters())
     error = 10 * torch.log10(exact.pow(2).sum() / (half - exact).pow(2).sum())
-    assert error > (35 if dtype == torch.bfloat16 else 53)
+    assert error > (33 if dtype == torch.bfloat16 else 50)

@@ -135,13 +135,15 @@ def test_imports_point_one_way() -> None:
 @pytest.mark.parametrize(
     ("package", "allowed"),
     [
-        ("diffadapt.types", {"types", "kind", "layer", "errors"}),
-        ("diffadapt.formats", {"formats", "state", "targets", "errors"}),
-        ("diffadapt.kind", {"layer"}),
+        ("diffadapt.types", {"types", "kind", "config", "layer", "errors"}),
+        ("diffadapt.formats", {"formats", "types", "patterns", "state", "targets", "errors"}),
+        ("diffadapt.kind", {"config", "layer", "errors"}),
+        ("diffadapt.config", {"patterns", "errors"}),
+        ("diffadapt.compose", {"adapter", "hooks", "layer"}),
         ("diffadapt.layer", set[str]()),
         ("diffadapt.io", {"formats", "errors"}),
-        ("diffadapt.attach", {"adapter", "hooks", "errors"}),
-        ("diffadapt.merge", {"attach", "adapter", "hooks", "errors"}),
+        ("diffadapt.attach", {"compose", "adapter", "hooks", "errors"}),
+        ("diffadapt.merge", {"compose", "attach", "adapter", "hooks", "errors"}),
     ],
 )
 def test_who_may_import_whom(package: str, allowed: set[str]) -> None:

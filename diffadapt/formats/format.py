@@ -58,6 +58,13 @@ Verdict: TypeAlias = Place | Unused
 Alphas: TypeAlias = Callable[[str, str, int], float | None]
 """`(component, path as written, rank) -> alpha` from a file's metadata, `None` where it says nothing."""
 
+Settings: TypeAlias = Callable[[str, str, str], Mapping[str, float]]
+"""`(component, path as written, type name) -> settings of the type` that a file's metadata gives."""
+
+
+def _no_settings(header: "Header") -> Settings:
+    return lambda component, path, type: {}
+
 
 @dataclass(frozen=True)
 class Format:
@@ -68,6 +75,7 @@ class Format:
         matches: whether a file is in this format; mutually exclusive over all formats.
         locate: a verdict for every key.
         alphas: the alphas that the metadata gives; an alpha tensor in the file wins over it.
+        settings: the type's other numbers that the metadata gives.
         dump: canonical form -> tensors and metadata to write; `None` if the format is only read. Raises
             `AdapterError` for content the format cannot express.
     """
@@ -77,6 +85,7 @@ class Format:
     locate: Callable[[Header, "Names"], dict[str, Verdict]]
     alphas: Callable[[Header], Alphas]
     dump: Callable[[AdapterState], tuple[dict[str, Tensor], dict[str, str]]] | None
+    settings: Callable[[Header], Settings] = _no_settings
 
 
 class Names:

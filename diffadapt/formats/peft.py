@@ -2,9 +2,10 @@
 
 from diffadapt.errors import AdapterError
 from diffadapt.formats import peft_config, suffixes
-from diffadapt.formats.format import Alphas, Format, Header, Names, Unused, Verdict
+from diffadapt.formats.format import Alphas, Format, Header, Names, Settings, Unused, Verdict
 
 _PREFIX = "base_model.model."
+_TYPES = ("LORA", "LOHA", "LOKR", "OFT")
 
 
 def _matches(header: Header) -> bool:
@@ -13,8 +14,8 @@ def _matches(header: Header) -> bool:
 
 def _locate(header: Header, names: Names) -> dict[str, Verdict]:
     peft_type = (header.config or {}).get("peft_type", "LORA")
-    if peft_type != "LORA":
-        raise AdapterError(f"adapter_config.json says peft_type={peft_type!r}; only LORA can be loaded yet")
+    if peft_type not in _TYPES:
+        raise AdapterError(f"adapter_config.json says peft_type={peft_type!r}, expected one of {', '.join(_TYPES)}")
     verdicts: dict[str, Verdict] = {}
     for key in header.keys:
         split = suffixes.split(key.removeprefix(_PREFIX))
@@ -30,4 +31,9 @@ def _alphas(header: Header) -> Alphas:
     return lambda component, path, rank: peft_config.alpha(config, path, rank)
 
 
-PEFT = Format("peft", _matches, _locate, _alphas, dump=None)
+def _settings(header: Header) -> Settings:
+    config = header.config
+    return lambda component, path, type: {} if config is None else peft_config.settings(config, path, type)
+
+
+PEFT = Format("peft", _matches, _locate, _alphas, dump=None, settings=_settings)

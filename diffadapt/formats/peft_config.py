@@ -1,20 +1,20 @@
 """LoRA settings as PEFT's config spells them: in `adapter_config.json`, and in diffusers' safetensors header."""
 
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from diffadapt import patterns
 from diffadapt.errors import AdapterError
 from diffadapt.state import LayerState
 
 
 def alpha(config: Mapping[str, Any], path: str, rank: int) -> float | None:
     """Alpha of the layer at `path` such that `alpha / rank` is PEFT's scaling; `None` if the config has none."""
-    value = _by_pattern(config.get("alpha_pattern"), path)
+    value = _pattern_value(config, "alpha_pattern", path)
     if value is None:
-        value = config.get("lora_alpha")
+        value = config.get("lora_alpha", config.get("alpha"))
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
@@ -44,20 +44,27 @@ def dump(layers: Mapping[str, LayerState]) -> dict[str, Any]:
     }
 
 
-def _by_pattern(patterns: Any, path: str) -> Any:
-    """PEFT's rule: the first key that matches the path from its start or from after a dot, to its end."""
-    if not isinstance(patterns or {}, Mapping):
-        raise AdapterError(f"alpha_pattern in the file's metadata is {patterns!r}, expected an object")
-    for pattern, value in (patterns or {}).items():
-        start = "" if pattern.startswith("^") else "(.*[.])?"
-        try:
-            if re.match(f"{start}({pattern.removeprefix('^')})$", path):
-                return value
-        except re.error as error:
-            raise AdapterError(
-                f"alpha_pattern in the file's metadata has a bad expression {pattern!r}: {error}"
-            ) from error
-    return None
+def settings(config: Mapping[str, Any], path: str, type: str) -> dict[str, float]:
+    """What the config says of the layer at `path` that its tensors do not, see `AdapterType.settings`."""
+    if type == "oft":
+        # Before there was a choice, there was only the exact inverse.
+        terms = config.get("num_cayley_neumann_terms", 5) if config.get("use_cayley_neumann", False) else 0
+        return {"neumann_terms": terms, "coft_eps": config.get("eps", 6e-5) if config.get("coft") else 0.0}
+    if type in ("lokr", "dora-lokr"):
+        # PEFT divides alpha by this also where both factors are whole and no tensor has it.
+        rank = _pattern_value(config, "rank_pattern", path) or config.get("r")
+        return {"rank": rank} if rank else {}
+    return {}
+
+
+def _pattern_value(config: Mapping[str, Any], option: str, path: str) -> Any:
+    chosen = config.get(option) or {}
+    if not isinstance(chosen, Mapping):
+        raise AdapterError(f"{option} in the file's metadata is {chosen!r}, expected an object")
+    try:
+        return patterns.value(chosen, path)
+    except AdapterError as error:
+        raise AdapterError(f"{option} in the file's metadata: {error}") from error
 
 
 def _commonest(values: Mapping[str, Any]) -> Any:

@@ -3,7 +3,11 @@
 Sources: diffusers 0.42.1 `loaders/` and `utils/state_dict_utils.py`, PEFT 0.21.2, LyCORIS f49d30d, sd-scripts 48d368f.
 """
 
+from diffadapt.types import TYPES
+
+# A type's tensors are spelled as they are called, unless an ecosystem has another name for them.
 _SPELLINGS = {
+    **{name: name for kind in TYPES for name in kind.tensors if not name.startswith("lora_") or "magnitude" in name},
     "lora_A.weight": "lora_down",
     "lora_B.weight": "lora_up",
     "lora_B.bias": "lora_bias",
@@ -18,14 +22,10 @@ _SPELLINGS = {
     "lora_linear_layer.down.weight": "lora_down",
     "lora_linear_layer.up.weight": "lora_up",
     "alpha": "alpha",
-    # Tensors of types that are not implemented yet are recognised too, so that a file is refused by their name.
-    "lora_magnitude_vector": "lora_magnitude_vector",
     "lora_magnitude_vector.weight": "lora_magnitude_vector",
-    "dora_scale": "dora_scale",
-    **{name: name for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")},
-    **{name: name for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")},
-    **{name: name for name in ("oft_blocks", "oft_diag", "oft_R.weight", "boft_R", "boft_s", "rescale")},
-    **{name: name for name in ("diff", "diff_b", "w_norm", "b_norm", "on_input")},
+    "magnitude": "lora_magnitude_vector",
+    "oft_R.weight": "oft_R",
+    "oft_embedding_R.weight": "oft_R",
 }
 
 _PROCESSORS = {"to_q_lora": "to_q", "to_k_lora": "to_k", "to_v_lora": "to_v", "to_out_lora": "to_out.0"}

@@ -3,21 +3,24 @@
 The order is the order of detection; the tests iterate over `TYPES`, so a new type is covered at once.
 """
 
-from collections.abc import Iterable
+import copyreg
 
-from diffadapt.kind import AdapterType
+from diffadapt.config import AdapterConfig
+from diffadapt.errors import AdapterError
+from diffadapt.kind import AdapterType, Tensors
+from diffadapt.types.dora import DORA
 from diffadapt.types.loha import LOHA
 from diffadapt.types.lokr import LOKR
 from diffadapt.types.lora import LORA
+from diffadapt.types.oft import OFT
 
-TYPES: tuple[AdapterType, ...] = (LORA, LOHA, LOKR)
+TYPES: tuple[AdapterType, ...] = (*DORA, LORA, LOHA, LOKR, OFT)
 
 
-def identify(names: Iterable[str]) -> AdapterType | None:
-    """The type that owns these tensor names, or `None`."""
-    present = set(names)
+def identify(tensors: Tensors) -> AdapterType | None:
+    """The type that these tensors are of, or `None`."""
     for kind in TYPES:
-        if present & kind.identified_by:
+        if not kind.identified_by.isdisjoint(tensors) and kind.claims(tensors):
             return kind
     return None
 
@@ -25,3 +28,19 @@ def identify(names: Iterable[str]) -> AdapterType | None:
 def named(name: str) -> AdapterType:
     """The type of this name. Raises `KeyError` for an unknown one."""
     return {kind.name: kind for kind in TYPES}[name]
+
+
+# A type is made of functions, some without a name that pickle could find; the type itself has one.
+copyreg.pickle(AdapterType, lambda kind: (named, (kind.name,)))
+
+
+def for_config(config: AdapterConfig) -> AdapterType:
+    """The type that these settings are of.
+
+    Raises:
+        AdapterError: of none.
+    """
+    for kind in TYPES:
+        if kind.config is type(config) and kind.selects(config):
+            return kind
+    raise AdapterError(f"{type(config).__name__} belongs to no adapter type")

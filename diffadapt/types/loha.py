@@ -13,15 +13,31 @@ The element-wise product of two matrices of rank r is a matrix of rank r^2 whose
 column-wise Khatri-Rao products (Khatri and Rao, 1968), so the forward costs that of a LoRA of rank r^2.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from diffadapt.config import RankedConfig
 from diffadapt.errors import AdapterError
 from diffadapt.kind import AdapterType, Tensors
-from diffadapt.layer import LayerSpec, shape_of
+from diffadapt.layer import LayerSpec, layer_of, shape_of
 
 _FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 _CORES = ("hada_t1", "hada_t2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoHaConfig(RankedConfig):
+    """LoHa for new adapters (Hyeon-Woo et al., arXiv 2108.06098).
+
+    Attributes:
+        rank: of each of the two products; their element-wise product has up to the rank `rank**2`.
+        use_tucker: convolutions get Tucker cores (`use_effective_conv2d` in PEFT).
+    """
+
+    use_tucker: bool = False
 
 
 def fit(tensors: Tensors, layer: LayerSpec) -> dict[str, Tensor]:
@@ -46,13 +62,29 @@ def fit(tensors: Tensors, layer: LayerSpec) -> dict[str, Tensor]:
     return flat
 
 
-def init(layer: LayerSpec, rank: int, generator: torch.Generator | None, bias: bool) -> dict[str, Tensor]:
+def geometry(tensors: Tensors) -> LayerSpec:
+    """The layer that the factors multiply to; without cores a kernel is flattened into them."""
+    up, down, core = tensors.get("hada_w1_a"), tensors.get("hada_w1_b"), tensors.get("hada_t1")
+    if up is None or down is None or up.ndim < 2 or down.ndim < 2:
+        return LayerSpec("linear", 0, 0)
+    return layer_of(up.shape[0 if core is None else 1], down[0].numel(), () if core is None else tuple(core.shape[2:]))
+
+
+def init(
+    layer: LayerSpec, config: LoHaConfig, generator: torch.Generator, weight: Callable[[], Tensor]
+) -> dict[str, Tensor]:
     """Normal factors with the reference's deviations, and a zero `w2_a`."""
-    if bias:
-        raise AdapterError("LoHa has no bias")
-    shapes = {name: (layer.out_features, rank) if name.endswith("a") else (rank, layer.fan_in) for name in _FACTORS}
-    deviations = {"hada_w1_a": 0.1, "hada_w1_b": 1.0, "hada_w2_a": 0.0, "hada_w2_b": 1.0}
-    return {name: torch.randn(shapes[name], generator=generator) * deviations[name] for name in _FACTORS}
+    rank, rows = config.rank, layer.out_features
+    deviations = {"hada_w1_a": 0.1, "hada_w1_b": 1.0, "hada_w2_a": 0.0 if config.init else 0.1, "hada_w2_b": 1.0}
+    if not (config.use_tucker and any(size > 1 for size in layer.kernel)):
+        shapes = {name: (rows, rank) if name.endswith("a") else (rank, layer.fan_in) for name in _FACTORS}
+        return {name: torch.randn(shapes[name], generator=generator) * deviations[name] for name in _FACTORS}
+    columns = layer.in_features // layer.groups
+    shapes = {name: (rank, rows if name.endswith("a") else columns) for name in _FACTORS}
+    tensors = {name: torch.randn(shapes[name], generator=generator) * deviations[name] for name in _FACTORS}
+    for name in _CORES:
+        tensors[name] = torch.randn(rank, rank, *layer.kernel, generator=generator) * 0.1
+    return tensors
 
 
 def rank(tensors: Tensors) -> int:
@@ -71,15 +103,16 @@ def delta_weight(tensors: Tensors, layer: LayerSpec) -> Tensor:
 
 def delta_output(tensors: Tensors, layer: LayerSpec, input: Tensor, gate: Tensor, onto: Tensor | None = None) -> Tensor:
     """As a LoRA of rank r^2, or with the matrix itself where that has fewer elements than the factors."""
-    rank = tensors["hada_w1_b"].shape[0]
-    if rank**2 * (layer.out_features + layer.fan_in) > layer.out_features * layer.fan_in:
+    factors = as_low_rank(tensors, layer)
+    if factors is None:
         return layer.dense(input, delta_weight(tensors, layer), gate, onto)
-    down, up = as_low_rank(tensors, layer)
-    return layer.low_rank(input, down, up, gate, onto)
+    return layer.low_rank(input, *factors, gate, onto)
 
 
-def as_low_rank(tensors: Tensors, layer: LayerSpec) -> tuple[Tensor, Tensor]:
+def as_low_rank(tensors: Tensors, layer: LayerSpec) -> tuple[Tensor, Tensor] | None:
     """`down` (rank^2, in / groups, *kernel) and `up` (out, rank^2) of the LoRA that is this LoHa."""
+    if rank(tensors) ** 2 * (layer.out_features + layer.fan_in) > layer.out_features * layer.fan_in:
+        return None
     (down_1, up_1), (down_2, up_2) = (_part(tensors, layer, number) for number in "12")
     up = (up_1.unsqueeze(2) * up_2.unsqueeze(1)).flatten(1)
     down = (down_1.unsqueeze(1) * down_2.unsqueeze(0)).flatten(0, 1)
@@ -99,9 +132,14 @@ LOHA = AdapterType(
     name="loha",
     tensors=(*_FACTORS, *_CORES),
     identified_by=frozenset({*_FACTORS, *_CORES}),
+    config=LoHaConfig,
+    selects=lambda config: not config.use_dora,
     fit=fit,
     init=init,
     rank=rank,
+    geometry=geometry,
     delta_weight=delta_weight,
     delta_output=delta_output,
+    as_low_rank=as_low_rank,
+    masked={"hada_w1_b": 0},
 )

@@ -13,14 +13,54 @@ The sizes come from the tensors, never from a "factor" in metadata, which librar
 where a factor is of low rank: with two whole factors LyCORIS and its relatives write an alpha and ignore it.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
 import torch
 from torch import Tensor
 
+from diffadapt.config import RankedConfig
 from diffadapt.errors import AdapterError
 from diffadapt.kind import AdapterType, Tensors
-from diffadapt.layer import LayerSpec, add, scaled, shape_of
+from diffadapt.layer import LayerSpec, add, layer_of, scaled, shape_of
 
 _TENSORS = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoKrConfig(RankedConfig):
+    """LoKr for new adapters (Yeh et al., arXiv 2309.14859).
+
+    Attributes:
+        rank: of a decomposed factor; a factor is whole where that has not more elements. Leave out with `full_matrix`.
+        factor: the smaller factor has at most so many rows and columns; -1 for as square as possible.
+        decompose_both: also decompose the smaller factor.
+        full_matrix: decompose neither; there is no rank then, and alpha has no effect.
+        use_tucker: convolutions get a Tucker core (`use_effective_conv2d` in PEFT).
+    """
+
+    rank: int = 0
+    factor: int = -1
+    decompose_both: bool = False
+    full_matrix: bool = False
+    use_tucker: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.full_matrix:
+            super().__post_init__()
+        else:
+            replace(self, full_matrix=False, rank=1)
+            for name in ("rank", "alpha", "rank_stabilized", "rank_pattern", "alpha_pattern", "rank_dropout"):
+                if getattr(self, name):
+                    raise AdapterError(f"{name} has no effect with full_matrix=True")
+            if self.decompose_both or self.use_tucker:
+                raise AdapterError("full_matrix=True excludes decompose_both and use_tucker")
+        if self.factor == 0 or self.factor < -1:
+            raise AdapterError(f"factor is {self.factor}, expected at least 1, or -1 for as square as possible")
+
+    def alpha_of(self) -> float | None:
+        """`None` with two whole factors."""
+        return None if self.full_matrix else super().alpha_of()
 
 
 def fit(tensors: Tensors, layer: LayerSpec) -> dict[str, Tensor]:
@@ -46,18 +86,35 @@ def fit(tensors: Tensors, layer: LayerSpec) -> dict[str, Tensor]:
     return fitted
 
 
-def init(layer: LayerSpec, rank: int, generator: torch.Generator | None, bias: bool) -> dict[str, Tensor]:
-    """Balanced factors: a random whole `w1` and a low-rank `w2` with a zero `w2_a` (whole where rank is no saving)."""
-    if bias:
-        raise AdapterError("LoKr has no bias")
-    (o1, o2), (i1, i2) = (_balanced(size) for size in layer.weight_shape[:2])
-    taps = layer.fan_in // layer.weight_shape[1]
-    tensors = {"lokr_w1": torch.randn(o1, i1, generator=generator) / i1**0.5}
-    if 2 * rank >= max(o2, i2):
-        tensors["lokr_w2"] = torch.zeros(o2, i2, *layer.kernel)
-        return tensors
-    tensors["lokr_w2_a"] = torch.zeros(o2, rank)
-    tensors["lokr_w2_b"] = torch.randn(rank, i2 * taps, generator=generator) / (i2 * taps) ** 0.5
+def geometry(tensors: Tensors) -> LayerSpec:
+    """The layer that the factors multiply to; a kernel flattened into `lokr_w2_b` is not seen."""
+    try:
+        core = tensors.get("lokr_t2", tensors.get("lokr_w2", tensors.get("lokr_w2_b")))
+        kernel = () if core is None else tuple(core.shape[2:])
+        w1, w2 = _w1(tensors), _w2(tensors, layer_of(0, 0, kernel))
+        return layer_of(w1.shape[0] * w2.shape[0], w1.shape[1] * w2.shape[1], kernel)
+    except (KeyError, IndexError, RuntimeError):
+        return LayerSpec("linear", 0, 0)
+
+
+def init(
+    layer: LayerSpec, config: LoKrConfig, generator: torch.Generator, weight: Callable[[], Tensor]
+) -> dict[str, Tensor]:
+    """Normal factors of unit gain, and one zero tensor in the second factor."""
+    (o1, o2), (i1, i2) = (_balanced(size, config.factor) for size in layer.weight_shape[:2])
+    rank, taps = config.rank, layer.fan_in // layer.weight_shape[1]
+    shapes: dict[str, tuple[int, ...]] = {"lokr_w1": (o1, i1)}
+    if config.decompose_both and 2 * rank < max(o1, i1):
+        shapes = {"lokr_w1_a": (o1, rank), "lokr_w1_b": (rank, i1)}
+    if config.full_matrix or 2 * rank >= max(o2, i2):
+        shapes["lokr_w2"] = (o2, i2, *layer.kernel)
+    elif config.use_tucker and taps > 1:
+        shapes |= {"lokr_w2_a": (rank, o2), "lokr_w2_b": (rank, i2), "lokr_t2": (rank, rank, *layer.kernel)}
+    else:
+        shapes |= {"lokr_w2_a": (o2, rank), "lokr_w2_b": (rank, i2 * taps)}
+    tensors = {name: torch.randn(shape, generator=generator) / shape[1] ** 0.5 for name, shape in shapes.items()}
+    if config.init:
+        tensors["lokr_w2" if "lokr_w2" in tensors else "lokr_w2_a"].zero_()
     return tensors
 
 
@@ -108,9 +165,10 @@ def _w2(tensors: Tensors, layer: LayerSpec) -> Tensor:
     return (up @ down).view(up.shape[0], -1, *layer.kernel)
 
 
-def _balanced(size: int) -> tuple[int, int]:
-    """The factor pair of `size` nearest to its square root, the smaller first."""
-    small = next(divisor for divisor in range(int(size**0.5), 0, -1) if size % divisor == 0)
+def _balanced(size: int, factor: int) -> tuple[int, int]:
+    """The factor pair of `size` nearest to its square root, the smaller first and at most `factor` (-1: any)."""
+    most = int(size**0.5) if factor < 0 else min(factor, int(size**0.5))
+    small = next(divisor for divisor in range(most, 0, -1) if size % divisor == 0)
     return small, size // small
 
 
@@ -118,9 +176,13 @@ LOKR = AdapterType(
     name="lokr",
     tensors=_TENSORS,
     identified_by=frozenset(_TENSORS),
+    config=LoKrConfig,
+    selects=lambda config: not config.use_dora,
     fit=fit,
     init=init,
     rank=rank,
+    geometry=geometry,
     delta_weight=delta_weight,
     delta_output=delta_output,
+    masked={"lokr_w1_b": 0, "lokr_w2_b": 0},
 )

@@ -16,13 +16,34 @@ weight), or one per group, told by an `up` of `rank / groups` columns (the layou
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from diffadapt.config import RankedConfig
 from diffadapt.errors import AdapterError
 from diffadapt.kind import AdapterType, Tensors
-from diffadapt.layer import LayerSpec, scaled, shape_of
+from diffadapt.layer import LayerSpec, layer_of, scaled, shape_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig(RankedConfig):
+    """LoRA for new adapters (Hu et al., arXiv 2106.09685).
+
+    Attributes:
+        init: `True` draws `lora_down` Kaiming-uniform, as the paper's implementation does; "gaussian" with the standard
+            deviation `1 / rank`, as diffusers' scripts do; `lora_up` is zero. `False` draws both.
+        bias: also train a bias change in every adapted layer.
+        use_tucker: convolutions get a Tucker core, which saves parameters at the kernel.
+    """
+
+    bias: bool = False
+    use_tucker: bool = False
+
+    def _inits(self) -> tuple[bool | str, ...]:
+        return (True, "gaussian", False)
 
 
 def fit(tensors: Tensors, layer: LayerSpec) -> dict[str, Tensor]:
@@ -62,13 +83,39 @@ def fit(tensors: Tensors, layer: LayerSpec) -> dict[str, Tensor]:
     return fitted
 
 
-def init(layer: LayerSpec, rank: int, generator: torch.Generator | None, bias: bool) -> dict[str, Tensor]:
-    """Kaiming-uniform `down` and zero `up`, as in the reference implementation of the paper."""
-    bound = 1 / math.sqrt(layer.fan_in)
-    down = torch.empty(rank, *layer.weight_shape[1:]).uniform_(-bound, bound, generator=generator)
-    tensors = {"lora_down": down, "lora_up": torch.zeros(layer.out_features, rank)}
-    if bias:
+def geometry(tensors: Tensors) -> LayerSpec:
+    """The layer that the factors multiply to, with the kernel of the core or of `down`."""
+    down, up = tensors.get("lora_down"), tensors.get("lora_up")
+    if down is None or up is None or down.ndim < 2 or up.ndim < 2:
+        return LayerSpec("linear", 0, 0)
+    return layer_of(up.shape[0], down.shape[1], tuple(tensors.get("lora_mid", down).shape[2:]))
+
+
+def init(
+    layer: LayerSpec, config: LoraConfig, generator: torch.Generator, weight: Callable[[], Tensor]
+) -> dict[str, Tensor]:
+    """Kaiming-uniform or normal `down` and zero `up`."""
+    if config.bias and layer.kind == "embedding":
+        raise AdapterError("an embedding has no bias; set bias=False or exclude it")
+    rank, columns = config.rank, layer.in_features // layer.groups
+    kernel = (1,) * len(layer.kernel) if config.use_tucker else layer.kernel
+    tensors = {"lora_down": torch.empty(rank, columns, *kernel)}
+    if kernel != layer.kernel:
+        if layer.groups > 1:
+            raise AdapterError("a grouped convolution takes no Tucker core; set use_tucker=False or exclude it")
+        tensors["lora_mid"] = torch.empty(rank, rank, *layer.kernel)
+    for tensor in tensors.values():
+        if config.init == "gaussian":
+            tensor.normal_(std=1 / rank, generator=generator)
+        else:
+            bound = 1 / math.sqrt(tensor[0].numel())
+            tensor.uniform_(-bound, bound, generator=generator)
+    tensors["lora_up"] = torch.zeros(layer.out_features, rank)
+    if config.bias:
         tensors["lora_bias"] = torch.zeros(layer.out_features)
+    if not config.init:
+        for name in sorted(tensors.keys() & {"lora_up", "lora_bias"}):
+            tensors[name].normal_(std=1 / rank, generator=generator)
     return tensors
 
 
@@ -93,7 +140,12 @@ def delta_output(tensors: Tensors, layer: LayerSpec, input: Tensor, gate: Tensor
     bias = tensors.get("lora_bias")
     if bias is None:
         return output
-    return output + scaled(bias, gate).to(output.dtype).view(-1, *(1,) * len(layer.kernel))
+    return output + layer.along_channels(scaled(bias, gate).to(output.dtype))
+
+
+def as_low_rank(tensors: Tensors, layer: LayerSpec) -> tuple[Tensor, Tensor]:
+    """The factors, Tucker core folded in."""
+    return _down(tensors), tensors["lora_up"]
 
 
 def _down(tensors: Tensors) -> Tensor:
@@ -108,10 +160,15 @@ LORA = AdapterType(
     name="lora",
     tensors=("lora_down", "lora_up", "lora_mid", "lora_bias"),
     identified_by=frozenset({"lora_down", "lora_up", "lora_mid"}),
+    config=LoraConfig,
+    selects=lambda config: not config.use_dora,
     fit=fit,
     init=init,
     rank=rank,
+    geometry=geometry,
     delta_weight=delta_weight,
     delta_bias=delta_bias,
     delta_output=delta_output,
+    as_low_rank=as_low_rank,
+    masked={"lora_up": 1},
 )

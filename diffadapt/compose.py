@@ -1,0 +1,142 @@
+"""How the adapters on one layer act together: the same formula on its activations and on its weight.
+
+With strength m per adapter, low-rank and dense changes D, input maps R, output maps Q and output scales s:
+
+    W' = [1 + sum m (s - 1)] [I + sum m (Q - I)] (W + sum m W (R - I)) + sum m D
+
+It does not depend on the order of the adapters, and for one adapter of any type it is exactly its merged weight at
+m = 1. D sees the input before any R, and the bias is added once, unscaled (but for types that say they scale it).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffadapt.adapter import AdapterLayer, Ready
+from diffadapt.hooks import resting_tensor
+from diffadapt.layer import LayerSpec
+
+
+def run(layers: Sequence[AdapterLayer], host: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Tensor:
+    """Output of `host` with adapter layers.
+
+    Args:
+        call: the host's own call, which takes `args` and `kwargs`; the first argument is its input.
+    """
+    input: Tensor = args[0] if args else next(iter(kwargs.values()))
+    if all(layer.is_additive for layer in layers):
+        output = _own(host, call(*args, **kwargs))
+        return _plus([layer.ready(output.device) for layer in layers], output, input)
+    spec = layers[0].spec
+    ready = [layer.ready(input.device) for layer in layers]
+    turned = _turned(ready, "input", input, spec.channel_axis)
+    if turned is not input:
+        args, kwargs = ((turned, *args[1:]), kwargs) if args else ((), {**kwargs, next(iter(kwargs)): turned})
+    output = _own(host, call(*args, **kwargs))
+    if any("output" in layer.stages or "gain" in layer.stages for layer in layers):
+        output = _after(ready, output, _bias(host, output), spec)
+    return _plus([r for r in ready if {"add", "patch"} & set(r.layer.stages)], output, input)
+
+
+def weight(ready: Sequence[Ready], base: Tensor) -> Tensor:
+    """`W'` from the canonical `base` weight, in its dtype. `ready` are those of `wide`."""
+    total = base
+    for r in ready:
+        if "patch" in r.layer.stages:
+            total = total + r.turned(base.flatten(1), 1, transposed=True).view_as(base)
+        elif "input" in r.layer.stages:
+            total = total + r.turned(base, 1, transposed=True)
+    total = _turned(ready, "output", total, 0)
+    gains = [r.gained() for r in ready if "gain" in r.layer.stages]
+    if gains:
+        total = total * (1 + torch.stack(gains).sum(0)).view(-1, *(1,) * (base.ndim - 1))
+    for r in ready:
+        if "add" in r.layer.stages:
+            total = total + r.layer.kind.delta_weight(r.tensors, r.layer.spec) * r.gate
+    return total
+
+
+def bias(ready: Sequence[Ready], base: Tensor) -> Tensor:
+    """The bias that belongs to `weight`, from the layer's own."""
+    total = base
+    for r in ready:
+        if r.layer.kind.gains_bias and "gain" in r.layer.stages:
+            total = total + base * r.gained()
+        change = r.layer.kind.delta_bias(r.tensors)
+        if change is not None:
+            total = total + change * r.gate
+    return total
+
+
+def changes_bias(ready: Sequence[Ready], has_bias: bool) -> bool:
+    """Whether `bias` is more than the layer's own: a scale needs one to act on, a change does not."""
+    return any(
+        r.layer.kind.delta_bias(r.tensors) is not None
+        or (has_bias and r.layer.kind.gains_bias and "gain" in r.layer.stages)
+        for r in ready
+    )
+
+
+def wide(layer: AdapterLayer, base: Tensor) -> Ready:
+    """`layer` in the dtype and on the device of a canonical weight, with the strength it has now."""
+    tensors = layer.prepared(lambda: base, base.dtype)
+    on_device = {name: tensor.to(base.device) for name, tensor in tensors.items()}
+    return Ready(layer, on_device, layer.gate.to(base))
+
+
+def _own(host: nn.Module, output: Tensor) -> Tensor:
+    # Somebody's forward hook may have kept the output; ours is overwritten.
+    return output.clone() if host._forward_hooks else output
+
+
+def _turned(ready: Sequence[Ready], stage: str, vectors: Tensor, axis: int) -> Tensor:
+    """`vectors` plus the changes of all maps at `stage`, which all see the same `vectors`."""
+    total = vectors
+    for r in ready:
+        if stage in r.layer.stages:
+            total = total + r.turned(vectors, axis).to(vectors.dtype)
+    return total
+
+
+def _after(ready: Sequence[Ready], output: Tensor, bias: Tensor | None, spec: LayerSpec) -> Tensor:
+    """Output maps and output scales, around the bias."""
+    if any("output" in r.layer.stages for r in ready):
+        # Maps are linear: of the bias they need only take out again what they made of it.
+        turned = _turned(ready, "output", output, spec.channel_axis)
+        if bias is not None:
+            turned = turned - spec.along_channels(_turned(ready, "output", bias, 0) - bias)
+        output = turned
+    gains = [(r.gained(), r.layer.kind.gains_bias) for r in ready if "gain" in r.layer.stages]
+    if not gains:
+        return output
+    total = torch.stack([gain for gain, _ in gains]).sum(0)
+    output = torch.addcmul(output, output, spec.along_channels(total.to(output.dtype)))
+    unscaled = [gain for gain, gains_bias in gains if not gains_bias]
+    if bias is not None and unscaled:
+        output = output - spec.along_channels((bias * torch.stack(unscaled).sum(0)).to(output.dtype))
+    return output
+
+
+def _plus(ready: Sequence[Ready], output: Tensor, input: Tensor) -> Tensor:
+    """`output` plus all additive changes; those of low rank share one product."""
+    if len(ready) > 1 and ready[0].layer.spec.groups == 1:
+        factors = [(r, r.as_low_rank()) for r in ready]
+        shared = [(r, low) for r, low in factors if low is not None and r.dtype == ready[0].dtype]
+        if len(shared) > 1:
+            downs, ups, gates = zip(
+                *((down, up, r.gate.expand(down.shape[0])) for r, (down, up) in shared), strict=True
+            )
+            output = ready[0].layer.spec.low_rank(
+                ready[0].dropped(input), torch.cat(downs), torch.cat(ups, dim=1), torch.cat(gates), output
+            )
+            ready = [r for r in ready if all(r is not taken for taken, _ in shared)]
+    for r in ready:
+        output = r.added(output, input)
+    return output
+
+
+def _bias(host: nn.Module, output: Tensor) -> Tensor | None:
+    bias = resting_tensor(host, "bias")
+    return None if bias is None else bias.to(output.device, output.dtype, non_blocking=True)

@@ -1,0 +1,65 @@
+"""New adapters on a model, from their settings."""
+
+import torch
+from torch import Tensor, nn
+
+from diffadapt.adapter import Adapter, AdapterLayer, Dropout
+from diffadapt.attach import attach_, bank_of, refresh_
+from diffadapt.config import AdapterConfig
+from diffadapt.errors import AdapterError
+from diffadapt.hooks import decoded, execution_device
+from diffadapt.layer import LayerSpec
+from diffadapt.targets import Targets
+from diffadapt.types import for_config
+
+
+def add_adapter(model: nn.Module, config: AdapterConfig, name: str = "default") -> Adapter:
+    """Add a new, trainable adapter to `model` and activate it. At first it changes nothing.
+
+    Its parameters are float32, on the device the model runs on. `requires_grad` of the base model stays as it is.
+
+    Args:
+        config: of the type you want: `LoraConfig`, `LoHaConfig`, `LoKrConfig`, `OFTConfig`, ...
+
+    Returns:
+        The adapter, an `nn.Module` registered in `model`: `adapter.parameters()` is what an optimiser needs.
+
+    Raises:
+        AdapterError: a pattern that matches nothing, a layer that cannot carry such an adapter, settings that do not
+            suit a layer (the error names it), a name in use.
+    """
+    kind = for_config(config)
+    targets = Targets(model)
+    hosts = targets.select(config.target_modules, config.exclude_modules)
+    config.refuse_unmatched(hosts)
+    bank = bank_of(model)
+    if bank is not None and bank.merged:
+        raise AdapterError(f"{', '.join(bank.merged)} is merged into the weights; unmerge() before adding an adapter")
+    generator = config.generator or torch.Generator().manual_seed(0)
+    device = execution_device(targets.all)
+    layers: dict[str, AdapterLayer] = {}
+    for path in sorted(hosts):
+        try:
+            spec, settings = targets.spec(path, kind.layers), config.at(path)
+            tensors = kind.init(spec, settings, generator, lambda path=path, spec=spec: _weight(hosts[path], spec))
+        except AdapterError as error:
+            raise AdapterError(f"{path}: {error}") from error
+        dropout = Dropout(config.dropout, getattr(config, "rank_dropout", 0.0), config.module_dropout)
+        layers[path] = AdapterLayer(
+            kind,
+            spec,
+            {key: tensor.to(device, torch.float32) for key, tensor in tensors.items()},
+            settings.alpha_of(),
+            settings=settings.settings,
+            trainable=True,
+            dropout=dropout,
+        )
+    adapter = Adapter(layers)
+    attach_(model, name, adapter, hosts)
+    adapter.active = True
+    refresh_(model)
+    return adapter
+
+
+def _weight(host: nn.Module, spec: LayerSpec) -> Tensor:
+    return spec.to_stored(decoded(host, "weight"))

@@ -1,0 +1,159 @@
+"""DoRA: the length of every row (or column) of the weight, trained beside an additive type that turns it.
+
+`W' = magnitude * (W + scale * delta) / norm(W + scale * delta)`, Liu et al., "DoRA", arXiv 2402.09353. A combinator: it
+takes an additive type and gives the type with one tensor more, `dora_scale`.
+
+| axis | `dora_scale` | norm over | as in |
+|---|---|---|---|
+| output | (out, 1) | each row | the paper; PEFT 0.21 `lora_magnitude_vector`; LyCORIS since 3.2 |
+| input | (1, in / groups) | each column, over outputs and kernel | LyCORIS before 3.2; OneTrainer |
+
+The norm is a constant to autograd (section 4.3 of the paper). With a strength m the weight is `W + m (W' - W)`, so the
+norm does not depend on it.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffadapt.errors import AdapterError
+from diffadapt.kind import AdapterType, Stage, Surroundings, Tensors
+from diffadapt.layer import LayerSpec, add, scaled, shape_of
+from diffadapt.types.loha import LOHA
+from diffadapt.types.lokr import LOKR
+from diffadapt.types.lora import LORA
+
+_NAME, _PEFT_NAME, _FACTOR = "dora_scale", "lora_magnitude_vector", "dora_factor"
+
+
+def dora(base: AdapterType) -> AdapterType:
+    """The type `base` with a trained magnitude."""
+
+    def fit(tensors: Tensors, layer: LayerSpec) -> dict[str, Tensor]:
+        rest = {name: tensor for name, tensor in tensors.items() if name not in (_NAME, _PEFT_NAME)}
+        return {**base.fit(rest, layer), _NAME: _fit_magnitude(tensors, layer)}
+
+    def init(
+        layer: LayerSpec, config: Any, generator: torch.Generator, weight: Callable[[], Tensor]
+    ) -> dict[str, Tensor]:
+        axis = 0 if config.dora_axis == "output" else 1
+        if axis and layer.kind == "embedding":
+            raise AdapterError("an embedding has no input to scale; use dora_axis='output' or exclude it")
+        magnitude = _norm(weight(), axis)
+        if not config.init:
+            magnitude = magnitude * (1 + 0.1 * torch.randn(magnitude.shape, generator=generator).to(magnitude))
+        return {**base.init(layer, config, generator, weight), _NAME: magnitude}
+
+    def prepare(tensors: Tensors, layer: LayerSpec, surroundings: Surroundings) -> Tensors:
+        magnitude = tensors[_NAME]
+        with torch.no_grad():
+            weight = surroundings.weight().to(magnitude.device)
+            wide = {name: tensor.to(weight.dtype) for name, tensor in tensors.items()}
+            norm = _norm(weight + surroundings.scale * base.delta_weight(wide, layer), _axis(magnitude, layer))
+        return {**tensors, _FACTOR: magnitude.to(norm.dtype) / norm.clamp_min(torch.finfo(norm.dtype).tiny)}
+
+    def delta_weight(tensors: Tensors, layer: LayerSpec) -> Tensor:
+        return base.delta_weight(tensors, layer) * _spread(tensors[_FACTOR], len(layer.weight_shape))
+
+    def delta_output(
+        tensors: Tensors, layer: LayerSpec, input: Tensor, gate: Tensor, onto: Tensor | None = None
+    ) -> Tensor:
+        factors = as_low_rank(tensors, layer)
+        if factors is not None:
+            output = layer.low_rank(input, *factors, gate, onto)
+            bias = base.delta_bias(tensors)
+            return output if bias is None else output + layer.along_channels(scaled(bias, gate).to(output.dtype))
+        factor = tensors[_FACTOR]
+        if _axis(factor, layer):
+            return base.delta_output(tensors, layer, _scaled_input(input, factor, layer), gate, onto)
+        change = base.delta_output(tensors, layer, input, gate, None)
+        change = change * layer.along_channels(factor.view(-1).to(change.dtype))
+        return change if onto is None else add(change, onto)
+
+    def as_low_rank(tensors: Tensors, layer: LayerSpec) -> tuple[Tensor, Tensor] | None:
+        factors = base.as_low_rank(tensors, layer)
+        if factors is None:
+            return None
+        (down, up), factor = factors, tensors[_FACTOR]
+        if _axis(factor, layer):
+            return (down * _spread(factor, down.ndim)).to(down.dtype), up
+        return down, (up * factor).to(up.dtype)
+
+    return replace(
+        base,
+        name="dora" if base is LORA else f"dora-{base.name}",
+        tensors=(*base.tensors, _NAME, _PEFT_NAME),
+        claims=lambda tensors: _NAME in tensors or _PEFT_NAME in tensors,
+        selects=lambda config: config.use_dora,
+        fit=fit,
+        init=init,
+        geometry=lambda tensors: base.geometry({name: tensors[name] for name in tensors if name in base.tensors}),
+        stages=_stages,
+        prepare=prepare,
+        delta_weight=delta_weight,
+        delta_output=delta_output,
+        as_low_rank=as_low_rank,
+        turn=_turn,
+        gain=_gain,
+    )
+
+
+def _stages(tensors: Tensors, layer: LayerSpec) -> tuple[Stage, ...]:
+    return ("input" if _axis(tensors[_NAME], layer) else "gain", "add")
+
+
+def _turn(
+    tensors: Tensors, layer: LayerSpec, vectors: Tensor, axis: int, gate: Tensor, transposed: bool = False
+) -> Tensor:
+    """The factor as a diagonal map of the input's channels."""
+    change = (tensors[_FACTOR].view(-1) - 1) * gate
+    change = change.repeat(vectors.shape[axis] // change.numel())
+    shape = [1] * vectors.ndim
+    shape[axis] = -1
+    return vectors * change.to(vectors.dtype).view(shape)
+
+
+def _gain(tensors: Tensors) -> Tensor:
+    return tensors[_FACTOR].view(-1) - 1
+
+
+def _scaled_input(input: Tensor, factor: Tensor, layer: LayerSpec) -> Tensor:
+    repeats = layer.in_features // factor.numel()
+    return input * layer.along_channels(factor.view(-1).repeat(repeats).to(input.dtype))
+
+
+def _fit_magnitude(tensors: Tensors, layer: LayerSpec) -> Tensor:
+    """`dora_scale` in two dimensions. PEFT's is one per output in every shape; LyCORIS' says its axis by its shape."""
+    rows, columns = layer.weight_shape[:2]
+    name = _NAME if _NAME in tensors else _PEFT_NAME
+    magnitude = tensors[name]
+    shape = shape_of(magnitude)
+    lengths = tuple(size for size in shape if size != 1)
+    per_output = name == _PEFT_NAME or len(shape) == 1 or shape[0] == rows
+    if magnitude.numel() == rows and per_output and len(lengths) <= 1:
+        return magnitude.reshape(rows, 1)
+    if magnitude.numel() == columns and len(shape) > 1 and shape[:2] == (1, columns) and layer.kind != "embedding":
+        return magnitude.reshape(1, columns)
+    raise AdapterError(f"{name} has shape {shape}, expected ({rows}, 1) per output or (1, {columns}) per input")
+
+
+def _axis(magnitude: Tensor, layer: LayerSpec) -> int:
+    """0 for one length per output, 1 for one per input."""
+    return 0 if shape_of(magnitude) == (layer.out_features, 1) else 1
+
+
+def _norm(weight: Tensor, axis: int) -> Tensor:
+    """Lengths along an axis of a canonical weight, in two dimensions."""
+    others = [dimension for dimension in range(weight.ndim) if dimension != axis]
+    return torch.linalg.vector_norm(weight, dim=others).unsqueeze(1 - axis)
+
+
+def _spread(factor: Tensor, dimensions: int) -> Tensor:
+    """(out, 1) or (1, in) as a tensor of so many dimensions."""
+    return factor.view(*factor.shape, *(1,) * (dimensions - 2))
+
+
+DORA: tuple[AdapterType, ...] = tuple(dora(base) for base in (LORA, LOHA, LOKR))

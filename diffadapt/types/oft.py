@@ -1,0 +1,263 @@
+"""OFT: rotate blocks of a layer's inputs or outputs.
+
+Qiu et al., "Controlling Text-to-Image Diffusion by Orthogonal Finetuning", arXiv 2306.07280; the input side and the
+Neumann series as in "OFTv2", arXiv 2506.19847. Two families of files share the name; their tensors tell them apart:
+
+| tensor | shape | rotates | as in |
+|---|---|---|---|
+| `oft_R` | (blocks, b (b - 1) / 2), or (1, ...) shared by all | inputs, or patches | PEFT 0.21, OneTrainer |
+| `oft_blocks` | (blocks, b, b) | outputs | LyCORIS f49d30d, sd-scripts 48d368f |
+| `oft_diag` | (blocks, b, b), rotations already | outputs | LyCORIS before 2.0 |
+| `rescale` | (out), with `oft_blocks` | a factor per output | LyCORIS |
+
+With a skew-symmetric Q per block (`oft_R` as the upper triangle, or `B - B'` of `oft_blocks`) a row v becomes `v R`:
+
+    (I - Q) (I + Q)^-1                            oft_R, exact
+    I + 2 Q + 2 Q^2 + ... + 2 Q^(n-2) + Q^(n-1)   oft_R, n terms of the Neumann series; it turns the other way round
+    (I + Q) (I - Q)^-1                            oft_blocks
+
+Which of the first two a file means is in its config; the tensors are the same.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from diffadapt.config import AdapterConfig
+from diffadapt.errors import AdapterError
+from diffadapt.kind import AdapterType, Stage, Surroundings, Tensors
+from diffadapt.layer import LayerSpec, blockwise, layer_of, shape_of
+
+_TURN = "oft_turn"
+_OLD = "oft_r"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OFTConfig(AdapterConfig):
+    """OFT for new adapters (Qiu et al., arXiv 2306.07280). Dropout turns whole blocks into the identity.
+
+    Attributes:
+        block_size: of the rotated blocks; it has to divide the channels. Either this or `num_blocks`.
+        num_blocks: per layer (PEFT's `r`).
+        side: "input" as in PEFT, "output" as in LyCORIS.
+        neumann_terms: terms of the Neumann series; 0 for the exact inverse. Input side only.
+        block_share: all blocks of a layer are one. Input side only.
+        coft_eps: radius of constrained OFT (PEFT's `coft` and `eps`); 0 for none. Input side only.
+        constraint: radius of the constraint, in parts of the number of outputs; 0 for none. Output side only.
+        rescale: also train a factor per output. Output side only.
+    """
+
+    block_size: int = 0
+    num_blocks: int = 0
+    side: Literal["input", "output"] = "input"
+    neumann_terms: int | None = None
+    block_share: bool = False
+    coft_eps: float = 0.0
+    constraint: float = 0.0
+    rescale: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.block_size > 0) == (self.num_blocks > 0):
+            raise AdapterError(
+                f"block_size is {self.block_size} and num_blocks is {self.num_blocks}, expected exactly one of them"
+            )
+        if self.side not in ("input", "output"):
+            raise AdapterError(f"side is {self.side!r}, expected 'input' or 'output'")
+        idle = ("constraint", "rescale") if self.side == "input" else ("neumann_terms", "block_share", "coft_eps")
+        for name in idle:
+            if getattr(self, name):
+                raise AdapterError(f"{name} has no effect with side={self.side!r}")
+        for name in ("coft_eps", "constraint"):
+            if getattr(self, name) < 0:
+                raise AdapterError(f"{name} is {getattr(self, name)}, expected at least 0")
+        if self.neumann_terms is not None and (self.neumann_terms < 0 or self.neumann_terms == 1):
+            raise AdapterError(f"neumann_terms is {self.neumann_terms}, expected 0 or at least 2")
+
+    @property
+    def settings(self) -> dict[str, float]:
+        """Of the chosen side."""
+        if self.side == "output":
+            return {"constraint": self.constraint}
+        terms = 5 if self.neumann_terms is None else self.neumann_terms
+        return {"neumann_terms": terms, "coft_eps": self.coft_eps}
+
+    def blocks(self, channels: int) -> tuple[int, int]:
+        """Number and size of the blocks that so many channels fall into."""
+        given = self.block_size or self.num_blocks
+        if channels % given:
+            name = "block_size" if self.block_size else "num_blocks"
+            raise AdapterError(f"{name} is {given}, which does not divide the {channels} channels to rotate")
+        return (channels // given, given) if self.block_size else (given, channels // given)
+
+
+def fit(tensors: Tensors, layer: LayerSpec) -> dict[str, Tensor]:
+    """Tensors of a file, checked: the blocks cover the channels."""
+    if _OLD in tensors:
+        raise AdapterError(f"{_OLD} is the layout of PEFT before 0.14, which has another formula; train it again")
+    _refuse_groups(layer)
+    names = [name for name in ("oft_R", "oft_blocks", "oft_diag") if name in tensors]
+    if len(names) != 1:
+        raise AdapterError(f"one of oft_R, oft_blocks and oft_diag expected, {', '.join(sorted(tensors))} found")
+    blocks, channels = tensors[names[0]], _rotated_channels(names[0], layer)
+    shape = shape_of(blocks)
+    if names[0] == "oft_R":
+        size = (1 + math.isqrt(1 + 8 * shape[-1])) // 2
+        fits = len(shape) == 2 and 0 not in shape and size * (size - 1) // 2 == shape[1]
+        fits = fits and (shape[0] * size == channels or (shape[0] == 1 and channels % size == 0))
+        expected = "(blocks, b (b - 1) / 2)"
+    else:
+        fits = len(shape) == 3 and shape[1] == shape[2] and shape[0] * shape[1] == channels
+        expected = "(blocks, b, b)"
+    if not fits:
+        raise AdapterError(f"{names[0]} has shape {shape}, expected {expected} for {channels} channels")
+    fitted = {names[0]: blocks}
+    if "rescale" in tensors:
+        if names[0] == "oft_R" or tensors["rescale"].numel() != layer.out_features:
+            raise AdapterError(f"rescale has shape {shape_of(tensors['rescale'])}, expected ({layer.out_features},)")
+        fitted["rescale"] = tensors["rescale"].reshape(layer.out_features)
+    return fitted
+
+
+def geometry(tensors: Tensors) -> LayerSpec:
+    """A linear layer with as many channels as the blocks cover."""
+    if "oft_R" in tensors:
+        number, elements = tensors["oft_R"].shape[0], tensors["oft_R"].shape[-1]
+        return layer_of(0, number * ((1 + math.isqrt(1 + 8 * elements)) // 2))
+    blocks = tensors.get("oft_blocks", tensors.get("oft_diag"))
+    return layer_of(0 if blocks is None else blocks.shape[0] * blocks.shape[-1], 0)
+
+
+def init(
+    layer: LayerSpec, config: OFTConfig, generator: torch.Generator, weight: Callable[[], Tensor]
+) -> dict[str, Tensor]:
+    """Zero blocks, which are no rotation."""
+    _refuse_groups(layer)
+    deviation = 0.0 if config.init else 0.1
+    name = "oft_R" if config.side == "input" else "oft_blocks"
+    number, size = config.blocks(_rotated_channels(name, layer))
+    if size == 1:
+        raise AdapterError("blocks of one channel cannot be rotated")
+    if name == "oft_R":
+        shape = 1 if config.block_share else number, size * (size - 1) // 2
+        return {name: torch.randn(shape, generator=generator) * deviation}
+    tensors = {name: torch.randn(number, size, size, generator=generator) * deviation}
+    if config.rescale:
+        tensors["rescale"] = 1 + torch.randn(layer.out_features, generator=generator) * deviation
+    return tensors
+
+
+def stages(tensors: Tensors, layer: LayerSpec) -> tuple[Stage, ...]:
+    """On the output, or on the input of the layer; a kernel makes that the patch."""
+    if "oft_R" not in tensors or layer.kind == "embedding":
+        return ("output",)
+    return ("patch",) if any(size > 1 for size in layer.kernel) else ("input",)
+
+
+def prepare(tensors: Tensors, layer: LayerSpec, surroundings: Surroundings) -> Tensors:
+    """`R - I` of every block, `rescale` folded in, in float32 or wider."""
+    settings = surroundings.settings
+    if "oft_diag" in tensors:
+        rotation = _widened(tensors["oft_diag"])
+        return {_TURN: rotation - torch.eye(rotation.shape[-1]).to(rotation)}
+    if "oft_R" in tensors:
+        skew = _skew(_widened(tensors["oft_R"]))
+        if settings["coft_eps"]:
+            skew = _within(skew, settings["coft_eps"] / math.sqrt(skew.shape[0]), (1, 2))
+        terms = int(settings["neumann_terms"])
+        turn = _neumann(skew, terms) if terms else cayley(-skew)
+        size = skew.shape[-1]
+        channels = _rotated_channels("oft_R", layer)
+        return {_TURN: turn.expand(channels // size, size, size)}
+    blocks = _widened(tensors["oft_blocks"])
+    skew = blocks - blocks.transpose(-1, -2)
+    return {_TURN: rescaled(cayley(constrained(skew, settings["constraint"], layer)), tensors.get("rescale"))}
+
+
+def turn(
+    tensors: Tensors, layer: LayerSpec, vectors: Tensor, axis: int, gate: Tensor, transposed: bool = False
+) -> Tensor:
+    """The blocks on their stretches of the axis."""
+    blocks = tensors[_TURN]
+    return blockwise(vectors, (blocks.transpose(1, 2) if transposed else blocks).mul(gate).to(vectors.dtype), axis)
+
+
+def cayley(skew: Tensor) -> Tensor:
+    """`(I + Q) (I - Q)^-1 - I = 2 Q (I - Q)^-1` of skew-symmetric blocks."""
+    identity = torch.eye(skew.shape[-1]).to(skew)
+    return torch.linalg.solve(identity - skew, 2 * skew, left=False)
+
+
+def constrained(skew: Tensor, constraint: float, layer: LayerSpec) -> Tensor:
+    """All blocks of a layer together within the radius `constraint * out`; 0 for no limit."""
+    return _within(skew, constraint * layer.out_features, None) if constraint > 0 else skew
+
+
+def rescaled(turn: Tensor, rescale: Tensor | None) -> Tensor:
+    """`R diag(s) - I` from `R - I`: the factor of an output is applied after the rotation."""
+    if rescale is None:
+        return turn
+    factors = rescale.to(turn.dtype).view(turn.shape[0], 1, turn.shape[-1])
+    return turn * factors + torch.diag_embed(factors.squeeze(1) - 1)
+
+
+def _neumann(skew: Tensor, terms: int) -> Tensor:
+    """The series without its first term. PEFT's last power has no factor 2, and 3 terms give as many as 4."""
+    total = 2 * skew
+    if terms == 2:
+        return total
+    power = skew @ skew
+    total = total + 2 * power
+    for _ in range(3, terms - 1):
+        power = power @ skew
+        total = total + 2 * power
+    return total + power @ skew
+
+
+def _within(skew: Tensor, radius: float, axes: tuple[int, ...] | None) -> Tensor:
+    """Blocks shrunk to a Frobenius norm of at most `radius`, each or (without `axes`) all together."""
+    norm = torch.linalg.vector_norm(skew, dim=axes, keepdim=True) + 1e-8
+    return torch.where(norm > radius, skew * (radius / norm), skew)
+
+
+def _skew(triangle: Tensor) -> Tensor:
+    size = (1 + math.isqrt(1 + 8 * triangle.shape[1])) // 2
+    rows, columns = torch.triu_indices(size, size, 1, device=triangle.device)
+    upper = triangle.new_zeros(triangle.shape[0], size, size)
+    upper[:, rows, columns] = triangle
+    return upper - upper.transpose(1, 2)
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _rotated_channels(name: str, layer: LayerSpec) -> int:
+    return layer.fan_in if name == "oft_R" and layer.kind != "embedding" else layer.out_features
+
+
+def _refuse_groups(layer: LayerSpec) -> None:
+    if layer.groups > 1:
+        raise AdapterError(f"the layer has {layer.groups} groups; a rotation would mix them")
+
+
+OFT = AdapterType(
+    name="oft",
+    tensors=("oft_R", "oft_blocks", "oft_diag", "rescale", _OLD),
+    identified_by=frozenset({"oft_R", "oft_blocks", "oft_diag", _OLD}),
+    claims=lambda tensors: "oft_blocks" not in tensors or tensors["oft_blocks"].ndim != 4,
+    config=OFTConfig,
+    fit=fit,
+    init=init,
+    geometry=geometry,
+    stages=stages,
+    prepare=prepare,
+    turn=turn,
+    settings={"neumann_terms": 5, "coft_eps": 0.0, "constraint": 0.0},
+    alpha_is="constraint",
+    blocks={_TURN: 0},
+)
