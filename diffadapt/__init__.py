@@ -1,5 +1,6 @@
 """Adapters for diffusers pipelines: `import diffadapt`, then `pipe.load_adapter("anything.safetensors")`."""
 
+from diffadapt.config import AdapterConfig
 from diffadapt.create import add_adapter
 from diffadapt.errors import AdapterError, LoadError
 from diffadapt.inspection import inspect
@@ -16,6 +17,7 @@ from diffadapt.types.oft import OFTConfig
 
 __version__ = "0.1.0"
 __all__ = [
+    "AdapterConfig",
     "AdapterError",
     "Adapters",
     "LoHaConfig",

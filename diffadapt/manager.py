@@ -261,18 +261,23 @@ class Adapters:
         """Write an adapter to a file.
 
         Args:
-            path: a `.safetensors` file, or a folder, which gets `pytorch_lora_weights.safetensors`.
-            format: "diffusers" or "kohya".
+            path: a `.safetensors` file, or a folder, which gets `pytorch_lora_weights.safetensors`. For "peft" a
+                folder, which gets `adapter_model.safetensors` and `adapter_config.json`, in a folder of its own for
+                each component if there are several.
+            format: "diffusers", "kohya" or "peft".
 
         Returns:
             The file written; it appears complete or not at all.
+
+        Raises:
+            AdapterError: the format cannot express the adapter. Nothing has been written then.
         """
         loaded = self[name]
         dump = writer(format).dump
         assert dump is not None
         layers = {component: _states(adapter) for component, adapter in loaded.components.items()}
         family = families.of_models(self._models())
-        return write(path, *dump(AdapterState(layers, loaded.metadata, family)))
+        return write(path, dump(AdapterState(layers, loaded.metadata, family)))
 
     def _loaded(self) -> dict[str, LoadedAdapter]:
         found: dict[str, dict[str, Adapter]] = {}
@@ -341,7 +346,7 @@ def _states(adapter: Adapter) -> dict[str, LayerState]:
             tensors=layer.tensors,
             alpha=layer.alpha,
             rank=layer.rank,
-            kernel_dims=len(layer.spec.kernel),
+            kernel=layer.spec.kernel,
             is_embedding=layer.spec.kind == "embedding",
             settings=layer.settings,
         )

@@ -4,8 +4,10 @@
 and no model is left in it, so N readers and M writers are N + M functions.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -18,9 +20,34 @@ class LayerState:
     tensors: Mapping[str, Tensor]
     alpha: float | None
     rank: int | None
-    kernel_dims: int = 0
+    kernel: tuple[int, ...] = ()
     is_embedding: bool = False
     settings: Mapping[str, float] = field(default_factory=dict[str, float])
+
+    @property
+    def scale(self) -> float:
+        """`alpha / rank`, 1 where either is missing."""
+        rank = self.rank or self.settings.get("rank")
+        return 1.0 if self.alpha is None or not rank else self.alpha / rank
+
+    @property
+    def kernel_dims(self) -> int:
+        """Number of dimensions of the kernel, 0 without one."""
+        return len(self.kernel)
+
+    @property
+    def taps(self) -> int:
+        """Positions of the kernel."""
+        return math.prod(self.kernel)
+
+
+@dataclass(frozen=True)
+class Document:
+    """What a writer puts into one folder: the tensors and metadata of one file, and PEFT's config beside it."""
+
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+    config: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

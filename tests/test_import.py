@@ -141,7 +141,7 @@ def test_imports_point_one_way() -> None:
         ("diffadapt.config", {"patterns", "errors"}),
         ("diffadapt.compose", {"adapter", "hooks", "layer"}),
         ("diffadapt.layer", set[str]()),
-        ("diffadapt.io", {"formats", "errors"}),
+        ("diffadapt.io", {"formats", "state", "errors"}),
         ("diffadapt.attach", {"compose", "adapter", "hooks", "errors"}),
         ("diffadapt.merge", {"compose", "attach", "adapter", "hooks", "errors"}),
     ],

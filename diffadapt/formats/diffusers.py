@@ -12,16 +12,14 @@ from typing import Any
 from torch import Tensor
 
 from diffadapt.errors import AdapterError
-from diffadapt.formats import peft_config, suffixes
+from diffadapt.formats import peft_config, peft_dump, suffixes
 from diffadapt.formats.format import Alphas, Format, Header, Names, Unused, Verdict
-from diffadapt.state import AdapterState, LayerState
+from diffadapt.state import AdapterState, Document, LayerState
 
 _METADATA = "lora_adapter_metadata"
 _COMPONENT = re.compile(r"unet|transformer(_\d|_ref)?|text_encoder(_\d)?|prior|decoder|connectors|text_conditioner")
 _OTHER_DIALECTS = ("lora_", "lycoris_", "oft_", "base_model.model.", "diffusion_model.")
 _CLIP_LAYERS = "encoder.layers."
-_SPELLINGS = {"lora_down": "lora_A.weight", "lora_up": "lora_B.weight", "lora_bias": "lora_B.bias"}
-_EMBEDDING_SPELLINGS = {"lora_down": "lora_embedding_A", "lora_up": "lora_embedding_B"}
 
 
 def _matches(header: Header) -> bool:
@@ -73,7 +71,7 @@ def _config(text: str | None) -> dict[str, Any]:
     return config  # type: ignore[return-value]
 
 
-def _dump(state: AdapterState) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _dump(state: AdapterState) -> dict[str, Document]:
     tensors: dict[str, Tensor] = {}
     config: dict[str, Any] = {}
     for component, layers in state.layers.items():
@@ -85,18 +83,16 @@ def _dump(state: AdapterState) -> tuple[dict[str, Tensor], dict[str, str]]:
             for name, tensor in _spelled(component, path, layer).items():
                 tensors[f"{component}.{level}{path}.{name}"] = tensor
     metadata = {**state.metadata, "format": "pt", _METADATA: json.dumps(config, indent=2, sort_keys=True)}
-    return tensors, metadata
+    return {"": Document(tensors, metadata)}
 
 
 def _spelled(component: str, path: str, layer: LayerState) -> dict[str, Tensor]:
-    if layer.type != "lora" or "lora_mid" in layer.tensors:
-        kind = "a Tucker core" if layer.type == "lora" else f"type {layer.type}"
-        raise AdapterError(f"{component}.{path} has {kind}, which diffusers cannot read; save with format='kohya'")
-    spellings = _EMBEDDING_SPELLINGS if layer.is_embedding else _SPELLINGS
-    return {
-        spellings[name]: tensor.view(*tensor.shape, *(1,) * layer.kernel_dims) if name == "lora_up" else tensor
-        for name, tensor in layer.tensors.items()
-    }
+    if layer.type not in ("lora", "dora"):
+        raise AdapterError(
+            f"{component}.{path} is of type {layer.type}, which diffusers cannot read; "
+            "save with format='kohya' or 'peft', or make it a LoRA with to_lora()"
+        )
+    return peft_dump.spelled(f"{component}.{path}", layer)
 
 
 DIFFUSERS = Format("diffusers", _matches, _locate, _alphas, _dump)

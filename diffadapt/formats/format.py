@@ -5,9 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from torch import Tensor
-
-from diffadapt.state import AdapterState
+from diffadapt.state import AdapterState, Document
 from diffadapt.targets import Targets
 
 DENOISERS = ("unet", "transformer", "prior", "decoder")
@@ -76,7 +74,7 @@ class Format:
         locate: a verdict for every key.
         alphas: the alphas that the metadata gives; an alpha tensor in the file wins over it.
         settings: the type's other numbers that the metadata gives.
-        dump: canonical form -> tensors and metadata to write; `None` if the format is only read. Raises
+        dump: canonical form -> what to write, by subfolder; `None` if the format is only read. Raises
             `AdapterError` for content the format cannot express.
     """
 
@@ -84,7 +82,7 @@ class Format:
     matches: Callable[[Header], bool]
     locate: Callable[[Header, "Names"], dict[str, Verdict]]
     alphas: Callable[[Header], Alphas]
-    dump: Callable[[AdapterState], tuple[dict[str, Tensor], dict[str, str]]] | None
+    dump: Callable[[AdapterState], dict[str, Document]] | None
     settings: Callable[[Header], Settings] = _no_settings
 
 

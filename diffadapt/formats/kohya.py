@@ -13,7 +13,8 @@ from torch import Tensor
 from diffadapt.errors import AdapterError
 from diffadapt.formats import ldm, suffixes
 from diffadapt.formats.format import Alphas, Format, Header, Names, Unused, Verdict
-from diffadapt.state import AdapterState
+from diffadapt.state import AdapterState, Document, LayerState
+from diffadapt.types import named
 
 _PREFIX = re.compile(r"lora_(unet|te\d?)_")
 _COMPONENTS = {
@@ -22,7 +23,6 @@ _COMPONENTS = {
     "te2": "text_encoder_2",
     "te3": "text_encoder_3",
 }
-_EXPRESSIBLE = frozenset({"lora", "loha", "lokr"})
 _SPELLINGS = {
     "lora_down": "lora_down.weight",
     "lora_up": "lora_up.weight",
@@ -64,34 +64,48 @@ def _alphas(header: Header) -> Alphas:
     return lambda component, path, rank: None
 
 
-def _dump(state: AdapterState) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _dump(state: AdapterState) -> dict[str, Document]:
     numbered = len(_text_encoders(state)) > 1 or state.family not in ("sd", "sd2", None)
     tensors: dict[str, Tensor] = {}
     for component, layers in state.layers.items():
         prefix = _prefix(component, numbered)
         for path, layer in layers.items():
-            if layer.type not in _EXPRESSIBLE:
-                raise AdapterError(f"{component}.{path} is of type {layer.type}, which format='kohya' cannot express")
             # sd-scripts' CLIP has the `text_model` level that transformers 5 dropped.
             level = "text_model." if path.startswith("encoder.layers.") else ""
             module = f"{prefix}_{level}{path}".replace(".", "_")
             for name, tensor in layer.tensors.items():
-                if name == "lora_up":
+                if name in ("lora_up", "dora_scale"):
                     tensor = tensor.view(*tensor.shape, *(1,) * layer.kernel_dims)
+                elif name == "lokr_w1" and layer.rank is None:
+                    # Readers ignore alpha where both factors are whole; PEFT's scale has to go into one of them.
+                    tensor = tensor * layer.scale
                 tensors[f"{module}.{_SPELLINGS.get(name, name)}"] = tensor
-            if layer.rank is not None:
-                alpha = layer.rank if layer.alpha is None else layer.alpha
-                tensors[f"{module}.alpha"] = torch.tensor(float(alpha))
+            alpha = _alpha(f"{component}.{path}", layer)
+            if alpha is not None:
+                tensors[f"{module}.alpha"] = torch.tensor(alpha)
     every = [layer for layers in state.layers.values() for layer in layers.values()]
     ranks = {layer.rank for layer in every}
     metadata = {
-        "ss_network_module": "networks.lora" if {layer.type for layer in every} == {"lora"} else "lycoris.kohya",
+        "ss_network_module": "networks.lora" if {layer.type for layer in every} <= {"lora"} else "lycoris.kohya",
         "ss_network_dim": str(max(rank or 0 for rank in ranks)) if len(ranks) == 1 else "Dynamic",
         **state.metadata,
         "format": "pt",
     }
     metadata.pop("lora_adapter_metadata", None)
-    return tensors, metadata
+    return {"": Document(tensors, metadata)}
+
+
+def _alpha(where: str, layer: LayerState) -> float | None:
+    """The alpha tensor of a layer, which some types use for a setting of theirs. Others have no place here."""
+    kind = named(layer.type)
+    for name, value in layer.settings.items():
+        if name not in (kind.alpha_is, "rank") and value != kind.settings[name]:
+            raise AdapterError(f"{where}: format='kohya' has no place for {name}={value:g}; use 'peft', or to_lora()")
+    if kind.alpha_is is not None:
+        return float(layer.settings[kind.alpha_is])
+    if layer.rank is None:
+        return None
+    return float(layer.rank if layer.alpha is None else layer.alpha)
 
 
 def _text_encoders(state: AdapterState) -> list[str]:

@@ -1,8 +1,9 @@
 """PEFT folders: `adapter_model.safetensors` with `base_model.model.` names beside `adapter_config.json`."""
 
 from diffadapt.errors import AdapterError
-from diffadapt.formats import peft_config, suffixes
+from diffadapt.formats import peft_config, peft_dump, suffixes
 from diffadapt.formats.format import Alphas, Format, Header, Names, Settings, Unused, Verdict
+from diffadapt.state import AdapterState, Document
 
 _PREFIX = "base_model.model."
 _TYPES = ("LORA", "LOHA", "LOKR", "OFT")
@@ -36,4 +37,10 @@ def _settings(header: Header) -> Settings:
     return lambda component, path, type: {} if config is None else peft_config.settings(config, path, type)
 
 
-PEFT = Format("peft", _matches, _locate, _alphas, dump=None, settings=_settings)
+def _dump(state: AdapterState) -> dict[str, Document]:
+    documents = {component: peft_dump.document(layers) for component, layers in state.layers.items()}
+    # PEFT knows models and not pipelines: one folder for each.
+    return documents if len(documents) > 1 else {"": next(iter(documents.values()))}
+
+
+PEFT = Format("peft", _matches, _locate, _alphas, _dump, _settings)

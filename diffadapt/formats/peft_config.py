@@ -1,6 +1,7 @@
 """LoRA settings as PEFT's config spells them: in `adapter_config.json`, and in diffusers' safetensors header."""
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -25,22 +26,30 @@ def alpha(config: Mapping[str, Any], path: str, rank: int) -> float | None:
 def dump(layers: Mapping[str, LayerState]) -> dict[str, Any]:
     """The config under which PEFT scales every one of `layers` as we do."""
     ranks = {path: layer.rank or 0 for path, layer in layers.items()}
-    alphas = {
-        path: float(rank if layers[path].alpha is None else layers[path].alpha or 0) for path, rank in ranks.items()
-    }
+    alphas = {path: layer.scale * ranks[path] for path, layer in layers.items()}
+    magnitudes = {"dora_scale" in layer.tensors for layer in layers.values()}
+    if len(magnitudes) > 1:
+        raise AdapterError("some layers are DoRA and some plain LoRA, which PEFT cannot express")
     biased = {"lora_bias" in layer.tensors for layer in layers.values()}
     if len(biased) > 1:
         raise AdapterError("some layers have a LoRA bias and some have not, which PEFT cannot express")
+    return {
+        **ranks_and_alphas(ranks, alphas),
+        "lora_bias": biased == {True},
+        "target_modules": list(layers),
+        "use_dora": magnitudes == {True},
+        "use_rslora": False,
+    }
+
+
+def ranks_and_alphas(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[str, Any]:
+    """The commonest rank and alpha, and patterns for all others."""
     rank, alpha = _commonest(ranks), _commonest(alphas)
     return {
         "alpha_pattern": {f"^{path}": value for path, value in alphas.items() if value != alpha},
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-        "lora_bias": biased == {True},
         "r": rank,
         "rank_pattern": {f"^{path}": value for path, value in ranks.items() if value != rank},
-        "target_modules": list(layers),
-        "use_dora": False,
-        "use_rslora": False,
     }
 
 
@@ -49,12 +58,23 @@ def settings(config: Mapping[str, Any], path: str, type: str) -> dict[str, float
     if type == "oft":
         # Before there was a choice, there was only the exact inverse.
         terms = config.get("num_cayley_neumann_terms", 5) if config.get("use_cayley_neumann", False) else 0
+        if terms and _version(config) < (0, 18):
+            raise AdapterError(
+                "an OFT of PEFT before 0.18 with use_cayley_neumann, which was another series; train it again, or load "
+                "it with that version of PEFT"
+            )
         return {"neumann_terms": terms, "coft_eps": config.get("eps", 6e-5) if config.get("coft") else 0.0}
     if type in ("lokr", "dora-lokr"):
         # PEFT divides alpha by this also where both factors are whole and no tensor has it.
         rank = _pattern_value(config, "rank_pattern", path) or config.get("r")
         return {"rank": rank} if rank else {}
     return {}
+
+
+def _version(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """PEFT's version that wrote the config; it is there since 0.18."""
+    digits = re.match(r"(\d+)\.(\d+)", str(config.get("peft_version", "")))
+    return (int(digits[1]), int(digits[2])) if digits else (0, 0)
 
 
 def _pattern_value(config: Mapping[str, Any], option: str, path: str) -> Any:

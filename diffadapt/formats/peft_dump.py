@@ -1,0 +1,189 @@
+"""Content of a PEFT folder: which config makes PEFT build exactly these layers, and how it spells their tensors.
+
+PEFT creates its layers from the config alone and then fills in the tensors, so a config has to reproduce every shape.
+What no config reproduces is refused. Source: PEFT 0.21.2 `tuners/*/config.py` and `layer.py`.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from diffadapt.errors import AdapterError
+from diffadapt.formats import peft_config
+from diffadapt.state import Document, LayerState
+
+Layers: TypeAlias = Mapping[str, LayerState]
+
+_VERSION = "0.21.2"
+"""Whose rules the config follows; PEFT takes older ones for OFT of another formula."""
+
+_PREFIX = "base_model.model."
+_LORA = {"lora_down": "lora_A.weight", "lora_up": "lora_B.weight", "lora_bias": "lora_B.bias"}
+_EMBEDDING = {"lora_down": "lora_embedding_A", "lora_up": "lora_embedding_B"}
+_MAGNITUDE = {"dora_scale": "lora_magnitude_vector"}
+
+
+def document(layers: Layers) -> Document:
+    """One model's layers as a PEFT folder.
+
+    Raises:
+        AdapterError: PEFT has no such adapter: types are mixed or unknown to it, or no config gives these shapes.
+    """
+    types = sorted({layer.type for layer in layers.values()})
+    if len(types) > 1:
+        raise AdapterError(f"a PEFT folder holds one type; this adapter has {', '.join(types)}; to_lora() makes it one")
+    if types[0] not in _TYPES:
+        raise AdapterError(
+            f"PEFT has no type like {types[0]}; save with format='kohya', or make it a LoRA with to_lora()"
+        )
+    peft_type, settings = _TYPES[types[0]]
+    config = {
+        "peft_type": peft_type,
+        "peft_version": _VERSION,
+        "base_model_name_or_path": None,
+        "task_type": None,
+        "inference_mode": True,
+        "target_modules": list(layers),
+        **settings(layers),
+    }
+    tensors = {
+        f"{_PREFIX}{path}.{spelling}": tensor
+        for path, layer in layers.items()
+        for spelling, tensor in spelled(path, layer).items()
+    }
+    return Document(tensors, {"format": "pt"}, config)
+
+
+def spelled(path: str, layer: LayerState) -> dict[str, Tensor]:
+    """A layer's tensors by PEFT's names and in its shapes.
+
+    Raises:
+        AdapterError: PEFT has no tensor like it.
+    """
+    found: dict[str, Tensor] = {}
+    for name, tensor in layer.tensors.items():
+        if name in ("lora_mid", "oft_blocks", "oft_diag"):
+            raise AdapterError(f"{path}: PEFT has nothing like {name}; save with format='kohya', or use to_lora()")
+        if name == "dora_scale":
+            if tensor.shape[0] == 1 and tensor.shape[1] > 1:
+                raise AdapterError(
+                    f"{path}: DoRA with one length per input is unknown to PEFT; save with format='kohya'"
+                )
+            tensor = tensor.reshape(1, -1, *(1,) * layer.kernel_dims) if layer.kernel_dims else tensor.reshape(-1)
+        elif name == "lora_up":
+            tensor = tensor.view(*tensor.shape, *(1,) * layer.kernel_dims)
+        elif name in ("hada_t1", "hada_t2", "lokr_t2") and layer.kernel_dims == 1:
+            tensor = tensor.unsqueeze(-1)
+        elif name == "oft_R":
+            found["oft_embedding_R.weight" if layer.is_embedding else "oft_R.weight"] = tensor
+            continue
+        spellings = {**(_EMBEDDING if layer.is_embedding else _LORA), **_MAGNITUDE}
+        found[spellings.get(name, name)] = tensor
+    return found
+
+
+def _lora(layers: Layers) -> dict[str, Any]:
+    return peft_config.dump(layers)
+
+
+def _loha(layers: Layers) -> dict[str, Any]:
+    return {**_ranks(layers), "use_effective_conv2d": _tucker(layers, "hada_t1")}
+
+
+def _lokr(layers: Layers) -> dict[str, Any]:
+    """The factor and switches under which PEFT splits every layer as it is split here."""
+    options = {"use_effective_conv2d": _tucker(layers, "lokr_t2")}
+    shapes = {path: _lokr_shapes(layer) for path, layer in layers.items()}
+    ranks = {path: layer.rank or _rank_of_whole(layer) for path, layer in layers.items()}
+    for factor in dict.fromkeys((-1, *(size for shape in shapes.values() for size in shape[0]))):
+        for both in (False, True):
+            if all(_splits_alike(shapes[path], ranks[path], factor, both) for path in layers):
+                return {**_ranks(layers, ranks), **options, "decompose_factor": factor, "decompose_both": both}
+    raise AdapterError("no decompose_factor of PEFT gives the factors of this LoKr; save with format='kohya'")
+
+
+def _oft(layers: Layers) -> dict[str, Any]:
+    for path, layer in layers.items():
+        spelled(path, layer)
+    sizes = {_block_size(layer.tensors["oft_R"].shape[1]) for layer in layers.values()}
+    settings = {tuple(sorted(layer.settings.items())) for layer in layers.values()}
+    shared = {layer.tensors["oft_R"].shape[0] == 1 for layer in layers.values()}
+    if len(sizes) > 1 or len(settings) > 1 or len(shared) > 1:
+        raise AdapterError("PEFT has one block size and one set of options for all layers of an OFT; these differ")
+    chosen = dict(settings.pop())
+    terms = int(chosen["neumann_terms"])
+    return {
+        "r": 0,
+        "oft_block_size": sizes.pop(),
+        "block_share": shared.pop(),
+        "coft": bool(chosen["coft_eps"]),
+        "eps": chosen["coft_eps"] or 6e-5,
+        "use_cayley_neumann": bool(terms),
+        "num_cayley_neumann_terms": terms or 5,
+    }
+
+
+def _ranks(layers: Layers, ranks: Mapping[str, int] | None = None) -> dict[str, Any]:
+    ranks = ranks or {path: layer.rank or 0 for path, layer in layers.items()}
+    options = peft_config.ranks_and_alphas(ranks, {path: layer.scale * ranks[path] for path, layer in layers.items()})
+    return {"alpha": options.pop("lora_alpha"), **options}
+
+
+def _tucker(layers: Layers, core: str) -> bool:
+    """Whether convolutions have cores; PEFT has one answer for all that are larger than 1 x 1."""
+    answers = {core in layer.tensors for layer in layers.values() if layer.taps > 1 and "lokr_w2" not in layer.tensors}
+    if len(answers) > 1:
+        raise AdapterError("some convolutions have a Tucker core and some have not, which PEFT cannot express")
+    return answers == {True}
+
+
+def _block_size(elements: int) -> int:
+    return int((1 + (1 + 8 * elements) ** 0.5) / 2 + 0.5)
+
+
+Shapes: TypeAlias = tuple[tuple[int, int], tuple[int, int], bool, bool]
+"""((rows, columns) of w1, of w2, w1 is whole, w2 is whole)."""
+
+
+def _lokr_shapes(layer: LayerState) -> Shapes:
+    t = layer.tensors
+    w1 = t["lokr_w1"].shape if "lokr_w1" in t else (t["lokr_w1_a"].shape[0], t["lokr_w1_b"].shape[1])
+    if "lokr_w2" in t:
+        w2 = t["lokr_w2"].shape[:2]
+    elif "lokr_t2" in t:
+        w2 = (t["lokr_w2_a"].shape[1], t["lokr_w2_b"].shape[1])
+    else:
+        w2 = (t["lokr_w2_a"].shape[0], t["lokr_w2_b"].shape[1] // layer.taps)
+    return (int(w1[0]), int(w1[1])), (int(w2[0]), int(w2[1])), "lokr_w1" in t, "lokr_w2" in t
+
+
+def _rank_of_whole(layer: LayerState) -> int:
+    """A rank at which PEFT keeps both factors whole: not less than half of any side."""
+    w1, w2, *_ = _lokr_shapes(layer)
+    return int(layer.settings.get("rank") or max(*w1, *w2))
+
+
+def _splits_alike(shapes: Shapes, rank: int, factor: int, both: bool) -> bool:
+    (o1, i1), (o2, i2), whole_1, whole_2 = shapes
+    if _factorization(o1 * o2, factor) != (o1, o2) or _factorization(i1 * i2, factor) != (i1, i2):
+        return False
+    return whole_1 == (not (both and rank < max(o1, i1) / 2)) and whole_2 == (rank >= max(o2, i2) / 2)
+
+
+def _factorization(size: int, factor: int) -> tuple[int, int]:
+    """PEFT's split: a positive factor that divides comes first even if it is the larger part."""
+    if factor > 0 and size % factor == 0:
+        return factor, size // factor
+    most = size if factor == -1 else factor
+    small = max(d for d in range(1, int(size**0.5) + 1) if size % d == 0 and d <= most)
+    return small, size // small
+
+
+_TYPES: dict[str, tuple[str, Callable[[Layers], dict[str, Any]]]] = {
+    "lora": ("LORA", _lora),
+    "dora": ("LORA", _lora),
+    "loha": ("LOHA", _loha),
+    "lokr": ("LOKR", _lokr),
+    "oft": ("OFT", _oft),
+}
