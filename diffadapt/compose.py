@@ -35,9 +35,10 @@ def run(layers: Sequence[AdapterLayer], host: nn.Module, call: Callable[..., Any
     if turned is not input:
         args, kwargs = ((turned, *args[1:]), kwargs) if args else ((), {**kwargs, next(iter(kwargs)): turned})
     output = _own(host, call(*args, **kwargs))
+    output = _plus([r for r in ready if "patch" in r.layer.stages], output, input)
     if any("output" in layer.stages or "gain" in layer.stages for layer in layers):
         output = _after(ready, output, _bias(host, output), spec)
-    return _plus([r for r in ready if {"add", "patch"} & set(r.layer.stages)], output, input)
+    return _plus([r for r in ready if "add" in r.layer.stages], output, input)
 
 
 def weight(ready: Sequence[Ready], base: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from diffadapt.errors import AdapterError
 from diffadapt.formats import writer
 from diffadapt.io import Location, Source, read, write
 from diffadapt.load import attach_all_, plan
-from diffadapt.merge import merge_, unmerge_
+from diffadapt.merge import merge_, refuse_mixture, unmerge_
 from diffadapt.report import Report
 from diffadapt.scales import Strength
 from diffadapt.state import AdapterState, LayerState
@@ -167,13 +167,18 @@ class Adapters:
         attached = attach_all_(models, name, planned)
         try:
             strengths = self._strengths(name, scale, attached)
+            for component, adapter in attached.items():
+                adapter.strength = scale
+                adapter.set_strengths(strengths[component])
+                adapter.active = activate
+                bank = bank_of(models[component])
+                assert bank is not None
+                refuse_mixture(component, bank, bank.merged)
         except AdapterError:
-            self.remove(name)
+            for component in attached:
+                detach_(models[component], name)
             raise
-        for component, adapter in attached.items():
-            adapter.strength = scale
-            adapter.set_strengths(strengths[component])
-            adapter.active = activate
+        for component in attached:
             refresh_(models[component])
         self._changed()
         return planned.report(name)
