@@ -1,6 +1,6 @@
 """What the settings of all adapter types have in common. Each type's own are in its file in `types/`."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -8,6 +8,7 @@ import torch
 
 from diffadapt import patterns
 from diffadapt.errors import AdapterError
+from diffadapt.layer import LayerSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +56,8 @@ class AdapterConfig:
         """The settings of the layer at `path`, with what patterns say of it filled in."""
         return self
 
-    def refuse_unmatched(self, paths: Iterable[str]) -> None:
-        """Raise `AdapterError` for a pattern that names none of the adapted layers: it would have no effect."""
+    def refuse_idle(self, layers: Mapping[str, LayerSpec]) -> None:
+        """Raise `AdapterError` for a setting that has no effect on any of the layers, given by path."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,10 +117,11 @@ class RankedConfig(AdapterConfig):
             alpha_pattern={},
         )
 
-    def refuse_unmatched(self, paths: Iterable[str]) -> None:
-        """Every pattern has to name a layer."""
-        paths = tuple(paths)
+    def refuse_idle(self, layers: Mapping[str, LayerSpec]) -> None:
+        """Every pattern has to name a layer, and a Tucker core needs a kernel."""
         for name in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(self, name):
-                if not any(patterns.matches(pattern, path) for path in paths):
-                    raise AdapterError(f"{name}: {pattern!r} names none of the {len(paths)} adapted layers")
+                if not any(patterns.matches(pattern, path) for path in layers):
+                    raise AdapterError(f"{name}: {pattern!r} names none of the {len(layers)} adapted layers")
+        if getattr(self, "use_tucker", False) and not any(layer.has_kernel for layer in layers.values()):
+            raise AdapterError("use_tucker has no effect: none of the adapted layers has a kernel larger than one")

@@ -1,12 +1,14 @@
 """New adapters on a model, from their settings."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from diffadapt.adapter import Adapter, AdapterLayer, Dropout
 from diffadapt.attach import attach_, bank_of, refresh_
 from diffadapt.config import AdapterConfig
-from diffadapt.errors import AdapterError
+from diffadapt.errors import AdapterError, naming
 from diffadapt.hooks import decoded, execution_device
 from diffadapt.layer import LayerSpec
 from diffadapt.targets import Targets
@@ -31,19 +33,21 @@ def add_adapter(model: nn.Module, config: AdapterConfig, name: str = "default") 
     kind = for_config(config)
     targets = Targets(model)
     hosts = targets.select(config.target_modules, config.exclude_modules)
-    config.refuse_unmatched(hosts)
     bank = bank_of(model)
     if bank is not None and bank.merged:
         raise AdapterError(f"{', '.join(bank.merged)} is merged into the weights; unmerge() before adding an adapter")
     generator = config.generator or torch.Generator().manual_seed(0)
     device = execution_device(targets.all)
     layers: dict[str, AdapterLayer] = {}
+    specs: dict[str, LayerSpec] = {}
     for path in sorted(hosts):
-        try:
-            spec, settings = targets.spec(path, kind.layers), config.at(path)
-            tensors = kind.init(spec, settings, generator, lambda path=path, spec=spec: _weight(hosts[path], spec))
-        except AdapterError as error:
-            raise AdapterError(f"{path}: {error}") from error
+        with naming(path):
+            specs[path] = targets.spec(path, kind.layers)
+    config.refuse_idle(specs)
+    for path, spec in specs.items():
+        settings = config.at(path)
+        with naming(path):
+            tensors = kind.init(spec, settings, generator, partial(_weight, hosts[path], spec))
         dropout = Dropout(config.dropout, getattr(config, "rank_dropout", 0.0), config.module_dropout)
         layers[path] = AdapterLayer(
             kind,

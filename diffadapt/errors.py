@@ -1,5 +1,8 @@
 """The errors users can catch. Every message says path, expected, found, and what to do."""
 
+from collections.abc import Generator
+from contextlib import contextmanager
+
 
 class AdapterError(ValueError):
     """Base of every error this library raises on purpose.
@@ -18,3 +21,12 @@ class LoadError(AdapterError):
     def __init__(self, message: str, faults: list[tuple[str, str]] | None = None) -> None:
         super().__init__(message)
         self.faults = faults or []
+
+
+@contextmanager
+def naming(where: str) -> Generator[None, None, None]:
+    """Put the path of a layer in front of what is said about it."""
+    try:
+        yield
+    except AdapterError as error:
+        raise AdapterError(f"{where}: {error}") from error

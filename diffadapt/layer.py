@@ -91,6 +91,11 @@ class LayerSpec:
         return (self.out_features, self.in_features // self.groups, *self.kernel)
 
     @property
+    def has_kernel(self) -> bool:
+        """Whether the layer sees more than one position at once."""
+        return any(size > 1 for size in self.kernel)
+
+    @property
     def fan_in(self) -> int:
         """Columns of the canonical weight flattened to two dimensions."""
         columns = self.in_features // self.groups

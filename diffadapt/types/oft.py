@@ -155,7 +155,7 @@ def stages(tensors: Tensors, layer: LayerSpec) -> tuple[Stage, ...]:
     """On the output, or on the input of the layer; a kernel makes that the patch."""
     if "oft_R" not in tensors or layer.kind == "embedding":
         return ("output",)
-    return ("patch",) if any(size > 1 for size in layer.kernel) else ("input",)
+    return ("patch",) if layer.has_kernel else ("input",)
 
 
 def prepare(tensors: Tensors, layer: LayerSpec, surroundings: Surroundings) -> Tensors:
