@@ -10,6 +10,10 @@ from diffadapt.pipeline import adapters_of as adapters
 from diffadapt.pipeline import install
 from diffadapt.pipeline import load_adapter_into_model as load_adapter
 from diffadapt.report import Report
+from diffadapt.types.boft import BOFTConfig
+from diffadapt.types.full import FullConfig
+from diffadapt.types.glora import GLoRAConfig
+from diffadapt.types.ia3 import IA3Config
 from diffadapt.types.loha import LoHaConfig
 from diffadapt.types.lokr import LoKrConfig
 from diffadapt.types.lora import LoraConfig
@@ -20,6 +24,10 @@ __all__ = [
     "AdapterConfig",
     "AdapterError",
     "Adapters",
+    "BOFTConfig",
+    "FullConfig",
+    "GLoRAConfig",
+    "IA3Config",
     "LoHaConfig",
     "LoKrConfig",
     "LoadError",

@@ -97,8 +97,8 @@ def _turned(ready: Sequence[Ready], stage: str, vectors: Tensor, axis: int) -> T
     total = vectors
     for r in ready:
         if stage in r.layer.stages:
-            total = total + r.turned(vectors, axis).to(vectors.dtype)
-    return total
+            total = total + r.turned(vectors, axis)
+    return total.to(vectors.dtype)
 
 
 def _after(ready: Sequence[Ready], output: Tensor, bias: Tensor | None, spec: LayerSpec) -> Tensor:

@@ -32,7 +32,7 @@ def add_adapter(model: nn.Module, config: AdapterConfig, name: str = "default") 
     """
     kind = for_config(config)
     targets = Targets(model)
-    hosts = targets.select(config.target_modules, config.exclude_modules)
+    hosts = targets.select(config.target_modules, config.exclude_modules, kind.layers)
     bank = bank_of(model)
     if bank is not None and bank.merged:
         raise AdapterError(f"{', '.join(bank.merged)} is merged into the weights; unmerge() before adding an adapter")

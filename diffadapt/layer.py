@@ -244,9 +244,9 @@ def scaled(hidden: Tensor, gate: Tensor) -> Tensor:
 
 
 def add(product: Tensor, onto: Tensor) -> Tensor:
-    """`onto + product` in the dtype of `onto`; `product` may be overwritten."""
-    if product.dtype == onto.dtype:
-        return product.add_(onto)
+    """`onto + product` in the dtype of `onto`, rounded once; `product` may be overwritten."""
+    if torch.promote_types(product.dtype, onto.dtype) == product.dtype:
+        return product.add_(onto).to(onto.dtype)
     return onto + product.to(onto.dtype)
 
 

@@ -181,11 +181,12 @@ class _Builder:
             known = kind.tensors if kind else ()
             unknown = ", ".join(sorted(set(tensors) - set(known))) or "only an alpha"
             raise AdapterError(f"{unknown}: no adapter type that can be loaded has these tensors")
-        for name, tensor in tensors.items():
-            if not tensor.is_floating_point():
-                raise AdapterError(f"{name} has dtype {tensor.dtype}, expected a floating-point one")
         spec = self._spec(component, path, tensors, kind)
         fitted = kind.fit(tensors, spec)
+        # Not before: a type may read a flag.
+        for name, tensor in fitted.items():
+            if not tensor.is_floating_point():
+                raise AdapterError(f"{name} has dtype {tensor.dtype}, expected a floating-point one")
         rank = kind.rank(fitted)
         settings = dict(self._settings(component, group.written, kind.name))
         alpha = _alpha(alpha_tensor, rank) if alpha_tensor is not None else None

@@ -86,8 +86,13 @@ class Targets:
             raise AdapterError(f"a {type(module).__name__} cannot carry {'an' if spec is None else 'this'} adapter")
         return spec
 
-    def select(self, wanted: str | Sequence[str], excluded: str | Sequence[str] = ()) -> dict[str, nn.Module]:
-        """Layers by pattern, for new adapters.
+    def select(
+        self,
+        wanted: str | Sequence[str],
+        excluded: str | Sequence[str] = (),
+        kinds: Collection[LayerKind] = _CARRIERS,
+    ) -> dict[str, nn.Module]:
+        """Layers by pattern, for new adapters; only layers of these `kinds` are looked at.
 
         Args:
             wanted: "all-linear", "all-conv", a regular expression for the whole path, or a list of path endings
@@ -99,21 +104,21 @@ class Targets:
         """
         chosen: dict[str, nn.Module] = {}
         for pattern in [wanted] if isinstance(wanted, str) else wanted:
-            matched = self._matching(pattern, is_regex=isinstance(wanted, str))
+            matched = self._matching(pattern, kinds, is_regex=isinstance(wanted, str))
             if not matched:
                 raise AdapterError(
                     f"target_modules: {pattern!r} matches no layer of {type(self.model).__name__}; "
-                    f"its layers end in {', '.join(self._endings())}"
+                    f"its layers end in {', '.join(self._endings(kinds))}"
                 )
             chosen.update(matched)
         for pattern in [excluded] if isinstance(excluded, str) else excluded:
-            for path in self._matching(pattern, is_regex=isinstance(excluded, str)):
+            for path in self._matching(pattern, kinds, is_regex=isinstance(excluded, str)):
                 chosen.pop(path, None)
         if not chosen:
             raise AdapterError(f"target_modules={wanted!r} without {excluded!r} leaves no layer")
         return chosen
 
-    def _matching(self, pattern: str, *, is_regex: bool) -> dict[str, nn.Module]:
+    def _matching(self, pattern: str, kinds: Collection[LayerKind], *, is_regex: bool) -> dict[str, nn.Module]:
         if is_regex and pattern in ("all-linear", "all-conv"):
             kind = pattern.removeprefix("all-")
             found = {path: module for path, module in self.modules.items() if self._kind(path) == kind}
@@ -127,7 +132,7 @@ class Targets:
         return {
             path: module
             for path, module in found.items()
-            if LayerSpec.of(module) is not None and self._paths[id(module)] == path
+            if self._paths[id(module)] == path and (spec := LayerSpec.of(module)) is not None and spec.kind in kinds
         }
 
     def _kind(self, path: str) -> str | None:
@@ -136,6 +141,7 @@ class Targets:
         except AdapterError:
             return None
 
-    def _endings(self) -> list[str]:
-        endings = {path.rsplit(".", 1)[-1] for path, module in self.modules.items() if LayerSpec.of(module)}
+    def _endings(self, kinds: Collection[LayerKind]) -> list[str]:
+        specs = ((path, LayerSpec.of(module)) for path, module in self.modules.items())
+        endings = {path.rsplit(".", 1)[-1] for path, spec in specs if spec is not None and spec.kind in kinds}
         return sorted(ending for ending in endings if not ending.isdigit())

@@ -98,6 +98,19 @@ def test_writes_a_file_that_changes_the_pipeline(base: Path, pictures: Path, tmp
         assert opened.metadata()["modelspec.trigger_phrase"] == "a sks"
 
 
+@pytest.mark.parametrize("kind", ["dora", "loha", "lokr", "oft", "boft"])
+def test_other_types(base: Path, pictures: Path, tmp_path: Path, kind: str) -> None:
+    options = {"learning_rate": 1e-1, "lora_layers": "all", "rank": 1, "block_size": 2}
+    file = script.train(arguments(base, pictures, tmp_path, adapter_type=kind, **options))
+    pipe = models.sd15()
+    before = models.draw(pipe)
+    report = pipe.load_adapter(file)
+    assert set(report.types) == {kind}
+    assert report.unused == []
+    assert report.format == ("diffusers" if kind == "dora" else "kohya")
+    assert not torch.equal(models.draw(pipe), before)
+
+
 def test_default_layers_are_attention(base: Path, pictures: Path, tmp_path: Path) -> None:
     found = layers(script.train(arguments(base, pictures, tmp_path, max_train_steps=1)))
     assert found

@@ -6,6 +6,7 @@ names are looked up in a table built from the model's own paths. Source: sd-scri
 """
 
 import re
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -28,7 +29,15 @@ _SPELLINGS = {
     "lora_up": "lora_up.weight",
     "lora_mid": "lora_mid.weight",
     "lora_bias": "lora_up.bias",
+    "glora_a1": "a1.weight",
+    "glora_a2": "a2.weight",
+    "glora_b1": "b1.weight",
+    "glora_b2": "b2.weight",
+    "ia3_w": "weight",
 }
+_NORM_SPELLINGS = {"diff": "w_norm", "diff_b": "b_norm"}
+_POINTWISE = frozenset({"lora_up", "dora_scale", "glora_a1", "glora_a2", "glora_b1"})
+_PEFT_ONLY = frozenset({"boft_R", "ia3_l"})
 
 
 def _matches(header: Header) -> bool:
@@ -38,11 +47,13 @@ def _matches(header: Header) -> bool:
 def _locate(header: Header, names: Names) -> dict[str, Verdict]:
     denoiser = names.denoiser()
     aliases = _ldm_aliases(names, denoiser)
+    keys = set(header.keys)
     verdicts: dict[str, Verdict] = {}
     for key in header.keys:
         module, _, suffix = key.partition(".")
         prefix = _PREFIX.match(module)
-        name = suffixes.canonical(suffix)
+        # Of all bare weights only those with LyCORIS' flag beside them are an adapter's.
+        name = "ia3_w" if suffix == "weight" and f"{module}.on_input" in keys else suffixes.canonical(suffix)
         if prefix is None or name is None:
             verdicts[key] = Unused("not the name of an adapter tensor")
             continue
@@ -73,13 +84,8 @@ def _dump(state: AdapterState) -> dict[str, Document]:
             # sd-scripts' CLIP has the `text_model` level that transformers 5 dropped.
             level = "text_model." if path.startswith("encoder.layers.") else ""
             module = f"{prefix}_{level}{path}".replace(".", "_")
-            for name, tensor in layer.tensors.items():
-                if name in ("lora_up", "dora_scale"):
-                    tensor = tensor.view(*tensor.shape, *(1,) * layer.kernel_dims)
-                elif name == "lokr_w1" and layer.rank is None:
-                    # Readers ignore alpha where both factors are whole; PEFT's scale has to go into one of them.
-                    tensor = tensor * layer.scale
-                tensors[f"{module}.{_SPELLINGS.get(name, name)}"] = tensor
+            for spelling, tensor in _spelled(f"{component}.{path}", layer):
+                tensors[f"{module}.{spelling}"] = tensor
             alpha = _alpha(f"{component}.{path}", layer)
             if alpha is not None:
                 tensors[f"{module}.alpha"] = torch.tensor(alpha)
@@ -95,6 +101,28 @@ def _dump(state: AdapterState) -> dict[str, Document]:
     return {"": Document(tensors, metadata)}
 
 
+def _spelled(where: str, layer: LayerState) -> Iterator[tuple[str, Tensor]]:
+    """A layer's tensors by sd-scripts' and LyCORIS' names and in their shapes."""
+    ones = (1,) * layer.kernel_dims
+    for name, tensor in layer.tensors.items():
+        if name in _PEFT_ONLY:
+            raise AdapterError(f"{where}: format='kohya' has no place for {name}; use 'peft', or to_lora()")
+        if name in _POINTWISE:
+            tensor = tensor.view(*tensor.shape, *ones)
+        elif name == "rescale":
+            tensor = tensor.view(-1, 1, *ones)
+        elif name == "lokr_w1" and layer.rank is None:
+            # Readers ignore alpha where both factors are whole; PEFT's scale has to go into one of them.
+            tensor = tensor * layer.scale
+        elif name == "ia3_w":
+            yield "on_input", torch.tensor(int(tensor.shape[1] > 1))
+            tensor = tensor.view(1, -1, *ones) if ones else tensor.view(-1)
+        spelling = _SPELLINGS.get(name, name)
+        if "diff" in layer.tensors and layer.tensors["diff"].ndim == 1:
+            spelling = _NORM_SPELLINGS[name]
+        yield spelling, tensor
+
+
 def _alpha(where: str, layer: LayerState) -> float | None:
     """The alpha tensor of a layer, which some types use for a setting of theirs. Others have no place here."""
     kind = named(layer.type)
@@ -104,7 +132,8 @@ def _alpha(where: str, layer: LayerState) -> float | None:
     if kind.alpha_is is not None:
         return float(layer.settings[kind.alpha_is])
     if layer.rank is None:
-        return None
+        # LyCORIS reads one for every LoKr, also where it means nothing.
+        return 1.0 if "lokr_w1" in layer.tensors else None
     return float(layer.rank if layer.alpha is None else layer.alpha)
 
 

@@ -4,9 +4,10 @@ from diffadapt.errors import AdapterError
 from diffadapt.formats import peft_config, peft_dump, suffixes
 from diffadapt.formats.format import Alphas, Format, Header, Names, Settings, Unused, Verdict
 from diffadapt.state import AdapterState, Document
+from diffadapt.types.ia3 import FEEDFORWARD
 
 _PREFIX = "base_model.model."
-_TYPES = ("LORA", "LOHA", "LOKR", "OFT")
+_TYPES = ("LORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3")
 
 
 def _matches(header: Header) -> bool:
@@ -14,7 +15,8 @@ def _matches(header: Header) -> bool:
 
 
 def _locate(header: Header, names: Names) -> dict[str, Verdict]:
-    peft_type = (header.config or {}).get("peft_type", "LORA")
+    config = header.config or {}
+    peft_type = config.get("peft_type", "LORA")
     if peft_type not in _TYPES:
         raise AdapterError(f"adapter_config.json says peft_type={peft_type!r}, expected one of {', '.join(_TYPES)}")
     verdicts: dict[str, Verdict] = {}
@@ -23,7 +25,10 @@ def _locate(header: Header, names: Names) -> dict[str, Verdict]:
         if not key.startswith(_PREFIX) or split is None:
             verdicts[key] = Unused("not the name of an adapter tensor")
         else:
-            verdicts[key] = names.bare(*split)
+            path, name = split
+            if name == "ia3_l" and peft_config.is_feedforward(config, path):
+                name = FEEDFORWARD
+            verdicts[key] = names.bare(path, name)
     return verdicts
 
 

@@ -71,6 +71,19 @@ def settings(config: Mapping[str, Any], path: str, type: str) -> dict[str, float
     return {}
 
 
+def is_feedforward(config: Mapping[str, Any], path: str) -> bool:
+    """Whether the config of an (IA)^3 counts the layer at `path` among those whose inputs are scaled."""
+    chosen = config.get("feedforward_modules") or []
+    if isinstance(chosen, str):
+        try:
+            return re.fullmatch(chosen, path) is not None
+        except re.error as error:
+            raise AdapterError(f"feedforward_modules in the file's metadata: {chosen!r}: {error}") from error
+    if not isinstance(chosen, list) or not all(isinstance(name, str) for name in chosen):
+        raise AdapterError(f"feedforward_modules in the file's metadata is {chosen!r}, expected names")
+    return any(path.endswith(name) for name in chosen)
+
+
 def _version(config: Mapping[str, Any]) -> tuple[int, ...]:
     """PEFT's version that wrote the config; it is there since 0.18."""
     digits = re.match(r"(\d+)\.(\d+)", str(config.get("peft_version", "")))

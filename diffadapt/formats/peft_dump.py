@@ -4,6 +4,7 @@ PEFT creates its layers from the config alone and then fills in the tensors, so 
 What no config reproduces is refused. Source: PEFT 0.21.2 `tuners/*/config.py` and `layer.py`.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -75,6 +76,10 @@ def spelled(path: str, layer: LayerState) -> dict[str, Tensor]:
             tensor = tensor.view(*tensor.shape, *(1,) * layer.kernel_dims)
         elif name in ("hada_t1", "hada_t2", "lokr_t2") and layer.kernel_dims == 1:
             tensor = tensor.unsqueeze(-1)
+        elif name == "boft_s" and layer.kernel_dims:
+            tensor = tensor.view(1, -1)
+        elif name == "ia3_l" and layer.kernel_dims:
+            tensor = tensor.view(1, -1, *(1,) * layer.kernel_dims)
         elif name == "oft_R":
             found["oft_embedding_R.weight" if layer.is_embedding else "oft_R.weight"] = tensor
             continue
@@ -93,6 +98,10 @@ def _loha(layers: Layers) -> dict[str, Any]:
 
 def _lokr(layers: Layers) -> dict[str, Any]:
     """The factor and switches under which PEFT splits every layer as it is split here."""
+    if any(len(layer.kernel) == 1 and "lokr_w2" in layer.tensors for layer in layers.values()):
+        raise AdapterError(
+            "PEFT multiplies a whole lokr_w2 of a 1-d convolution along other axes; save with format='kohya'"
+        )
     options = {"use_effective_conv2d": _tucker(layers, "lokr_t2")}
     shapes = {path: _lokr_shapes(layer) for path, layer in layers.items()}
     ranks = {path: layer.rank or _rank_of_whole(layer) for path, layer in layers.items()}
@@ -122,6 +131,27 @@ def _oft(layers: Layers) -> dict[str, Any]:
         "use_cayley_neumann": bool(terms),
         "num_cayley_neumann_terms": terms or 5,
     }
+
+
+def _boft(layers: Layers) -> dict[str, Any]:
+    for path, layer in layers.items():
+        spelled(path, layer)
+    shapes = {tuple(layer.tensors["boft_R"].shape[:3]) for layer in layers.values()}
+    factors, numbers, sizes = ({shape[axis] for shape in shapes} for axis in range(3))
+    if len(factors) > 1 or (len(sizes) > 1 and len(numbers) > 1):
+        raise AdapterError("PEFT has one block size or number, and one number of factors, for all layers of a BOFT")
+    size = sizes.pop() if len(sizes) == 1 else 0
+    return {
+        "boft_block_size": size,
+        "boft_block_num": 0 if size else numbers.pop(),
+        "boft_n_butterfly_factor": factors.pop(),
+    }
+
+
+def _ia3(layers: Layers) -> dict[str, Any]:
+    """A regular expression for whole paths: PEFT takes names in a list for endings."""
+    scales_inputs = [path for path, layer in layers.items() if layer.tensors["ia3_l"].shape[1] > 1]
+    return {"feedforward_modules": "|".join(map(re.escape, scales_inputs)) or []}
 
 
 def _ranks(layers: Layers, ranks: Mapping[str, int] | None = None) -> dict[str, Any]:
@@ -186,4 +216,6 @@ _TYPES: dict[str, tuple[str, Callable[[Layers], dict[str, Any]]]] = {
     "loha": ("LOHA", _loha),
     "lokr": ("LOKR", _lokr),
     "oft": ("OFT", _oft),
+    "boft": ("BOFT", _boft),
+    "ia3": ("IA3", _ia3),
 }

@@ -26,6 +26,12 @@ _SPELLINGS = {
     "magnitude": "lora_magnitude_vector",
     "oft_R.weight": "oft_R",
     "oft_embedding_R.weight": "oft_R",
+    "a1.weight": "glora_a1",
+    "a2.weight": "glora_a2",
+    "b1.weight": "glora_b1",
+    "b2.weight": "glora_b2",
+    "w_norm": "diff",
+    "b_norm": "diff_b",
 }
 
 _PROCESSORS = {"to_q_lora": "to_q", "to_k_lora": "to_k", "to_v_lora": "to_v", "to_out_lora": "to_out.0"}

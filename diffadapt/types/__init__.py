@@ -8,13 +8,17 @@ import copyreg
 from diffadapt.config import AdapterConfig
 from diffadapt.errors import AdapterError
 from diffadapt.kind import AdapterType, Tensors
+from diffadapt.types.boft import BOFT
 from diffadapt.types.dora import DORA
+from diffadapt.types.full import FULL
+from diffadapt.types.glora import GLORA
+from diffadapt.types.ia3 import IA3
 from diffadapt.types.loha import LOHA
 from diffadapt.types.lokr import LOKR
 from diffadapt.types.lora import LORA
 from diffadapt.types.oft import OFT
 
-TYPES: tuple[AdapterType, ...] = (*DORA, LORA, LOHA, LOKR, OFT)
+TYPES: tuple[AdapterType, ...] = (*DORA, LORA, LOHA, LOKR, OFT, BOFT, *IA3, GLORA, FULL)
 
 
 def identify(tensors: Tensors) -> AdapterType | None:

@@ -26,7 +26,7 @@ from diffadapt.types.loha import LOHA
 from diffadapt.types.lokr import LOKR
 from diffadapt.types.lora import LORA
 
-_NAME, _PEFT_NAME, _FACTOR = "dora_scale", "lora_magnitude_vector", "dora_factor"
+_NAME, _PEFT_NAME, _FACTOR, _GAIN = "dora_scale", "lora_magnitude_vector", "dora_factor", "dora_gain"
 
 
 def dora(base: AdapterType) -> AdapterType:
@@ -53,7 +53,9 @@ def dora(base: AdapterType) -> AdapterType:
             weight = surroundings.weight().to(magnitude.device)
             wide = {name: tensor.to(weight.dtype) for name, tensor in tensors.items()}
             norm = _norm(weight + surroundings.scale * base.delta_weight(wide, layer), _axis(magnitude, layer))
-        return {**tensors, _FACTOR: magnitude.to(norm.dtype) / norm.clamp_min(torch.finfo(norm.dtype).tiny)}
+        factor = magnitude.to(norm.dtype) / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+        # The gate multiplies by `alpha / rank` too, which is not for the part of W.
+        return {**tensors, _FACTOR: factor, _GAIN: (factor - 1) / surroundings.scale}
 
     def delta_weight(tensors: Tensors, layer: LayerSpec) -> Tensor:
         return base.delta_weight(tensors, layer) * _spread(tensors[_FACTOR], len(layer.weight_shape))
@@ -109,7 +111,7 @@ def _turn(
     tensors: Tensors, layer: LayerSpec, vectors: Tensor, axis: int, gate: Tensor, transposed: bool = False
 ) -> Tensor:
     """The factor as a diagonal map of the input's channels."""
-    change = (tensors[_FACTOR].view(-1) - 1) * gate
+    change = tensors[_GAIN].view(-1) * gate
     change = change.repeat(vectors.shape[axis] // change.numel())
     shape = [1] * vectors.ndim
     shape[axis] = -1
@@ -117,7 +119,7 @@ def _turn(
 
 
 def _gain(tensors: Tensors) -> Tensor:
-    return tensors[_FACTOR].view(-1) - 1
+    return tensors[_GAIN].view(-1)
 
 
 def _scaled_input(input: Tensor, factor: Tensor, layer: LayerSpec) -> Tensor:

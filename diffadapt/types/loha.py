@@ -56,9 +56,10 @@ def fit(tensors: Tensors, layer: LayerSpec) -> dict[str, Tensor]:
             raise AdapterError(f"{name} has shape {shape_of(tensors[name])}, expected {expected}")
     for name in cores:
         expected = (rank, rank, *layer.kernel)
-        if shape_of(tensors[name]) != expected:
+        # PEFT has a 2-d core on 1-d convolutions, (rank, rank, kernel, 1).
+        if shape_of(tensors[name]) not in (expected, (*expected, 1)):
             raise AdapterError(f"{name} has shape {shape_of(tensors[name])}, expected {expected}")
-        flat[name] = tensors[name]
+        flat[name] = tensors[name].reshape(expected)
     return flat
 
 

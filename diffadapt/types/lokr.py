@@ -75,6 +75,9 @@ def fit(tensors: Tensors, layer: LayerSpec) -> dict[str, Tensor]:
         raise AdapterError(f"factors have shapes {shapes}, expected matrices")
     if "lokr_w2_b" in tensors and "lokr_t2" not in tensors:
         fitted["lokr_w2_a"], fitted["lokr_w2_b"] = tensors["lokr_w2_a"].flatten(1), tensors["lokr_w2_b"].flatten(1)
+    if "lokr_t2" in tensors and shapes["lokr_t2"][2:] == (*layer.kernel, 1):
+        # PEFT has a 2-d core on 1-d convolutions.
+        fitted["lokr_t2"] = tensors["lokr_t2"].squeeze(-1)
     try:
         w1, w2 = _w1(fitted), _w2(fitted, layer)
     except RuntimeError:
@@ -128,8 +131,7 @@ def rank(tensors: Tensors) -> int | None:
 
 def delta_weight(tensors: Tensors, layer: LayerSpec) -> Tensor:
     """The Kronecker product, in the canonical weight shape."""
-    w1, w2 = _w1(tensors), _w2(tensors, layer)
-    return torch.kron(w1.reshape(*w1.shape, *(1,) * len(layer.kernel)), w2)
+    return _kron(_w1(tensors), _w2(tensors, layer))
 
 
 def delta_output(tensors: Tensors, layer: LayerSpec, input: Tensor, gate: Tensor, onto: Tensor | None = None) -> Tensor:
@@ -148,6 +150,51 @@ def delta_output(tensors: Tensors, layer: LayerSpec, input: Tensor, gate: Tensor
         delta = torch.einsum("oi,nip...->nop...", w1, blocks.unflatten(0, (-1, w1.shape[1]))).flatten(1, 2)
         delta = delta if input.ndim == batched.ndim else delta.squeeze(0)
     return delta if onto is None else add(delta, onto)
+
+
+def as_low_rank(tensors: Tensors, layer: LayerSpec) -> tuple[Tensor, Tensor] | None:
+    """`down` and `up` of the LoRA that is this LoKr: `kron(a b, c d) = kron(a, c) kron(b, d)`.
+
+    A whole factor is itself times an identity, so its rank is its smaller side. `None` where the product block by block
+    (`delta_output`) takes fewer multiplications.
+    """
+    w1, w2 = _w1_factors(tensors), _w2_factors(tensors, layer)
+    if w2 is None:
+        return None
+    (down_1, up_1), (down_2, up_2) = w1, w2
+    rank = down_1.shape[0] * down_2.shape[0]
+    blockwise = down_1.shape[1] * up_2.shape[0] * (down_2[0].numel() + up_1.shape[0])
+    whole = layer.out_features * layer.fan_in
+    dense = layer.kind == "embedding" or layer.groups > 1
+    if rank * (layer.out_features + layer.fan_in) > (whole if dense else blockwise):
+        return None
+    return _kron(down_1, down_2), _kron(up_1, up_2)
+
+
+def _kron(left: Tensor, right: Tensor) -> Tensor:
+    """Of two matrices; `right` may have a kernel. Not `torch.kron`: it refuses some factors with axes of size 1."""
+    rows, columns = left.shape
+    product = left.reshape(rows, 1, columns, 1, *(1,) * (right.ndim - 2)) * right[None, :, None]
+    return product.flatten(2, 3).flatten(0, 1)
+
+
+def _w1_factors(tensors: Tensors) -> tuple[Tensor, Tensor]:
+    """`down` (rank, i1) and `up` (o1, rank)."""
+    if "lokr_w1" not in tensors:
+        return tensors["lokr_w1_b"], tensors["lokr_w1_a"]
+    w1 = tensors["lokr_w1"]
+    identity = torch.eye(min(w1.shape), dtype=w1.dtype, device=w1.device)
+    return (identity, w1) if w1.shape[1] < w1.shape[0] else (w1, identity)
+
+
+def _w2_factors(tensors: Tensors, layer: LayerSpec) -> tuple[Tensor, Tensor] | None:
+    """`down` (rank, i2, *kernel) and `up` (o2, rank), or `None` for a whole `w2`."""
+    if "lokr_w2" in tensors:
+        return None
+    up, down = tensors["lokr_w2_a"], tensors["lokr_w2_b"]
+    if "lokr_t2" in tensors:
+        return torch.einsum("ij...,jr->ir...", tensors["lokr_t2"], down).contiguous(), up.t()
+    return down.view(down.shape[0], -1, *layer.kernel), up
 
 
 def _w1(tensors: Tensors) -> Tensor:
@@ -184,5 +231,6 @@ LOKR = AdapterType(
     geometry=geometry,
     delta_weight=delta_weight,
     delta_output=delta_output,
+    as_low_rank=as_low_rank,
     masked={"lokr_w1_b": 0, "lokr_w2_b": 0},
 )

@@ -39,9 +39,12 @@ class Arguments:
     sample_batch_size: int = option(4, "how many of them to generate at once")
     prior_loss_weight: float = option(1.0, "weight of the class pictures in the loss")
 
-    rank: int = option(4, "rank of the LoRA")
+    adapter_type: Literal["lora", "dora", "loha", "lokr", "oft", "boft"] = option("lora", "what to train")
+    rank: int = option(4, "rank of the adapter; not for oft and boft")
     lora_alpha: float | None = option(None, "alpha; the strength is alpha / rank, and the default is the rank")
-    lora_dropout: float = option(0.0, "dropout on the input of the LoRA layers")
+    lora_dropout: float = option(0.0, "dropout on the input of the adapter, or on the blocks of oft and boft")
+    lokr_factor: int = option(-1, "size of the smaller factor of lokr; -1 for as square as possible")
+    block_size: int = option(4, "of the rotated blocks of oft and boft")
     lora_layers: str | None = option(
         None, "UNet layers: path endings with commas between, all-linear, all-conv or all; default: attention"
     )
@@ -81,7 +84,9 @@ class Arguments:
     validation_steps: int = option(100, "draw it every so many steps, and at the end")
     num_validation_images: int = option(4, "how many pictures to draw of it")
     validation_guidance_scale: float | None = option(None, "guidance scale to draw it with")
-    save_format: Literal["diffusers", "kohya"] = option("diffusers", "naming of the saved tensors")
+    save_format: Literal["diffusers", "kohya"] | None = option(
+        None, "naming of the saved tensors; default: diffusers for lora and dora, which it can read, and else kohya"
+    )
     save_precision: Literal["fp32", "fp16", "bf16"] = option("fp32", "dtype of the saved tensors")
 
 
@@ -93,6 +98,7 @@ def check_arguments(args: Arguments) -> None:
         "train_batch_size",
         "gradient_accumulation_steps",
         "num_class_images",
+        "block_size",
         "sample_batch_size",
         "checkpointing_steps",
         "validation_steps",
@@ -100,6 +106,10 @@ def check_arguments(args: Arguments) -> None:
     ):
         if getattr(args, name) < 1:
             raise UsageError(f"--{name} must be at least 1, not {getattr(args, name)}")
+    if args.adapter_type in ("oft", "boft") and args.lora_alpha is not None:
+        raise UsageError(f"--lora_alpha has no effect with --adapter_type {args.adapter_type}")
+    if args.adapter_type not in ("lora", "dora") and args.save_format == "diffusers":
+        raise UsageError(f"--save_format diffusers cannot hold --adapter_type {args.adapter_type}; leave it out")
     for name in ("lora_dropout", "caption_dropout"):
         if not 0 <= getattr(args, name) < 1:
             raise UsageError(f"--{name} must be in [0, 1), not {getattr(args, name)}")

@@ -84,19 +84,30 @@ def add_adapters(args: Arguments, pipe: Pipeline) -> dict[str, Adapter]:
     generator = torch.Generator().manual_seed(args.seed)
     adapters: dict[str, Adapter] = {}
     for component, wanted in targets.items():
-        config = diffadapt.LoraConfig(
-            rank=args.rank,
-            alpha=args.rank if args.lora_alpha is None else args.lora_alpha,
-            target_modules=wanted,
-            dropout=args.lora_dropout,
-            generator=generator,
-        )
+        config = adapter_config(args, wanted, generator)
         adapters[component] = diffadapt.add_adapter(getattr(pipe, component), config, name=ADAPTER)
         if args.instance_prompt:
             adapters[component].metadata["modelspec.trigger_phrase"] = args.instance_prompt
     if args.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()  # next to its activations those of text encoders are few
     return adapters
+
+
+def adapter_config(
+    args: Arguments, target_modules: str | list[str], generator: torch.Generator
+) -> diffadapt.AdapterConfig:
+    """Settings of the adapter that `--adapter_type` and its options ask for."""
+    common: dict[str, Any] = {"target_modules": target_modules, "dropout": args.lora_dropout, "generator": generator}
+    if args.adapter_type in ("oft", "boft"):
+        kind = {"oft": diffadapt.OFTConfig, "boft": diffadapt.BOFTConfig}[args.adapter_type]
+        # On the outputs: that side has a file format that other tools read.
+        return kind(block_size=args.block_size, side="output", **common)
+    common |= {"rank": args.rank, "alpha": args.lora_alpha}
+    if args.adapter_type == "loha":
+        return diffadapt.LoHaConfig(**common)
+    if args.adapter_type == "lokr":
+        return diffadapt.LoKrConfig(factor=args.lokr_factor, **common)
+    return diffadapt.LoraConfig(use_dora=args.adapter_type == "dora", **common)
 
 
 class Objective(nn.Module):
@@ -180,7 +191,8 @@ def build_optimizer(args: Arguments, adapters: Mapping[str, Adapter]) -> torch.o
 
 def save_adapters(args: Arguments, objective: Objective, folder: Path) -> None:
     """Write the file that `pipe.load_adapter` reads."""
-    objective.pipe.adapters.save(ADAPTER, folder / WEIGHTS_FILE, format=args.save_format)
+    default = "diffusers" if args.adapter_type in ("lora", "dora") else "kohya"
+    objective.pipe.adapters.save(ADAPTER, folder / WEIGHTS_FILE, format=args.save_format or default)
 
 
 def checkpoint_adapters_only(args: Arguments, accelerator: Accelerator, objective: Objective) -> None:

@@ -1,0 +1,250 @@
+"""BOFT: rotate a layer's inputs or outputs by a few sparse factors, joined like the butterflies of a fast Fourier
+transform.
+
+Liu et al., "Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization", arXiv 2311.06243. With one factor
+it is OFT. Tensor layouts: huggingface/peft 0.21.2 `tuners/boft/layer.py`, KohakuBlueleaf/LyCORIS f49d30d
+`lycoris/functional/boft.py`.
+
+| tensor | shape | acts on | as in |
+|---|---|---|---|
+| `boft_R` | (factors, blocks, b, b) | inputs, or patches | PEFT |
+| `boft_s` | (out, 1), or (1, out) of a convolution | outputs: a factor for each, not on the bias | PEFT |
+| `oft_blocks` | (factors, blocks, b, b) | outputs | LyCORIS |
+| `rescale` | (out), with `oft_blocks` | outputs: a factor for each, after the rotation | LyCORIS |
+
+With R = (I - Q) (I + Q)^-1 for every block, Q = (A - A') / 2 of `boft_R`, or R = (I + Q) (I - Q)^-1, Q = A - A' of
+`oft_blocks`, factor i (from 0) splits the channels into stretches of 2^i b, pairs chunk c of b / 2 channels in the
+first half of a stretch with chunk c in its second half, and turns every pair by a block of its own.
+
+    W' = diag(s) W (B_(m-1) ... B_0)'        boft_R
+    W' = diag(rescale) B_(m-1) ... B_0 W     oft_blocks
+
+LyCORIS interleaves the two chunks of a pair, PEFT has them one after the other; `prepare` reorders the former. On the
+input side a strength m interpolates rotation and `boft_s` one by one, on the output side W' as a whole.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from diffadapt.config import AdapterConfig
+from diffadapt.errors import AdapterError
+from diffadapt.kind import AdapterType, Stage, Surroundings, Tensors
+from diffadapt.layer import LayerSpec, blockwise, layer_of, scaled, shape_of
+from diffadapt.types.oft import cayley, constrained, rescaled
+
+_ON_INPUT, _ON_OUTPUT = "boft_on_input", "boft_on_output"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BOFTConfig(AdapterConfig):
+    """BOFT for new adapters (Liu et al., arXiv 2311.06243). Dropout turns whole blocks into the identity.
+
+    Attributes:
+        block_size: of the turned blocks; it has to divide the channels. Either this or `num_blocks`.
+        num_blocks: per layer and factor.
+        butterfly_factors: m; `2^(m-1)` has to divide the number of blocks. Default 1 on the input side as in PEFT, as
+            many as there can be on the output side as in LyCORIS.
+        side: "input" as in PEFT, "output" as in LyCORIS.
+        constraint: radius of the constraint, in parts of the number of outputs; 0 for none. Output side only.
+        rescale: also train a factor per output; always so on the input side.
+    """
+
+    block_size: int = 0
+    num_blocks: int = 0
+    butterfly_factors: int | None = None
+    side: Literal["input", "output"] = "input"
+    constraint: float = 0.0
+    rescale: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.block_size > 0) == (self.num_blocks > 0):
+            raise AdapterError(
+                f"block_size is {self.block_size} and num_blocks is {self.num_blocks}, expected exactly one of them"
+            )
+        if self.side not in ("input", "output"):
+            raise AdapterError(f"side is {self.side!r}, expected 'input' or 'output'")
+        if self.butterfly_factors is not None and self.butterfly_factors < 1:
+            raise AdapterError(f"butterfly_factors is {self.butterfly_factors}, expected at least 1")
+        for name in ("constraint", "rescale"):
+            if getattr(self, name) and self.side == "input":
+                raise AdapterError(f"{name} has no effect with side='input'")
+        if self.constraint < 0:
+            raise AdapterError(f"constraint is {self.constraint}, expected at least 0")
+
+    @property
+    def settings(self) -> dict[str, float]:
+        """Of the chosen side."""
+        return {"constraint": self.constraint} if self.side == "output" else {}
+
+    def blocks(self, channels: int) -> tuple[int, int, int]:
+        """Number of factors, and number and size of their blocks, for so many channels."""
+        given = self.block_size or self.num_blocks
+        if channels % given:
+            name = "block_size" if self.block_size else "num_blocks"
+            raise AdapterError(f"{name} is {given}, which does not divide the {channels} channels to rotate")
+        number, size = (channels // given, given) if self.block_size else (given, channels // given)
+        most = 1
+        while number % 2**most == 0:
+            most += 1
+        if self.butterfly_factors is not None:
+            return self.butterfly_factors, number, size
+        return 1 if self.side == "input" else most, number, size
+
+
+def fit(tensors: Tensors, layer: LayerSpec) -> dict[str, Tensor]:
+    """Tensors of a file, checked: the blocks cover the channels, and every factor has its pairs."""
+    name, other = ("boft_R", "boft_s") if "boft_R" in tensors else ("oft_blocks", "rescale")
+    if name not in tensors or not set(tensors) <= {name, other} or (name == "boft_R" and other not in tensors):
+        raise AdapterError(
+            f"boft_R and boft_s, or oft_blocks with or without rescale expected, {', '.join(sorted(tensors))} found"
+        )
+    channels, shape = _rotated_channels(name, layer), shape_of(tensors[name])
+    if len(shape) != 4 or shape[2] != shape[3] or shape[1] * shape[2] != channels or not shape[0]:
+        raise AdapterError(f"{name} has shape {shape}, expected (factors, blocks, b, b) for {channels} channels")
+    _refuse_unpaired(name, *shape[:3])
+    fitted = {name: tensors[name]}
+    if other in tensors:
+        if tensors[other].numel() != layer.out_features:
+            raise AdapterError(f"{other} has shape {shape_of(tensors[other])}, expected ({layer.out_features}, 1)")
+        fitted[other] = tensors[other].reshape(layer.out_features, 1)
+    return fitted
+
+
+def geometry(tensors: Tensors) -> LayerSpec:
+    """A linear layer with as many channels as the blocks cover."""
+    blocks = tensors.get("boft_R", tensors.get("oft_blocks"))
+    channels = 0 if blocks is None or blocks.ndim != 4 else blocks.shape[1] * blocks.shape[2]
+    if "oft_blocks" in tensors:
+        return layer_of(channels, 0)
+    return layer_of(tensors["boft_s"].numel() if "boft_s" in tensors else 0, channels)
+
+
+def init(
+    layer: LayerSpec, config: BOFTConfig, generator: torch.Generator, weight: Callable[[], Tensor]
+) -> dict[str, Tensor]:
+    """Zero blocks, which are no rotation, and factors of one."""
+    name, other = ("boft_R", "boft_s") if config.side == "input" else ("oft_blocks", "rescale")
+    factors, number, size = config.blocks(_rotated_channels(name, layer))
+    if size == 1:
+        raise AdapterError("blocks of one channel cannot be rotated")
+    _refuse_unpaired(name, factors, number, size)
+    deviation = 0.0 if config.init else 0.1
+    tensors = {name: torch.randn(factors, number, size, size, generator=generator) * deviation}
+    if config.rescale or config.side == "input":
+        tensors[other] = 1 + torch.randn(layer.out_features, 1, generator=generator) * deviation
+    return tensors
+
+
+def stages(tensors: Tensors, layer: LayerSpec) -> tuple[Stage, ...]:
+    """On the output, or on the input of the layer (a kernel makes that the patch) and its output's scale."""
+    if "boft_R" not in tensors:
+        return ("output",)
+    return ("patch" if any(size > 1 for size in layer.kernel) else "input", "gain")
+
+
+def prepare(tensors: Tensors, layer: LayerSpec, surroundings: Surroundings) -> Tensors:
+    """`R - I` of all blocks of all factors in float32 or wider, so that a row v of the channels becomes `v R`."""
+    wide = {name: tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for name, tensor in tensors.items()}
+    if "boft_R" in wide:
+        turn = cayley((wide["boft_R"].mT - wide["boft_R"]) / 2)
+        return {_ON_INPUT: turn.flatten(0, 1), "boft_s": wide["boft_s"]}
+    blocks = _pair_by_pair(wide["oft_blocks"])
+    # What turns a column there turns a row here, so the skew-symmetric matrix changes its sign.
+    turn = cayley(constrained(blocks.mT - blocks, surroundings.settings["constraint"], layer))
+    rescale = wide.get("rescale")
+    if rescale is not None:
+        last = rescaled(turn[-1], _paired(rescale.view(-1), 0, len(turn) - 1, turn.shape[-1] // 2))
+        turn = torch.cat((turn[:-1], last.unsqueeze(0)))
+    return {_ON_OUTPUT: turn.flatten(0, 1)}
+
+
+def turn(
+    tensors: Tensors, layer: LayerSpec, vectors: Tensor, axis: int, gate: Tensor, transposed: bool = False
+) -> Tensor:
+    """The factors, one after the other, on their pairs of chunks along the axis."""
+    on_input = _ON_INPUT in tensors
+    blocks = tensors[_ON_INPUT if on_input else _ON_OUTPUT]
+    axis %= vectors.ndim
+    factors = blocks.unflatten(0, (-1, vectors.shape[axis] // blocks.shape[-1]))
+    if transposed:
+        factors = factors.mT
+    if len(factors) == 1:
+        return blockwise(vectors, factors[0].mul(gate).to(vectors.dtype), axis)
+    order = list(range(len(factors)))
+    if on_input != transposed:
+        order.reverse()
+    # The changes are added up apart from the vectors, in which half precision would lose them.
+    change = torch.zeros_like(vectors)
+    half = blocks.shape[-1] // 2
+    for level in order:
+        pairs = _paired(vectors + change, axis, level, half)
+        step = blockwise(pairs, factors[level].to(vectors.dtype), axis)
+        change = change + _unpaired(step, axis, level, half)
+    return scaled(change, gate)
+
+
+def gain(tensors: Tensors) -> Tensor:
+    """`boft_s - 1`."""
+    return tensors["boft_s"].view(-1) - 1
+
+
+def _paired(vectors: Tensor, axis: int, level: int, half: int) -> Tensor:
+    """Chunks of `half` numbers along the axis in the order in which factor `level` takes them."""
+    chunks = vectors.unflatten(axis, (-1, 2, 2**level, half))
+    return chunks.transpose(axis + 1, axis + 2).flatten(axis, axis + 3) if level else vectors
+
+
+def _unpaired(pairs: Tensor, axis: int, level: int, half: int) -> Tensor:
+    """The inverse of `_paired`."""
+    chunks = pairs.unflatten(axis, (-1, 2**level, 2, half))
+    return chunks.transpose(axis + 1, axis + 2).flatten(axis, axis + 3) if level else pairs
+
+
+def _pair_by_pair(blocks: Tensor) -> Tensor:
+    """Rows and columns of LyCORIS' blocks with the chunks of a pair one after the other."""
+    for axis in (-1, -2):
+        pairs = blocks.unflatten(axis, (-1, 2))
+        blocks = pairs.transpose(axis, axis - 1).flatten(axis - 1, axis)
+    return blocks
+
+
+def _rotated_channels(name: str, layer: LayerSpec) -> int:
+    if layer.groups > 1:
+        raise AdapterError(f"the layer has {layer.groups} groups; a rotation would mix them")
+    if name == "boft_R" and layer.kind == "embedding":
+        raise AdapterError("an embedding has no input to rotate; use side='output' or exclude it")
+    return layer.fan_in if name == "boft_R" else layer.out_features
+
+
+def _refuse_unpaired(name: str, factors: int, number: int, size: int) -> None:
+    """Chunks of half a block need blocks of even size, and factor i needs a multiple of 2^i blocks."""
+    if (factors > 1 or name == "oft_blocks") and size % 2:
+        raise AdapterError(f"blocks of {size} channels have no halves; expected an even block size")
+    if number % 2 ** (factors - 1):
+        raise AdapterError(
+            f"{factors} butterfly factors of {number} blocks, expected a multiple of {2 ** (factors - 1)} blocks"
+        )
+
+
+BOFT = AdapterType(
+    name="boft",
+    tensors=("boft_R", "boft_s", "oft_blocks", "rescale"),
+    identified_by=frozenset({"boft_R", "boft_s", "oft_blocks"}),
+    claims=lambda tensors: "oft_blocks" not in tensors or tensors["oft_blocks"].ndim == 4,
+    config=BOFTConfig,
+    fit=fit,
+    init=init,
+    geometry=geometry,
+    stages=stages,
+    prepare=prepare,
+    turn=turn,
+    gain=gain,
+    settings={"constraint": 0.0},
+    alpha_is="constraint",
+    blocks={_ON_INPUT: 0, _ON_OUTPUT: 0},
+)

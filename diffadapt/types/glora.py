@@ -1,0 +1,154 @@
+"""GLoRA: `W' = W + scale * (b1 @ b2 + W @ a1 @ a2)`: a low-rank change, and a low-rank map of the inputs before W.
+
+Chavan et al., "One-for-All: Generalized LoRA for Parameter-Efficient Fine-tuning", arXiv 2306.07967, with the terms of
+LyCORIS: KohakuBlueleaf/LyCORIS f49d30d `lycoris/modules/glora.py`. In convolutions a1 and a2 act on the channels.
+
+| tensor | here, and in LyCORIS since 2.0 | in LyCORIS before |
+|---|---|---|
+| `glora_a1` | (in, rank) | (rank, in), applied first |
+| `glora_a2` | (rank, in) | (in, rank) |
+| `glora_b1` | (out, rank) | (rank, in, *kernel), applied first |
+| `glora_b2` | (rank, in, *kernel) | (out, rank) |
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffadapt.config import RankedConfig
+from diffadapt.errors import AdapterError
+from diffadapt.kind import AdapterType, Tensors
+from diffadapt.layer import LayerSpec, layer_of, scaled, shape_of
+
+_NAMES = ("glora_a1", "glora_a2", "glora_b1", "glora_b2")
+_OLD_NAMES = ("glora_a2", "glora_a1", "glora_b2", "glora_b1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GLoRAConfig(RankedConfig):
+    """GLoRA for new adapters (Chavan et al., arXiv 2306.07967). Dropout is on the input of `b2`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.use_dora:
+            raise AdapterError("use_dora: there is no DoRA of GLoRA")
+
+
+def fit(tensors: Tensors, layer: LayerSpec) -> dict[str, Tensor]:
+    """Tensors of a file in the shapes of the table above, from either layout."""
+    missing = [name for name in _NAMES if name not in tensors]
+    if missing:
+        raise AdapterError(f"{', '.join(missing)} missing, only {', '.join(sorted(tensors))} found")
+    _refuse(layer)
+    shapes = {name: shape_of(tensors[name]) for name in _NAMES}
+    for sources in (_NAMES, _OLD_NAMES):
+        expected = _shapes(layer, next(iter(shapes[sources[1]]), 0))
+        if all(_fits(shapes[source], expected[name]) for name, source in zip(_NAMES, sources, strict=True)):
+            return {name: tensors[source].reshape(expected[name]) for name, source in zip(_NAMES, sources, strict=True)}
+    named = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+    raise AdapterError(f"factors {named}, expected those of one rank for a weight of shape {layer.weight_shape}")
+
+
+def geometry(tensors: Tensors) -> LayerSpec:
+    """The layer that the change fits on. Of two readings of square factors the one of lower rank is meant."""
+    if any(name not in tensors or tensors[name].ndim < 2 for name in _NAMES):
+        return LayerSpec("linear", 0, 0)
+    a1, _, up, down = (tensors[name] for name in _NAMES)
+    if a1.shape[0] < a1.shape[1]:
+        up, down = down, up
+    return layer_of(up.shape[0], down.shape[1], tuple(down.shape[2:]))
+
+
+def init(
+    layer: LayerSpec, config: GLoRAConfig, generator: torch.Generator, weight: Callable[[], Tensor]
+) -> dict[str, Tensor]:
+    """Kaiming-uniform `a1` and `b1`, zero `a2` and `b2`, as the reference does."""
+    _refuse(layer)
+    tensors = {name: torch.zeros(shape) for name, shape in _shapes(layer, config.rank).items()}
+    for name in _NAMES if not config.init else ("glora_a1", "glora_b1"):
+        bound = 1 / math.sqrt(tensors[name][0].numel())
+        tensors[name].uniform_(-bound, bound, generator=generator)
+    return tensors
+
+
+def rank(tensors: Tensors) -> int:
+    """Rank of both products."""
+    return tensors["glora_b2"].shape[0]
+
+
+def delta_weight(tensors: Tensors, layer: LayerSpec) -> Tensor:
+    """`b1 @ b2` in the canonical weight shape; `turn` has the rest."""
+    return layer.product(tensors["glora_b2"], tensors["glora_b1"])
+
+
+def delta_output(tensors: Tensors, layer: LayerSpec, input: Tensor, gate: Tensor, onto: Tensor | None = None) -> Tensor:
+    """`onto + b1(gate * b2(input))`."""
+    return layer.low_rank(input, tensors["glora_b2"], tensors["glora_b1"], gate, onto)
+
+
+def as_low_rank(tensors: Tensors, layer: LayerSpec) -> tuple[Tensor, Tensor]:
+    """The added product's factors."""
+    return tensors["glora_b2"], tensors["glora_b1"]
+
+
+def turn(
+    tensors: Tensors, layer: LayerSpec, vectors: Tensor, axis: int, gate: Tensor, transposed: bool = False
+) -> Tensor:
+    """`gate * a1 @ a2` on the channels."""
+    up, down = tensors["glora_a1"], tensors["glora_a2"]
+    if transposed:
+        up, down = down.t(), up.t()
+    return _along(scaled(_along(vectors, down, axis), gate), up, axis)
+
+
+def _along(vectors: Tensor, matrix: Tensor, axis: int) -> Tensor:
+    """`matrix` times what stands along the axis."""
+    axis %= vectors.ndim
+    if axis == vectors.ndim - 1:
+        return F.linear(vectors, matrix)
+    columns = torch.matmul(matrix, vectors.flatten(axis + 1))
+    return columns.unflatten(-1, vectors.shape[axis + 1 :])
+
+
+def _shapes(layer: LayerSpec, rank: int) -> dict[str, tuple[int, ...]]:
+    return {
+        "glora_a1": (layer.in_features, rank),
+        "glora_a2": (rank, layer.in_features),
+        "glora_b1": (layer.out_features, rank),
+        "glora_b2": (rank, layer.in_features, *layer.kernel),
+    }
+
+
+def _fits(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """A kernel of ones may be there or not."""
+    same_kernel = shape[2:] == expected[2:] or {1}.issuperset(shape[2:] + expected[2:])
+    return shape[:2] == expected[:2] and same_kernel and 0 not in shape
+
+
+def _refuse(layer: LayerSpec) -> None:
+    if layer.groups > 1:
+        raise AdapterError(f"the layer has {layer.groups} groups; GLoRA's map of the inputs would mix them")
+    if layer.kind == "embedding":
+        raise AdapterError("an embedding has no inputs that GLoRA could map; exclude it")
+
+
+GLORA = AdapterType(
+    name="glora",
+    tensors=_NAMES,
+    identified_by=frozenset(_NAMES),
+    config=GLoRAConfig,
+    fit=fit,
+    init=init,
+    rank=rank,
+    geometry=geometry,
+    stages=lambda tensors, layer: ("input", "add"),
+    delta_weight=delta_weight,
+    delta_output=delta_output,
+    as_low_rank=as_low_rank,
+    turn=turn,
+    masked={"glora_a1": 1, "glora_b1": 1},
+)

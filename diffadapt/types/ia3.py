@@ -1,0 +1,140 @@
+"""(IA)^3: one factor for every output, or for every input, of a layer: `W' = diag(s) W`, or `W' = W diag(s)`.
+
+Liu et al., "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning", arXiv 2205.05638.
+Two ecosystems, which differ at the bias: huggingface/peft 0.21.2 `tuners/ia3/layer.py` scales what the layer gives,
+bias included; KohakuBlueleaf/LyCORIS f49d30d `lycoris/modules/ia3.py` changes the weight alone.
+
+| type | tensor | here | in files | s | bias |
+|---|---|---|---|---|---|
+| ia3 | `ia3_l` | (out, 1) or (1, in) | the same; of a convolution (1, channels, 1...) | itself | s b |
+| ia3-lycoris | `ia3_w` | (out, 1) or (1, in) | `weight`, (channels) or as above, and `on_input` | 1 + w | b |
+
+PEFT calls layers whose inputs are scaled feed-forward layers. Its convolutions have them in the config only, so readers
+of that name the tensor `ia3_l_feedforward`; without a config as many numbers as outputs are taken to scale those.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from diffadapt.config import AdapterConfig
+from diffadapt.errors import AdapterError
+from diffadapt.kind import AdapterType, Stage, Tensors
+from diffadapt.layer import LayerSpec, layer_of, shape_of
+
+FEEDFORWARD = "ia3_l_feedforward"
+"""Name of `ia3_l` in a layer that PEFT's config calls a feed-forward one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IA3Config(AdapterConfig):
+    """(IA)^3 for new adapters (Liu et al., arXiv 2205.05638).
+
+    Attributes:
+        side: "output" for a factor per output, "input" for one per input (PEFT's feed-forward layers).
+        scale_bias: the factors apply to the bias too, as in PEFT; without, only to the weight, as in LyCORIS. Output
+            side only.
+    """
+
+    side: Literal["output", "input"] = "output"
+    scale_bias: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.side not in ("output", "input"):
+            raise AdapterError(f"side is {self.side!r}, expected 'output' or 'input'")
+        if self.scale_bias and self.side == "input":
+            raise AdapterError("scale_bias has no effect with side='input'")
+        if self.dropout:
+            raise AdapterError("dropout has no effect on (IA)^3, which has no input of its own; use module_dropout")
+
+
+def _ia3(name: str, tensor: str, identity: float, scales_bias: bool, file_names: tuple[str, ...]) -> AdapterType:
+    """One of the two types: `s` is `tensor` plus what makes `identity` one."""
+
+    def fit(tensors: Tensors, layer: LayerSpec) -> dict[str, Tensor]:
+        found = tensors.get(tensor, tensors.get(FEEDFORWARD))
+        if found is None or (tensor in tensors and FEEDFORWARD in tensors):
+            raise AdapterError(f"{tensor} expected, {', '.join(sorted(tensors))} found")
+        shape, count = shape_of(found), found.numel()
+        rows, columns = layer.out_features, layer.in_features
+        if "on_input" in tensors:
+            on_input = _flag(tensors["on_input"])
+        elif FEEDFORWARD in tensors:
+            on_input = True
+        elif len(shape) == 2:
+            on_input = shape != (rows, 1)
+        elif tensor == "ia3_w":
+            raise AdapterError(f"on_input is missing beside a weight of shape {shape}")
+        else:
+            on_input = count != rows
+        if count != (columns if on_input else rows) or sum(size != 1 for size in shape) > 1:
+            expected = f"{columns} numbers, one per input" if on_input else f"{rows} numbers, one per output"
+            raise AdapterError(f"the factors have shape {shape}, expected {expected}")
+        _refuse_embedding(on_input, layer)
+        return {tensor: found.reshape((1, columns) if on_input else (rows, 1))}
+
+    def geometry(tensors: Tensors) -> LayerSpec:
+        found = tensors.get(tensor, tensors.get(FEEDFORWARD))
+        size = 0 if found is None else found.numel()
+        return layer_of(size, size)
+
+    def init(
+        layer: LayerSpec, config: IA3Config, generator: torch.Generator, weight: Callable[[], Tensor]
+    ) -> dict[str, Tensor]:
+        on_input = config.side == "input"
+        _refuse_embedding(on_input, layer)
+        shape = (1, layer.in_features) if on_input else (layer.out_features, 1)
+        return {tensor: identity + torch.randn(shape, generator=generator) * (0.0 if config.init else 0.1)}
+
+    def stages(tensors: Tensors, layer: LayerSpec) -> tuple[Stage, ...]:
+        return ("gain",) if shape_of(tensors[tensor]) == (layer.out_features, 1) else ("input",)
+
+    def gain(tensors: Tensors) -> Tensor:
+        factors = tensors[tensor].view(-1)
+        return factors.to(torch.promote_types(factors.dtype, torch.float32)) - identity
+
+    def turn(
+        tensors: Tensors, layer: LayerSpec, vectors: Tensor, axis: int, gate: Tensor, transposed: bool = False
+    ) -> Tensor:
+        change = gain(tensors) * gate
+        axis %= vectors.ndim
+        if vectors.shape[axis] != change.numel():
+            # The weight of a grouped convolution: every group of rows has its own columns.
+            change = change.view(layer.groups, 1, -1).expand(-1, layer.out_features // layer.groups, -1).flatten(0, 1)
+        return vectors * change.view(*change.shape, *(1,) * (vectors.ndim - axis - 1)).to(vectors.dtype)
+
+    return AdapterType(
+        name=name,
+        tensors=(tensor, *file_names),
+        identified_by=frozenset({tensor, *file_names} - {"on_input"}),
+        config=IA3Config,
+        selects=lambda config: config.scale_bias == scales_bias,
+        fit=fit,
+        init=init,
+        geometry=geometry,
+        stages=stages,
+        turn=turn,
+        gain=gain,
+        gains_bias=scales_bias,
+    )
+
+
+def _flag(tensor: Tensor) -> bool:
+    if tensor.numel() != 1 or tensor.device.type == "meta":
+        raise AdapterError(f"on_input has shape {shape_of(tensor)}, expected a single number")
+    return bool(tensor)
+
+
+def _refuse_embedding(on_input: bool, layer: LayerSpec) -> None:
+    if on_input and layer.kind == "embedding":
+        raise AdapterError("an embedding has no input to scale; scale its output or exclude it")
+
+
+IA3: tuple[AdapterType, ...] = (
+    _ia3("ia3", "ia3_l", 1.0, True, (FEEDFORWARD,)),
+    _ia3("ia3-lycoris", "ia3_w", 0.0, False, ("on_input",)),
+)
