@@ -120,3 +120,13 @@ def test_several_components_get_a_folder_each(tmp_path: Path) -> None:
     for component in ("unet", "text_encoder"):
         again.load_adapter(tmp_path, component, subfolder=component, components=[component])
     assert_same(draw(again), expected)
+
+
+def test_whole_factors_of_peft_on_a_conv1d_are_refused(tmp_path: Path) -> None:
+    """PEFT trains and merges another formula there, so its file cannot be right here."""
+    config = peft.LoKrConfig(r=8, alpha=8, target_modules=["conv1d"], init_weights=False)
+    peft.get_peft_model(net(), config).save_pretrained(tmp_path)
+    model = net()
+    with pytest.raises(diffadapt.AdapterError, match="unintended formula for a LoKr with whole factors on a Conv1d"):
+        diffadapt.load_adapter(model, tmp_path)
+    assert len(diffadapt.adapters(model)) == 0

@@ -2,7 +2,8 @@
 
 from diffadapt.errors import AdapterError
 from diffadapt.formats import peft_config, peft_dump, suffixes
-from diffadapt.formats.format import Alphas, Format, Header, Names, Settings, Unused, Verdict
+from diffadapt.formats.format import Alphas, Format, Header, Names, Place, Settings, Unused, Verdict
+from diffadapt.layer import LayerSpec
 from diffadapt.state import AdapterState, Document
 from diffadapt.types.ia3 import FEEDFORWARD
 
@@ -28,8 +29,18 @@ def _locate(header: Header, names: Names) -> dict[str, Verdict]:
             path, name = split
             if name == "ia3_l" and peft_config.is_feedforward(config, path):
                 name = FEEDFORWARD
-            verdicts[key] = names.bare(path, name)
+            verdicts[key] = _unless_misread(names, names.bare(path, name))
     return verdicts
+
+
+def _unless_misread(names: Names, verdict: Verdict) -> Verdict:
+    """Not the one tensor that PEFT 0.21 multiplies otherwise than as a Kronecker product for every tap."""
+    if not isinstance(verdict, Place) or verdict.name != "lokr_w2" or names.models is None:
+        return verdict
+    spec = LayerSpec.of(names.models[verdict.component].modules[verdict.path])
+    if spec is None or len(spec.kernel) != 1:
+        return verdict
+    return Unused("PEFT has another, unintended formula for a LoKr with whole factors on a Conv1d; merge it with PEFT")
 
 
 def _alphas(header: Header) -> Alphas:
