@@ -5,6 +5,7 @@ from diffadapt.create import add_adapter
 from diffadapt.errors import AdapterError, LoadError
 from diffadapt.inspection import inspect
 from diffadapt.io import read_pickle
+from diffadapt.lowrank import Conversion
 from diffadapt.manager import Adapters, LoadedAdapter
 from diffadapt.pipeline import adapters_of as adapters
 from diffadapt.pipeline import install
@@ -25,6 +26,7 @@ __all__ = [
     "AdapterError",
     "Adapters",
     "BOFTConfig",
+    "Conversion",
     "FullConfig",
     "GLoRAConfig",
     "IA3Config",

@@ -53,16 +53,14 @@ _NO_DROPOUT = Dropout()
 
 
 class Ready(NamedTuple):
-    """An adapter layer for one call: prepared tensors on the call's device, and the number they are scaled with."""
+    """An adapter layer for one call: prepared tensors on the call's device, the number they are scaled with, and the
+    dtype to compute in.
+    """
 
     layer: "AdapterLayer"
     tensors: Tensors
     gate: Tensor
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype the adapter computes in."""
-        return next(iter(self.layer.parameters())).dtype
+    dtype: torch.dtype
 
     def turned(self, vectors: Tensor, axis: int, transposed: bool = False) -> Tensor:
         """`gate * (T - 1) vectors`, in the adapter's dtype."""
@@ -172,8 +170,8 @@ class AdapterLayer(nn.Module):
 
     def ready(self, device: torch.device) -> Ready:
         """Tensors and gate for one call on `device`."""
+        dtype = next(iter(self._parameters.values())).dtype  # type: ignore[union-attr]
         tensors, gate = self._prepared(), self.gate
-        # Not with .device of the parameters: a prepared tensor may be a buffer that was kept elsewhere.
         if next(iter(tensors.values())).device != device:
             # The layer's weights come and go by someone's offloading; ours follow for this call.
             tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
@@ -183,7 +181,7 @@ class AdapterLayer(nn.Module):
             gate = gate * self.call.value.to(device)
         if self.training:
             tensors, gate = self._dropped(tensors, gate)
-        return Ready(self, tensors, gate)
+        return Ready(self, tensors, gate, dtype)
 
     def prepared(self, weight: Callable[[], Tensor], dtype: torch.dtype | None = None) -> Tensors:
         """What `kind.prepare` makes of the tensors, for a layer with this weight, in `dtype`."""

@@ -84,7 +84,7 @@ def wide(layer: AdapterLayer, base: Tensor) -> Ready:
     """`layer` in the dtype and on the device of a canonical weight, with the strength it has now."""
     tensors = layer.prepared(lambda: base, base.dtype)
     on_device = {name: tensor.to(base.device) for name, tensor in tensors.items()}
-    return Ready(layer, on_device, layer.gate.to(base))
+    return Ready(layer, on_device, layer.gate.to(base), base.dtype)
 
 
 def _own(host: nn.Module, output: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import nn
@@ -12,14 +13,18 @@ from torch import nn
 from diffadapt import families, scales
 from diffadapt.adapter import Adapter
 from diffadapt.attach import bank_of, detach_, refresh_
+from diffadapt.combine import Combination, Method, Sign
 from diffadapt.errors import AdapterError
 from diffadapt.formats import writer
 from diffadapt.io import Location, Source, read, write
 from diffadapt.load import attach_all_, plan
+from diffadapt.lowrank import Conversion, Maker, Sources, conversion, derive_
 from diffadapt.merge import merge_, refuse_mixture, unmerge_
 from diffadapt.report import Report
 from diffadapt.scales import Strength
 from diffadapt.state import AdapterState, LayerState
+
+Chosen: TypeAlias = str | Iterable[str] | Mapping[str, Strength]
 
 
 @dataclass(frozen=True)
@@ -183,7 +188,7 @@ class Adapters:
         self._changed()
         return planned.report(name)
 
-    def activate(self, adapters: str | Iterable[str] | Mapping[str, Strength]) -> None:
+    def activate(self, adapters: Chosen) -> None:
         """Make exactly these adapters active.
 
         Args:
@@ -194,14 +199,8 @@ class Adapters:
             AdapterError: an unknown name, a prefix that matches no layer of the adapter, a strength that is not a
                 finite number, or an adapter is merged. Nothing has changed then.
         """
-        if isinstance(adapters, str):
-            adapters = [adapters]
-        wanted: dict[str, Strength] = dict(adapters) if isinstance(adapters, Mapping) else dict.fromkeys(adapters, 1.0)
         self._refuse_merged("activate")
-        strengths: dict[str, dict[str, list[float]]] = {}
-        for name, strength in wanted.items():
-            scales.check(name, strength)
-            strengths[name] = self._strengths(name, strength, self[name].components)
+        wanted, strengths = self._resolved(adapters)
         for name, strength in wanted.items():
             for component, adapter in self[name].components.items():
                 adapter.strength = strength
@@ -262,6 +261,33 @@ class Adapters:
         for model in self._models().values():
             unmerge_(model)
 
+    def to_lora(self, adapters: Chosen, name: str, rank: int | None = None, energy: float | None = None) -> Conversion:
+        """Add a plain LoRA, inactive, that does what `activate(adapters)` would do.
+
+        Args:
+            rank: the most that a layer gets.
+            energy: share of a layer's change, in squares, that the smallest rank is chosen for; see `lowrank`.
+
+        Raises:
+            AdapterError: no LoRA, or without `rank` and `energy` only a large one, can do it. Nothing has changed then.
+        """
+        return self._derive(adapters, name, lambda sources: conversion(rank, energy))
+
+    def combine(
+        self,
+        adapters: Mapping[str, Strength],
+        name: str,
+        *,
+        method: Method = "svd",
+        density: float | None = None,
+        rank: int | None = None,
+        energy: float | None = None,
+        generator: torch.Generator | None = None,
+        sign: Sign = "total",
+    ) -> Conversion:
+        """Add a plain LoRA, inactive, of adapters with weights, or weights by prefix; options as in `Combination`."""
+        return self._derive(adapters, name, Combination(method, density, rank, energy, generator, sign).maker)
+
     def save(self, name: str, path: str | os.PathLike[str], format: str = "diffusers") -> Path:
         """Write an adapter to a file.
 
@@ -292,7 +318,20 @@ class Adapters:
                 found.setdefault(name, {})[component] = adapter
         return {name: LoadedAdapter(name, components) for name, components in found.items()}
 
+    def _derive(self, adapters: Chosen, name: str, maker: Callable[[Sources], Maker]) -> Conversion:
+        self._refuse_name(name)
+        report = derive_(self._models(), name, self._resolved(adapters)[1], maker)
+        self._changed()
+        return report
+
+    def _resolved(self, adapters: Chosen) -> tuple[dict[str, Strength], dict[str, dict[str, list[float]]]]:
+        """What was asked for: name -> strength, and the same as name -> component -> one number per layer."""
+        adapters = [adapters] if isinstance(adapters, str) else adapters
+        wanted: dict[str, Strength] = dict(adapters) if isinstance(adapters, Mapping) else dict.fromkeys(adapters, 1.0)
+        return wanted, {name: self._strengths(name, amount, self[name].components) for name, amount in wanted.items()}
+
     def _strengths(self, name: str, strength: Strength, components: Mapping[str, Adapter]) -> dict[str, list[float]]:
+        scales.check(name, strength)
         strengths: dict[str, list[float]] = {}
         matched: set[str] = set()
         for component, adapter in components.items():

@@ -136,13 +136,15 @@ def test_imports_point_one_way() -> None:
     ("package", "allowed"),
     [
         ("diffadapt.types", {"types", "kind", "config", "layer", "errors"}),
-        ("diffadapt.formats", {"formats", "types", "patterns", "state", "targets", "errors"}),
+        ("diffadapt.formats", {"formats", "types", "patterns", "state", "targets", "layer", "errors"}),
         ("diffadapt.kind", {"config", "layer", "errors"}),
-        ("diffadapt.config", {"patterns", "errors"}),
+        ("diffadapt.config", {"patterns", "layer", "errors"}),
         ("diffadapt.compose", {"adapter", "hooks", "layer"}),
         ("diffadapt.layer", set[str]()),
         ("diffadapt.io", {"formats", "state", "errors"}),
         ("diffadapt.attach", {"compose", "adapter", "hooks", "errors"}),
+        ("diffadapt.lowrank", {"compose", "adapter", "attach", "hooks", "layer", "types", "errors"}),
+        ("diffadapt.combine", {"lowrank", "types", "errors"}),
         ("diffadapt.merge", {"compose", "attach", "adapter", "hooks", "errors"}),
     ],
 )

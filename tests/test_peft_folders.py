@@ -122,6 +122,21 @@ def test_several_components_get_a_folder_each(tmp_path: Path) -> None:
     assert_same(draw(again), expected)
 
 
+# peft takes a LoRA bias for a factor that lost a dimension.
+@pytest.mark.filterwarnings("ignore:.*LoRA tensor.*have invalid shape:peft.utils.warning.PeftWarning")
+def test_a_bias_on_some_layers_only(tmp_path: Path) -> None:
+    """PEFT has biases on all layers or on none: the others get zeros."""
+    model = net()
+    adapter = diffadapt.add_adapter(
+        model, diffadapt.LoraConfig(rank=2, target_modules=["linear", "conv"], init=False, bias=True), "a"
+    )
+    del adapter.layers["conv"]._parameters["lora_bias"]
+    expected = model(*inputs())
+    diffadapt.adapters(model).save("a", tmp_path, format="peft")
+    with torch.no_grad():
+        assert_same(peft.PeftModel.from_pretrained(net(), tmp_path)(*inputs()), expected, 2e-6)
+
+
 def test_whole_factors_of_peft_on_a_conv1d_are_refused(tmp_path: Path) -> None:
     """PEFT trains and merges another formula there, so its file cannot be right here."""
     config = peft.LoKrConfig(r=8, alpha=8, target_modules=["conv1d"], init_weights=False)

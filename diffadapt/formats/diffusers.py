@@ -75,6 +75,7 @@ def _dump(state: AdapterState) -> dict[str, Document]:
     tensors: dict[str, Tensor] = {}
     config: dict[str, Any] = {}
     for component, layers in state.layers.items():
+        layers = peft_dump.evened(layers)
         options = peft_config.dump(layers)
         config.update({f"{component}.{option}": value for option, value in options.items()})
         for path, layer in layers.items():

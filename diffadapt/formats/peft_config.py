@@ -30,12 +30,9 @@ def dump(layers: Mapping[str, LayerState]) -> dict[str, Any]:
     magnitudes = {"dora_scale" in layer.tensors for layer in layers.values()}
     if len(magnitudes) > 1:
         raise AdapterError("some layers are DoRA and some plain LoRA, which PEFT cannot express")
-    biased = {"lora_bias" in layer.tensors for layer in layers.values()}
-    if len(biased) > 1:
-        raise AdapterError("some layers have a LoRA bias and some have not, which PEFT cannot express")
     return {
         **ranks_and_alphas(ranks, alphas),
-        "lora_bias": biased == {True},
+        "lora_bias": any("lora_bias" in layer.tensors for layer in layers.values()),
         "target_modules": list(layers),
         "use_dora": magnitudes == {True},
         "use_rslora": False,

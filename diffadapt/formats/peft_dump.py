@@ -6,6 +6,7 @@ What no config reproduces is refused. Source: PEFT 0.21.2 `tuners/*/config.py` a
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -39,6 +40,7 @@ def document(layers: Layers) -> Document:
             f"PEFT has no type like {types[0]}; save with format='kohya', or make it a LoRA with to_lora()"
         )
     peft_type, settings = _TYPES[types[0]]
+    layers = evened(layers)
     config = {
         "peft_type": peft_type,
         "peft_version": _VERSION,
@@ -85,6 +87,22 @@ def spelled(path: str, layer: LayerState) -> dict[str, Tensor]:
             continue
         spellings = {**(_EMBEDDING if layer.is_embedding else _LORA), **_MAGNITUDE}
         found[spellings.get(name, name)] = tensor
+    return found
+
+
+def evened(layers: Layers) -> Layers:
+    """The same LoRAs, with a bias of zeros where only others have one: PEFT has one answer for all layers."""
+    if not any("lora_bias" in layer.tensors for layer in layers.values()):
+        return layers
+    found: dict[str, LayerState] = {}
+    for path, layer in layers.items():
+        up = layer.tensors.get("lora_up")
+        if "lora_bias" in layer.tensors or up is None:
+            found[path] = layer
+        elif layer.is_embedding:
+            raise AdapterError(f"{path} is an embedding, which cannot have the LoRA bias that other layers have")
+        else:
+            found[path] = replace(layer, tensors={**layer.tensors, "lora_bias": up.new_zeros(up.shape[0])})
     return found
 
 
