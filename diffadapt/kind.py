@@ -4,7 +4,7 @@ There is no class hierarchy. A type is one file in `types/` that fills in one `A
 merging, loading and saving are all derived from it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -92,6 +92,8 @@ class AdapterType:
         delta_bias: bias change at scale 1, or `None`; most types have none.
         as_low_rank: `down` (rank, in / groups, *kernel) and `up` (out, rank) with the same `delta_weight`, or `None`
             where that is no saving; see `LayerSpec.low_rank`.
+        rows: tensors of the layer that has only these rows of the weight, in this order, or `None` where the tensors
+            cannot be taken apart so. Arguments: fitted tensors, layer, ranges of rows.
         turn: `gate * (T - 1) vectors` along an axis of `vectors`, or of `T` transposed. Arguments: tensors, layer,
             vectors, axis, gate (0-d float32), transposed.
         gain: `s - 1`, of shape (out,).
@@ -120,6 +122,7 @@ class AdapterType:
     delta_output: Callable[[Tensors, LayerSpec, Tensor, Tensor, Tensor | None], Tensor] = _missing
     delta_bias: Callable[[Tensors], Tensor | None] = lambda tensors: None
     as_low_rank: Callable[[Tensors, LayerSpec], tuple[Tensor, Tensor] | None] = lambda tensors, layer: None
+    rows: Callable[[Tensors, LayerSpec, Sequence[range]], dict[str, Tensor] | None] = lambda tensors, layer, rows: None
     turn: Callable[[Tensors, LayerSpec, Tensor, int, Tensor, bool], Tensor] = _missing
     gain: Callable[[Tensors], Tensor] = _missing
     gains_bias: bool = False

@@ -5,7 +5,7 @@ A type's formula is written once against `LayerSpec`, whatever the layer. Weight
 canonical too, and only `to_stored` knows the difference.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, cast
 
@@ -216,6 +216,15 @@ def layer_of(out: int, columns: int, kernel: tuple[int, ...] = ()) -> LayerSpec:
     """The plainest layer of this shape: linear, or a convolution with stride 1 where there is a kernel."""
     ones = (1,) * len(kernel)
     return LayerSpec("conv" if kernel else "linear", out, columns, kernel, ones, (0,) * len(kernel), ones)
+
+
+def pick(tensor: Tensor, rows: Sequence[range]) -> Tensor:
+    """These rows of a tensor, in this order."""
+    return (
+        torch.cat([tensor[part.start : part.stop] for part in rows])
+        if len(rows) > 1
+        else tensor[rows[0].start : rows[0].stop]
+    )
 
 
 def blockwise(vectors: Tensor, blocks: Tensor, axis: int) -> Tensor:

@@ -1,9 +1,8 @@
 """From a file to adapters on models: plan everything first, then attach everything or nothing."""
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,25 +10,14 @@ from torch import Tensor, nn
 from diffadapt import families
 from diffadapt.adapter import Adapter, AdapterLayer
 from diffadapt.attach import attach_, detach_
+from diffadapt.build import Builder, Group
 from diffadapt.errors import AdapterError, LoadError
 from diffadapt.formats import detect
-from diffadapt.formats.format import Alphas, Names, Place, Settings, Unused
-from diffadapt.hooks import FLOAT8, compute_dtype, execution_device
+from diffadapt.formats.format import Names, Place, Unused
+from diffadapt.hooks import FLOAT8
 from diffadapt.io import Checkpoint
-from diffadapt.kind import AdapterType
-from diffadapt.layer import LayerSpec
 from diffadapt.report import Report, explained
 from diffadapt.targets import Targets
-from diffadapt.types import identify
-
-
-@dataclass
-class _Group:
-    """The tensors that a file has for one layer, by canonical name, and the keys they came under."""
-
-    written: str
-    keys: dict[str, str] = field(default_factory=dict[str, str])
-    tensors: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
 
 @dataclass(frozen=True)
@@ -108,7 +96,7 @@ def plan(
         raise LoadError(f"{checkpoint.origin}: {error}") from error
     faults: list[tuple[str, str]] = []
     ignored: list[tuple[str, str]] = []
-    groups: dict[tuple[str, str], _Group] = {}
+    groups: dict[tuple[str, str], Group] = {}
     for key, verdict in verdicts.items():
         if wanted is not None and verdict.component is not None and verdict.component not in wanted:
             ignored.append((key, f"component {verdict.component} was not asked for"))
@@ -117,7 +105,7 @@ def plan(
         else:
             _gather(groups, key, verdict, checkpoint.tensors[key], faults)
     broken = _non_finite(groups.values())
-    builder = _Builder(checkpoint, targets, alphas, settings, dtype)
+    builder = Builder(checkpoint, targets, alphas, settings, dtype)
     layers: dict[str, dict[str, AdapterLayer]] = {}
     used = 0
     for (component, path), group in groups.items():
@@ -126,11 +114,14 @@ def plan(
                 raise AdapterError(
                     f"{', '.join(sorted(broken & set(group.keys.values())))} holds NaN or infinite values"
                 )
-            layer = builder.build(component, path, group)
+            built = builder.build(component, path, group)
+            again = sorted(set(built) & set(layers.get(component, ())))
+            if again:
+                raise AdapterError(f"{', '.join(again)} has tensors under another name already")
         except AdapterError as error:
             faults += [(key, f"{component}.{path}: {error}") for key in group.keys.values()]
             continue
-        layers.setdefault(component, {})[path] = layer
+        layers.setdefault(component, {}).update(built)
         used += len(group.keys)
     family = families.of_models(models) if models is not None else None
     if family is None:
@@ -155,67 +146,6 @@ def attach_all_(models: Mapping[str, nn.Module], name: str, planned: Plan) -> di
     return attached
 
 
-class _Builder:
-    """Builds adapter layers from groups of tensors; knows each component's dtype and device."""
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        targets: Mapping[str, Targets] | None,
-        alphas: Alphas,
-        settings: Settings,
-        dtype: torch.dtype | None,
-    ) -> None:
-        self._checkpoint = checkpoint
-        self._targets = targets
-        self._alphas = alphas
-        self._settings = settings
-        self._dtype = dtype
-        self._homes: dict[str, tuple[torch.dtype, torch.device]] = {}
-
-    def build(self, component: str, path: str, group: _Group) -> AdapterLayer:
-        tensors = dict(group.tensors)
-        alpha_tensor = tensors.pop("alpha", None)
-        kind = identify(tensors)
-        if kind is None or not set(tensors) <= set(kind.tensors):
-            known = kind.tensors if kind else ()
-            unknown = ", ".join(sorted(set(tensors) - set(known))) or "only an alpha"
-            raise AdapterError(f"{unknown}: no adapter type that can be loaded has these tensors")
-        spec = self._spec(component, path, tensors, kind)
-        fitted = kind.fit(tensors, spec)
-        # Not before: a type may read a flag.
-        for name, tensor in fitted.items():
-            if not tensor.is_floating_point():
-                raise AdapterError(f"{name} has dtype {tensor.dtype}, expected a floating-point one")
-        rank = kind.rank(fitted)
-        settings = dict(self._settings(component, group.written, kind.name))
-        alpha = _alpha(alpha_tensor, rank) if alpha_tensor is not None else None
-        if alpha is None and (rank is not None or "rank" in settings):
-            alpha = self._alphas(component, group.written, rank or int(settings["rank"]))
-        if alpha is not None and kind.alpha_is is not None:
-            settings[kind.alpha_is], alpha = alpha, None
-        if not self._checkpoint.headers_only:
-            dtype, device = self._home(component)
-            # A caller's tensors are taken as they are where they fit: a copy is half the time and twice the memory.
-            fitted = {
-                name: tensor.detach().to(device=device, dtype=dtype, copy=self._checkpoint.mapped).contiguous()
-                for name, tensor in fitted.items()
-            }
-        return AdapterLayer(kind, spec, fitted, alpha, settings=settings)
-
-    def _spec(self, component: str, path: str, tensors: Mapping[str, Tensor], kind: AdapterType) -> LayerSpec:
-        if self._targets is not None:
-            return self._targets[component].spec(path, kind.layers)
-        return kind.geometry(tensors)
-
-    def _home(self, component: str) -> tuple[torch.dtype, torch.device]:
-        if component not in self._homes:
-            assert self._targets is not None
-            model = self._targets[component]
-            self._homes[component] = (self._dtype or compute_dtype(model.all), execution_device(model.all))
-        return self._homes[component]
-
-
 def _targets(models: Mapping[str, nn.Module] | None, wanted: set[str] | None) -> dict[str, Targets] | None:
     if models is None:
         return None
@@ -223,13 +153,13 @@ def _targets(models: Mapping[str, nn.Module] | None, wanted: set[str] | None) ->
 
 
 def _gather(
-    groups: dict[tuple[str, str], _Group],
+    groups: dict[tuple[str, str], Group],
     key: str,
     place: Place,
     tensor: Tensor,
     faults: list[tuple[str, str]],
 ) -> None:
-    group = groups.setdefault((place.component, place.path), _Group(place.written))
+    group = groups.setdefault((place.component, place.path), Group(place.written, place.pieces))
     if place.name in group.tensors:
         faults.append((key, f"the same tensor as {group.keys[place.name]}"))
         return
@@ -237,16 +167,7 @@ def _gather(
     group.tensors[place.name] = tensor
 
 
-def _alpha(tensor: Tensor, rank: int | None) -> float | None:
-    if tensor.numel() != 1 or tensor.device.type == "meta":
-        raise AdapterError(f"alpha has shape {tuple(tensor.shape)}, expected a single number")
-    alpha = float(tensor)
-    if rank is not None and (alpha == 0 or not math.isfinite(alpha)):
-        raise AdapterError(f"alpha is {alpha}, expected a finite number other than 0")
-    return alpha
-
-
-def _non_finite(groups: Iterable[_Group]) -> set[str]:
+def _non_finite(groups: Iterable[Group]) -> set[str]:
     """Keys of tensors with NaN or infinite values, with one synchronisation for the whole file."""
     extremes: dict[tuple[torch.device, torch.dtype], list[tuple[str, Tensor]]] = {}
     for group in groups:

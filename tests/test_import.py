@@ -136,7 +136,11 @@ def test_imports_point_one_way() -> None:
     ("package", "allowed"),
     [
         ("diffadapt.types", {"types", "kind", "config", "layer", "errors"}),
-        ("diffadapt.formats", {"formats", "types", "patterns", "state", "targets", "layer", "errors"}),
+        (
+            "diffadapt.formats",
+            {"formats", "families", "pieces", "types", "patterns", "state", "targets", "layer", "errors"},
+        ),
+        ("diffadapt.families", {"families", "pieces", "targets"}),
         ("diffadapt.kind", {"config", "layer", "errors"}),
         ("diffadapt.config", {"patterns", "layer", "errors"}),
         ("diffadapt.compose", {"adapter", "hooks", "layer"}),

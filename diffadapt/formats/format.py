@@ -1,10 +1,13 @@
 """What a format is: a record of functions that say where each name of a file belongs."""
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from diffadapt import families
+from diffadapt.families.family import Aliases
+from diffadapt.pieces import Piece
 from diffadapt.state import AdapterState, Document
 from diffadapt.targets import Targets
 
@@ -30,12 +33,15 @@ class Place:
         path: of the layer in that component (as the file spells it when there is no model to ask).
         name: canonical tensor name, or "alpha".
         written: the path before it was resolved against the model; what patterns in the file's metadata speak of.
+        pieces: the model's layers that the file's layer consists of, in the order of its outputs; none where `path` is
+            a layer of the model.
     """
 
     component: str
     path: str
     name: str
     written: str
+    pieces: tuple[Piece, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +97,7 @@ class Names:
 
     def __init__(self, models: Mapping[str, Targets] | None) -> None:
         self.models = models
+        self._known: dict[str, tuple[Aliases, Aliases]] = {}
         self._guesses = 3
 
     def has(self, component: str) -> bool:
@@ -105,23 +112,51 @@ class Names:
         """Place of tensor `name` of the layer that the file calls `path`."""
         if self.models is None:
             return Place(component, path, name, path)
-        found = self.models[component].resolve(path) if component in self.models else None
-        return Place(component, found, name, path) if found is not None else self._missing(component, path)
+        found = self._resolve(component, path)
+        return self._missing(component, path) if found is None else self._place(component, path, name, found)
 
-    def flat(self, component: str, flat: str, name: str, aliases: Mapping[str, str]) -> Verdict:
-        """The same for a flattened path; `aliases` are further flattened names of the model's layers."""
+    def flat(self, components: Sequence[str], flat: str, name: str) -> Verdict:
+        """The same for a flattened path, in the first of `components` that has it."""
         if self.models is None:
-            return Place(component, flat, name, flat)
-        targets = self.models.get(component)
-        found = (targets.resolve_flat(flat) or aliases.get(flat)) if targets is not None else None
-        return Place(component, found, name, flat) if found is not None else self._missing(component, flat)
+            return Place(components[0], flat, name, flat)
+        for component in components:
+            found = self._resolve_flat(component, flat)
+            if found is not None:
+                return self._place(component, flat, name, found)
+        return self._missing(next((c for c in components if c in self.models), components[0]), flat)
 
     def bare(self, path: str, name: str) -> Verdict:
         """The same for a dotted path that names no component: the denoiser, or whichever component has it."""
         owner = self.denoiser()
-        if self.models is not None and (owner not in self.models or self.models[owner].resolve(path) is None):
-            owner = next((other for other, targets in self.models.items() if targets.resolve(path)), owner)
+        if self.models is not None and self._resolve(owner, path) is None:
+            owner = next((other for other in self.models if self._resolve(other, path) is not None), owner)
         return self.dotted(owner, path, name)
+
+    def _resolve(self, component: str, path: str) -> str | tuple[Piece, ...] | None:
+        """The model's own path, or the pieces that a name of its original layout stands for."""
+        if self.models is None or component not in self.models:
+            return None
+        return self.models[component].resolve(path) or self._aliases(component)[0].get(path)
+
+    def _resolve_flat(self, component: str, flat: str) -> str | tuple[Piece, ...] | None:
+        if self.models is None or component not in self.models:
+            return None
+        return self.models[component].resolve_flat(flat) or self._aliases(component)[1].get(flat)
+
+    def _aliases(self, component: str) -> tuple[Aliases, Aliases]:
+        """Names of the original layout, dotted and flattened."""
+        if component not in self._known:
+            assert self.models is not None
+            dotted = families.aliases(self.models[component])
+            self._known[component] = dotted, {name.replace(".", "_"): pieces for name, pieces in dotted.items()}
+        return self._known[component]
+
+    def _place(self, component: str, written: str, name: str, found: str | tuple[Piece, ...]) -> Place:
+        if isinstance(found, str):
+            return Place(component, found, name, written)
+        if len(found) == 1 and not found[0].swapped:
+            return Place(component, found[0].path, name, written)
+        return Place(component, written, name, written, found)
 
     def _missing(self, component: str, path: str) -> Unused:
         assert self.models is not None

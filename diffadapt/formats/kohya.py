@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffadapt.errors import AdapterError
-from diffadapt.formats import ldm, suffixes
+from diffadapt.formats import suffixes
 from diffadapt.formats.format import Alphas, Format, Header, Names, Unused, Verdict
 from diffadapt.state import AdapterState, Document, LayerState
 from diffadapt.types import named
@@ -46,7 +46,6 @@ def _matches(header: Header) -> bool:
 
 def _locate(header: Header, names: Names) -> dict[str, Verdict]:
     denoiser = names.denoiser()
-    aliases = _ldm_aliases(names, denoiser)
     keys = set(header.keys)
     verdicts: dict[str, Verdict] = {}
     for key in header.keys:
@@ -57,17 +56,8 @@ def _locate(header: Header, names: Names) -> dict[str, Verdict]:
         if prefix is None or name is None:
             verdicts[key] = Unused("not the name of an adapter tensor")
             continue
-        component = _COMPONENTS.get(prefix[1], denoiser)
-        flat = module[prefix.end() :]
-        verdicts[key] = names.flat(component, flat, name, aliases if component == denoiser else {})
+        verdicts[key] = names.flat([_COMPONENTS.get(prefix[1], denoiser)], module[prefix.end() :], name)
     return verdicts
-
-
-def _ldm_aliases(names: Names, denoiser: str) -> dict[str, str]:
-    targets = (names.models or {}).get(denoiser)
-    if targets is None or "down_blocks.0" not in targets.modules:
-        return {}
-    return {original.replace(".", "_"): path for path, original in ldm.names(targets.modules).items()}
 
 
 def _alphas(header: Header) -> Alphas:

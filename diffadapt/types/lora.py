@@ -16,7 +16,7 @@ weight), or one per group, told by an `up` of `rank / groups` columns (the layou
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor
 from diffadapt.config import RankedConfig
 from diffadapt.errors import AdapterError
 from diffadapt.kind import AdapterType, Tensors
-from diffadapt.layer import LayerSpec, layer_of, scaled, shape_of
+from diffadapt.layer import LayerSpec, layer_of, pick, scaled, shape_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +148,20 @@ def as_low_rank(tensors: Tensors, layer: LayerSpec) -> tuple[Tensor, Tensor]:
     return _down(tensors), tensors["lora_up"]
 
 
+def rows(tensors: Tensors, layer: LayerSpec, rows: Sequence[range]) -> dict[str, Tensor] | None:
+    """Rows of `up`, and of its ranks those that these rows use: fused projections may be block-diagonal."""
+    if layer.groups > 1:
+        return None
+    up = pick(tensors["lora_up"], rows)
+    cut = {**tensors, "lora_up": up}
+    if "lora_bias" in tensors:
+        cut["lora_bias"] = pick(tensors["lora_bias"], rows)
+    used = None if up.is_meta or "lora_mid" in tensors else up.any(0)
+    if used is not None and used.any() and not used.all():
+        cut["lora_up"], cut["lora_down"] = up[:, used], tensors["lora_down"][used]
+    return cut
+
+
 def _down(tensors: Tensors) -> Tensor:
     """`down` with the Tucker core folded in: down'[m, j, *k] = sum_n mid[m, n, *k] down[n, j], exactly."""
     down = tensors["lora_down"]
@@ -170,5 +184,6 @@ LORA = AdapterType(
     delta_bias=delta_bias,
     delta_output=delta_output,
     as_low_rank=as_low_rank,
+    rows=rows,
     masked={"lora_up": 1},
 )
