@@ -1,6 +1,7 @@
 """Adapters for diffusers pipelines: `import diffadapt`, then `pipe.load_adapter("anything.safetensors")`."""
 
 from diffadapt.config import AdapterConfig
+from diffadapt.convert import convert
 from diffadapt.create import add_adapter
 from diffadapt.errors import AdapterError, LoadError
 from diffadapt.inspection import inspect
@@ -39,6 +40,7 @@ __all__ = [
     "Report",
     "adapters",
     "add_adapter",
+    "convert",
     "inspect",
     "load_adapter",
     "read_pickle",

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from diffadapt.hooks import FLOAT8, decoded, resting_tensor
 from diffadapt.kind import AdapterType, Stage, Surroundings, Tensors
 from diffadapt.layer import LayerSpec
+from diffadapt.state import LayerState
 
 BANK = "diffadapt"
 """Name of the child module that holds a model's adapters."""
@@ -167,6 +168,19 @@ class AdapterLayer(nn.Module):
     def is_additive(self) -> bool:
         """Whether the layer's own result stays as it is and something is added to it."""
         return "add" in self.stages and len(self.stages) == 1
+
+    @property
+    def state(self) -> LayerState:
+        """What a file would say of this layer."""
+        return LayerState(
+            type=self.kind.name,
+            tensors=self.tensors,
+            alpha=self.alpha,
+            rank=self.rank,
+            kernel=self.spec.kernel,
+            is_embedding=self.spec.kind == "embedding",
+            settings=self.settings,
+        )
 
     def ready(self, device: torch.device) -> Ready:
         """Tensors and gate for one call on `device`."""

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,10 +15,12 @@ from diffadapt.formats.format import Alphas, Settings
 from diffadapt.hooks import compute_dtype, execution_device
 from diffadapt.io import Checkpoint
 from diffadapt.kind import AdapterType, Tensors
-from diffadapt.layer import LayerSpec, pick
+from diffadapt.layer import LayerSpec
 from diffadapt.pieces import Piece
 from diffadapt.targets import Targets
 from diffadapt.types import identify, named
+
+ForWriting: TypeAlias = Literal["whole", "split"]
 
 
 @dataclass
@@ -36,12 +40,34 @@ class Group:
 
 @dataclass(frozen=True)
 class _Content:
-    """What a file says of one of its layers, checked."""
+    """What a file says of one of its layers, checked.
+
+    Attributes:
+        layer: that the tensors have the shapes for.
+    """
 
     kind: AdapterType
+    layer: LayerSpec
     tensors: Tensors
     alpha: float | None
     settings: Mapping[str, float]
+
+    @cached_property
+    def plain(self) -> "_Content":
+        """The same additive change as a LoRA or, where that is no saving, as the matrix; in float32 or wider."""
+        kind, layer = self.kind, self.layer
+        wide = {name: t if t.dtype == torch.float64 else t.float() for name, t in self.tensors.items()}
+        rank = kind.rank(wide) or self.settings.get("rank")
+        scale = 1.0 if self.alpha is None or not rank else self.alpha / rank
+        bias = kind.delta_bias(wide)
+        factors = kind.as_low_rank(wide, layer) if layer.groups == 1 else None
+        if factors is not None:
+            lora = {"lora_down": factors[0], "lora_up": factors[1], **({} if bias is None else {"lora_bias": bias})}
+            return _Content(named("lora"), layer, lora, scale * factors[0].shape[0], {})
+        full = {"diff": layer.to_stored(kind.delta_weight(wide, layer) * scale)}
+        if bias is not None:
+            full["diff_b"] = bias * scale
+        return _Content(named("full"), layer, full, None, {})
 
 
 class Builder:
@@ -54,12 +80,19 @@ class Builder:
         alphas: Alphas,
         settings: Settings,
         dtype: torch.dtype | None,
+        *,
+        for_writing: ForWriting | None = None,
     ) -> None:
+        """
+        Args:
+            for_writing: keep the file's dtypes, and with "whole" its layers where they are pieces of the model.
+        """
         self._checkpoint = checkpoint
         self._targets = targets
         self._alphas = alphas
         self._settings = settings
         self._dtype = dtype
+        self._for_writing = for_writing
         self._homes: dict[str, tuple[torch.dtype, torch.device]] = {}
 
     def build(self, component: str, path: str, group: Group) -> dict[str, AdapterLayer]:
@@ -76,10 +109,12 @@ class Builder:
         specs = [self._targets[component].spec(piece.path, kind.layers) for piece in group.pieces]
         whole = replace(specs[0], out_features=sum(spec.out_features for spec in specs))
         content = self._content(component, kind, whole, group)
+        if self._for_writing == "whole":
+            return {path: self._layer(component, whole, content)}
         built: dict[str, AdapterLayer] = {}
         start = 0
         for piece, spec in zip(group.pieces, specs, strict=True):
-            part = _part(content, whole, piece.rows(start, spec.out_features))
+            part = _part(content, piece.rows(start, spec.out_features))
             built[piece.path] = self._layer(component, spec, part)
             start += spec.out_features
         return built
@@ -99,11 +134,11 @@ class Builder:
             alpha = self._alphas(component, group.written, rank or int(settings["rank"]))
         if alpha is not None and kind.alpha_is is not None:
             settings[kind.alpha_is], alpha = alpha, None
-        return _Content(kind, fitted, alpha, settings)
+        return _Content(kind, spec, fitted, alpha, settings)
 
     def _layer(self, component: str, spec: LayerSpec, content: _Content) -> AdapterLayer:
         tensors = content.tensors
-        if not self._checkpoint.headers_only:
+        if not self._checkpoint.headers_only and self._for_writing is None:
             dtype, device = self._home(component)
             # A caller's tensors are taken as they are where they fit: a copy is half the time and twice the memory.
             tensors = {
@@ -134,31 +169,26 @@ def _identified(group: Group) -> AdapterType:
     return kind
 
 
-def _part(content: _Content, layer: LayerSpec, rows: Sequence[range]) -> _Content:
-    """What belongs to some rows of a layer; as a dense change where the tensors cannot be taken apart."""
-    kind, tensors = content.kind, content.tensors
+def _part(content: _Content, rows: Sequence[range]) -> _Content:
+    """What belongs to some rows of the layer; as a plain change of them where the tensors cannot be taken apart."""
+    kind, tensors, layer = content.kind, content.tensors, content.layer
+    stages = kind.stages(tensors, layer)
+    limit = content.settings.get(kind.alpha_is or "", 0.0)
+    if limit > 0 and "output" in stages and sum(map(len, rows)) < layer.out_features:
+        raise AdapterError(f"its {kind.alpha_is} is over all outputs, which are in different layers of the model")
     cut = kind.rows(tensors, layer, rows)
-    if cut is not None:
-        rank, was = kind.rank(cut), kind.rank(tensors)
-        alpha = content.alpha
-        if alpha is not None and rank and was:
-            # A part may do with fewer ranks than the whole, at the same scale.
-            alpha = alpha * rank / was
-        return replace(content, tensors=cut, alpha=alpha)
-    if kind.is_prepared:
+    if cut is None and stages == ("add",):
+        return _part(content.plain, rows)
+    if cut is None:
         raise AdapterError(f"its {kind.name} joins outputs that are in different layers of the model")
-    wide = {name: tensor.float() for name, tensor in tensors.items()}
-    rank = kind.rank(tensors) or content.settings.get("rank")
-    scale = 1.0 if content.alpha is None or not rank else content.alpha / rank
-    change = kind.delta_weight(wide, layer) * scale
-    full = named("full")
-    diff = pick(change, rows)
-    return _Content(full, full.fit({"diff": diff}, _of_rows(layer, rows)), None, {})
-
-
-def _of_rows(layer: LayerSpec, rows: Sequence[range]) -> LayerSpec:
-    """The layer that has only these rows of the weight."""
-    return replace(layer, out_features=sum(len(r) for r in rows))
+    rank, was = kind.rank(cut), kind.rank(tensors)
+    alpha = content.alpha
+    if alpha is not None and rank and was:
+        # A part may do with fewer ranks than the whole, at the same scale.
+        alpha = alpha * rank / was
+    # What the parts have in common becomes a parameter of each.
+    own = {name: tensor.clone() if tensor is tensors.get(name) else tensor for name, tensor in cut.items()}
+    return replace(content, tensors=own, alpha=alpha)
 
 
 def _alpha(tensor: Tensor, rank: int | None) -> float | None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from diffadapt import families
 from diffadapt.adapter import Adapter, AdapterLayer
 from diffadapt.attach import attach_, detach_
-from diffadapt.build import Builder, Group
+from diffadapt.build import Builder, ForWriting, Group
 from diffadapt.errors import AdapterError, LoadError
 from diffadapt.formats import detect
 from diffadapt.formats.format import Names, Place, Unused
@@ -78,6 +78,7 @@ def plan(
     *,
     components: Iterable[str] | None = None,
     dtype: torch.dtype | None = None,
+    for_writing: ForWriting | None = None,
 ) -> Plan:
     """Decide for every tensor of a file where it belongs, and build its layers. Touches no model.
 
@@ -85,6 +86,7 @@ def plan(
         models: component -> model; `None` to believe the names in the file.
         components: use these and leave the rest of the file aside.
         dtype: of the adapter; default the compute dtype of each model.
+        for_writing: see `Builder`; such a plan is for writing and not for attaching.
     """
     try:
         format = detect(checkpoint.header)
@@ -105,7 +107,7 @@ def plan(
         else:
             _gather(groups, key, verdict, checkpoint.tensors[key], faults)
     broken = _non_finite(groups.values())
-    builder = Builder(checkpoint, targets, alphas, settings, dtype)
+    builder = Builder(checkpoint, targets, alphas, settings, dtype, for_writing=for_writing)
     layers: dict[str, dict[str, AdapterLayer]] = {}
     used = 0
     for (component, path), group in groups.items():

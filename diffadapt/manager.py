@@ -22,7 +22,8 @@ from diffadapt.lowrank import Conversion, Maker, Sources, conversion, derive_
 from diffadapt.merge import merge_, refuse_mixture, unmerge_
 from diffadapt.report import Report
 from diffadapt.scales import Strength
-from diffadapt.state import AdapterState, LayerState
+from diffadapt.state import AdapterState
+from diffadapt.targets import Targets
 
 Chosen: TypeAlias = str | Iterable[str] | Mapping[str, Strength]
 
@@ -306,9 +307,10 @@ class Adapters:
         loaded = self[name]
         dump = writer(format).dump
         assert dump is not None
-        layers = {component: _states(adapter) for component, adapter in loaded.components.items()}
-        family = families.of_models(self._models())
-        return write(path, dump(AdapterState(layers, loaded.metadata, family)))
+        models = self._models()
+        layers = {c: {at: layer.state for at, layer in a.layers.items()} for c, a in loaded.components.items()}
+        layouts = {component: families.layout(Targets(models[component])) for component in layers}
+        return write(path, dump(AdapterState(layers, loaded.metadata, families.of_models(models), layouts)))
 
     def _loaded(self) -> dict[str, LoadedAdapter]:
         found: dict[str, dict[str, Adapter]] = {}
@@ -381,18 +383,3 @@ class Adapters:
             state,
             str(adapter.strength),
         )
-
-
-def _states(adapter: Adapter) -> dict[str, LayerState]:
-    return {
-        path: LayerState(
-            type=layer.kind.name,
-            tensors=layer.tensors,
-            alpha=layer.alpha,
-            rank=layer.rank,
-            kernel=layer.spec.kernel,
-            is_embedding=layer.spec.kind == "embedding",
-            settings=layer.settings,
-        )
-        for path, layer in adapter.layers.items()
-    }

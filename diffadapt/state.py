@@ -7,9 +7,11 @@ and no model is left in it, so N readers and M writers are N + M functions.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
+
+from diffadapt.pieces import Piece
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +52,19 @@ class Document:
     config: Mapping[str, Any] | None = None
 
 
+Layout: TypeAlias = Mapping[str, tuple[tuple[Piece, int], ...]]
+"""A layer's name in a model's original layout -> the model's layers it consists of, each with its number of outputs."""
+
+
 @dataclass(frozen=True)
 class AdapterState:
-    """An adapter without a model."""
+    """An adapter without a model.
+
+    Attributes:
+        layouts: component -> the original layout of that model, where it has one.
+    """
 
     layers: Mapping[str, Mapping[str, LayerState]]
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])
     family: str | None = None
+    layouts: Mapping[str, Layout] = field(default_factory=dict[str, Layout])

@@ -93,7 +93,7 @@ def test_name_that_diffusers_owns_is_left_alone(owner: type, name: str, monkeypa
 
 
 def test_public_names_exist() -> None:
-    expected = {"AdapterError", "LoraConfig", "adapters", "add_adapter", "inspect", "load_adapter"}
+    expected = {"AdapterError", "LoraConfig", "adapters", "add_adapter", "convert", "inspect", "load_adapter"}
     assert expected <= set(diffadapt.__all__)
     assert all(hasattr(diffadapt, name) for name in diffadapt.__all__)
     assert issubclass(diffadapt.AdapterError, ValueError)
@@ -140,7 +140,7 @@ def test_imports_point_one_way() -> None:
             "diffadapt.formats",
             {"formats", "families", "pieces", "types", "patterns", "state", "targets", "layer", "errors"},
         ),
-        ("diffadapt.families", {"families", "pieces", "targets"}),
+        ("diffadapt.families", {"families", "pieces", "targets", "state", "layer", "errors"}),
         ("diffadapt.kind", {"config", "layer", "errors"}),
         ("diffadapt.config", {"patterns", "layer", "errors"}),
         ("diffadapt.compose", {"adapter", "hooks", "layer"}),

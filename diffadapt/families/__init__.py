@@ -12,6 +12,8 @@ from torch import nn
 from diffadapt.families.family import Aliases, Family
 from diffadapt.families.flux import CHROMA, FLUX
 from diffadapt.families.sd import SD, SD2, SDXL
+from diffadapt.layer import LayerSpec
+from diffadapt.state import Layout
 from diffadapt.targets import Targets
 
 FAMILIES: tuple[Family, ...] = (SD, SD2, SDXL, CHROMA, FLUX)
@@ -52,6 +54,16 @@ def aliases(targets: Targets) -> Aliases:
     kind = type(targets.model).__name__
     family = next((family for family in FAMILIES if kind in family.models), None)
     return {} if family is None else family.names(targets)
+
+
+def layout(targets: Targets) -> Layout:
+    """The same with the number of outputs of every piece, for writing."""
+    sizes = {path: spec.out_features for path, module in targets.modules.items() if (spec := LayerSpec.of(module))}
+    return {
+        name: tuple((piece, sizes[piece.path]) for piece in pieces)
+        for name, pieces in aliases(targets).items()
+        if all(piece.path in sizes for piece in pieces)
+    }
 
 
 def _of_unet(config: Any) -> str:

@@ -80,6 +80,7 @@ class Format:
         locate: a verdict for every key.
         alphas: the alphas that the metadata gives; an alpha tensor in the file wins over it.
         settings: the type's other numbers that the metadata gives.
+        original: whether a family's files in this format are in the original layout of its models.
         dump: canonical form -> what to write, by subfolder; `None` if the format is only read. Raises
             `AdapterError` for content the format cannot express.
     """
@@ -90,6 +91,7 @@ class Format:
     alphas: Callable[[Header], Alphas]
     dump: Callable[[AdapterState], dict[str, Document]] | None
     settings: Callable[[Header], Settings] = _no_settings
+    original: Callable[[str | None], bool] = lambda family: False
 
 
 class Names:
@@ -97,7 +99,7 @@ class Names:
 
     def __init__(self, models: Mapping[str, Targets] | None) -> None:
         self.models = models
-        self._known: dict[str, tuple[Aliases, Aliases]] = {}
+        self._known: dict[str, tuple[Aliases, Mapping[str, str]]] = {}
         self._guesses = 3
 
     def has(self, component: str) -> bool:
@@ -132,31 +134,33 @@ class Names:
             owner = next((other for other in self.models if self._resolve(other, path) is not None), owner)
         return self.dotted(owner, path, name)
 
-    def _resolve(self, component: str, path: str) -> str | tuple[Piece, ...] | None:
-        """The model's own path, or the pieces that a name of its original layout stands for."""
+    def _resolve(self, component: str, path: str) -> str | None:
+        """The model's own path, or the name in its original layout."""
         if self.models is None or component not in self.models:
             return None
-        return self.models[component].resolve(path) or self._aliases(component)[0].get(path)
+        return self.models[component].resolve(path) or (path if path in self._aliases(component)[0] else None)
 
-    def _resolve_flat(self, component: str, flat: str) -> str | tuple[Piece, ...] | None:
+    def _resolve_flat(self, component: str, flat: str) -> str | None:
         if self.models is None or component not in self.models:
             return None
         return self.models[component].resolve_flat(flat) or self._aliases(component)[1].get(flat)
 
-    def _aliases(self, component: str) -> tuple[Aliases, Aliases]:
-        """Names of the original layout, dotted and flattened."""
+    def _aliases(self, component: str) -> tuple[Aliases, Mapping[str, str]]:
+        """Names of the original layout, and the same by their flattened form."""
         if component not in self._known:
             assert self.models is not None
-            dotted = families.aliases(self.models[component])
-            self._known[component] = dotted, {name.replace(".", "_"): pieces for name, pieces in dotted.items()}
+            found = families.aliases(self.models[component])
+            self._known[component] = found, {name.replace(".", "_"): name for name in found}
         return self._known[component]
 
-    def _place(self, component: str, written: str, name: str, found: str | tuple[Piece, ...]) -> Place:
-        if isinstance(found, str):
+    def _place(self, component: str, written: str, name: str, found: str) -> Place:
+        assert self.models is not None
+        if found in self.models[component].modules:
             return Place(component, found, name, written)
-        if len(found) == 1 and not found[0].swapped:
-            return Place(component, found[0].path, name, written)
-        return Place(component, written, name, written, found)
+        pieces = self._aliases(component)[0][found]
+        if len(pieces) == 1 and not pieces[0].swapped:
+            return Place(component, pieces[0].path, name, written)
+        return Place(component, found, name, written, pieces)
 
     def _missing(self, component: str, path: str) -> Unused:
         assert self.models is not None

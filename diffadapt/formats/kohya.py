@@ -14,6 +14,7 @@ from torch import Tensor
 from diffadapt.errors import AdapterError
 from diffadapt.formats import suffixes
 from diffadapt.formats.format import Alphas, Format, Header, Names, Unused, Verdict
+from diffadapt.formats.original import original
 from diffadapt.state import AdapterState, Document, LayerState
 from diffadapt.types import named
 
@@ -70,6 +71,8 @@ def _dump(state: AdapterState) -> dict[str, Document]:
     tensors: dict[str, Tensor] = {}
     for component, layers in state.layers.items():
         prefix = _prefix(component, numbered)
+        if _is_original(state.family):
+            layers = original(layers, state.layouts.get(component, {}))
         for path, layer in layers.items():
             # sd-scripts' CLIP has the `text_model` level that transformers 5 dropped.
             level = "text_model." if path.startswith("encoder.layers.") else ""
@@ -127,6 +130,11 @@ def _alpha(where: str, layer: LayerState) -> float | None:
     return float(layer.rank if layer.alpha is None else layer.alpha)
 
 
+def _is_original(family: str | None) -> bool:
+    """sd-scripts names the Stable Diffusion UNets as diffusers does, and every newer model as its authors do."""
+    return family not in ("sd", "sd2", "sdxl", None)
+
+
 def _text_encoders(state: AdapterState) -> list[str]:
     return [component for component in state.layers if component.startswith("text_encoder")]
 
@@ -138,4 +146,4 @@ def _prefix(component: str, numbered: bool) -> str:
     return f"lora_te{number}" if numbered else "lora_te"
 
 
-KOHYA = Format("kohya", _matches, _locate, _alphas, _dump)
+KOHYA = Format("kohya", _matches, _locate, _alphas, _dump, original=_is_original)
