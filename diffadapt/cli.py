@@ -14,12 +14,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     inspect = commands.add_parser("inspect", help="explain an adapter file without loading it")
     inspect.add_argument("file", help="file, folder or hub id")
     inspect.add_argument("--metadata", action="store_true", help="also print the file's metadata")
+    convert = commands.add_parser("convert", help="write an adapter file in another format")
+    convert.add_argument("file", help="file, folder or hub id")
+    convert.add_argument("output", help="file or folder to write")
+    convert.add_argument("--to", required=True, metavar="FORMAT", help="diffusers, kohya, peft, ...")
     demo = commands.add_parser("demo", help="load adapters into the embedded pipeline and draw a picture")
     demo.add_argument("--pipeline", default=None, help="folder of the embedded pipeline (default: this checkout's)")
     demo.add_argument("--output", default="demo.png", help="picture to write (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
-        return _inspect(options) if options.command == "inspect" else _demo(options)
+        return {"inspect": _inspect, "convert": _convert, "demo": _demo}[options.command](options)
     except AdapterError as error:
         print(f"diffadapt: {error}", file=sys.stderr)
         return 1
@@ -33,6 +37,13 @@ def _inspect(options: argparse.Namespace) -> int:
     if options.metadata:
         for key, value in report.metadata.items():
             print(f"  {key} = {value}")
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from diffadapt.convert import convert
+
+    print(convert(options.file, options.output, options.to))
     return 0
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import diffadapt
 from diffadapt import AdapterError
+from diffadapt.cli import main
 from tests import files
 
 DOUBLE, SINGLE = "lora_unet_double_blocks_3", "lora_unet_single_blocks_37"
@@ -128,3 +129,13 @@ def test_refusals_write_nothing(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="cannot be written"):
         diffadapt.convert(sdxl_file(), tmp_path / "c.safetensors", "unheard of")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = files.write(tmp_path / "in.safetensors", sdxl_file(), {})
+    target = tmp_path / "out.safetensors"
+    assert main(["convert", str(source), str(target), "--to", "diffusers"]) == 0
+    assert capsys.readouterr().out.strip() == str(target)
+    assert target.is_file()
+    assert main(["convert", str(source), str(tmp_path / "x"), "--to", "unheard of"]) == 1
+    assert "cannot be written" in capsys.readouterr().err
