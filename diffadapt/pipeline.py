@@ -81,7 +81,12 @@ def adapters_of(owner: Any) -> Adapters:
     """The adapters of a pipeline or of a single model: what `pipe.adapters` gives."""
     if isinstance(owner, nn.Module):
         model = _unwrapped(owner)
-        return Adapters(lambda: {"model": model}, qualified=False)
+        try:
+            role = _role(model)
+        except AdapterError:
+            role = "text_encoder_2"
+        # The name under which a saved adapter is loaded again.
+        return Adapters(lambda: {role: model}, qualified=False)
     _EncodePrompt.install(owner)
     return Adapters(lambda: components_of(owner), changed=lambda: _EncodePrompt.install(owner))
 

@@ -145,3 +145,17 @@ def test_whole_factors_of_peft_on_a_conv1d_are_refused(tmp_path: Path) -> None:
     with pytest.raises(diffadapt.AdapterError, match="unintended formula for a LoKr with whole factors on a Conv1d"):
         diffadapt.load_adapter(model, tmp_path)
     assert len(diffadapt.adapters(model)) == 0
+
+
+@pytest.mark.parametrize("format", ["diffusers", "kohya", "peft"])
+def test_an_adapter_of_a_single_model_loads_again(format: str, tmp_path: Path) -> None:
+    unet = models.sd15().unet
+    adapter = diffadapt.add_adapter(unet, diffadapt.LoraConfig(rank=2, target_modules=["to_q"], init=False), "a")
+    diffadapt.adapters(unet).save("a", tmp_path, format=format)
+    again = models.sd15().unet
+    report = diffadapt.load_adapter(again, tmp_path, "b")
+    assert report.types == {"lora": len(adapter.layers)}
+    inputs = torch.randn(1, 4, 8, 8), 1, torch.randn(1, 4, models.WIDTH)
+    assert_same(again(*inputs).sample, unet(*inputs).sample)
+    pipe = models.sd15()
+    assert pipe.load_adapter(tmp_path, "c").components == {"unet": len(adapter.layers)}

@@ -23,7 +23,7 @@ LyCORIS interleaves the two chunks of a pair, PEFT has them one after the other;
 input side a strength m interpolates rotation and `boft_s` one by one, on the output side W' as a whole.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,7 +33,7 @@ from torch import Tensor
 from diffadapt.config import AdapterConfig
 from diffadapt.errors import AdapterError
 from diffadapt.kind import AdapterType, Stage, Surroundings, Tensors
-from diffadapt.layer import LayerSpec, blockwise, layer_of, scaled, shape_of
+from diffadapt.layer import LayerSpec, blockwise, layer_of, pick, scaled, shape_of
 from diffadapt.types.oft import cayley, constrained, rescaled
 
 _ON_INPUT, _ON_OUTPUT = "boft_on_input", "boft_on_output"
@@ -193,6 +193,25 @@ def gain(tensors: Tensors) -> Tensor:
     return tensors["boft_s"].view(-1) - 1
 
 
+def rows(tensors: Tensors, layer: LayerSpec, rows: Sequence[range]) -> dict[str, Tensor] | None:
+    """Blocks of whole stretches of the last factor, which pairs outputs farthest apart; `None` where some would be cut.
+
+    All rows share a rotation of the inputs.
+    """
+    if "boft_R" in tensors:
+        return {**tensors, "boft_s": pick(tensors["boft_s"], rows)}
+    blocks = tensors["oft_blocks"]
+    size = blocks.shape[-1]
+    stretch = size * 2 ** (blocks.shape[0] - 1)
+    if any(part.start % stretch or part.stop % stretch for part in rows):
+        return None
+    wanted = [range(part.start // size, part.stop // size) for part in rows]
+    cut = {**tensors, "oft_blocks": pick(blocks.transpose(0, 1), wanted).transpose(0, 1)}
+    if "rescale" in tensors:
+        cut["rescale"] = pick(tensors["rescale"], rows)
+    return cut
+
+
 def _paired(vectors: Tensor, axis: int, level: int, half: int) -> Tensor:
     """Chunks of `half` numbers along the axis in the order in which factor `level` takes them."""
     chunks = vectors.unflatten(axis, (-1, 2, 2**level, half))
@@ -242,6 +261,7 @@ BOFT = AdapterType(
     geometry=geometry,
     stages=stages,
     prepare=prepare,
+    rows=rows,
     turn=turn,
     gain=gain,
     settings={"constraint": 0.0},

@@ -12,7 +12,7 @@ The norm is a constant to autograd (section 4.3 of the paper). With a strength m
 norm does not depend on it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from diffadapt.errors import AdapterError
 from diffadapt.kind import AdapterType, Stage, Surroundings, Tensors
-from diffadapt.layer import LayerSpec, add, scaled, shape_of
+from diffadapt.layer import LayerSpec, add, pick, scaled, shape_of
 from diffadapt.types.loha import LOHA
 from diffadapt.types.lokr import LOKR
 from diffadapt.types.lora import LORA
@@ -84,6 +84,16 @@ def dora(base: AdapterType) -> AdapterType:
             return (down * _spread(factor, down.ndim)).to(down.dtype), up
         return down, (up * factor).to(up.dtype)
 
+    def rows(tensors: Tensors, layer: LayerSpec, rows: Sequence[range]) -> dict[str, Tensor] | None:
+        cut = base.rows(tensors, layer, rows)
+        if _axis(tensors[_NAME], layer) == 0:
+            return None if cut is None else {**cut, _NAME: pick(tensors[_NAME], rows)}
+        if sum(map(len, rows)) < layer.out_features:
+            raise AdapterError(
+                f"its {_NAME} has a length for every input, over outputs that are in different layers of the model"
+            )
+        return cut
+
     return replace(
         base,
         name="dora" if base is LORA else f"dora-{base.name}",
@@ -98,6 +108,7 @@ def dora(base: AdapterType) -> AdapterType:
         delta_weight=delta_weight,
         delta_output=delta_output,
         as_low_rank=as_low_rank,
+        rows=rows,
         turn=_turn,
         gain=_gain,
     )

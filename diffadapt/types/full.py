@@ -11,7 +11,7 @@ model is subtracted. Tensor layout: KohakuBlueleaf/LyCORIS f49d30d `lycoris/modu
 Either may be there alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from diffadapt.config import AdapterConfig
 from diffadapt.errors import AdapterError
 from diffadapt.kind import AdapterType, Tensors
-from diffadapt.layer import LayerSpec, layer_of, scaled, shape_of
+from diffadapt.layer import LayerSpec, layer_of, pick, scaled, shape_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +97,16 @@ def delta_output(tensors: Tensors, layer: LayerSpec, input: Tensor, gate: Tensor
     return output + change.view(-1, *(1,) * spread)
 
 
+def rows(tensors: Tensors, layer: LayerSpec, rows: Sequence[range]) -> dict[str, Tensor]:
+    """Rows of `diff`, in the orientation in which the layer stores its weight, and of `diff_b`."""
+    cut: dict[str, Tensor] = {}
+    if "diff" in tensors:
+        cut["diff"] = layer.to_stored(pick(layer.to_stored(tensors["diff"]), rows))
+    if "diff_b" in tensors:
+        cut["diff_b"] = pick(tensors["diff_b"], rows)
+    return cut
+
+
 def _stored_shape(layer: LayerSpec) -> tuple[int, ...]:
     return layer.weight_shape[::-1] if layer.transposed else layer.weight_shape
 
@@ -117,5 +127,6 @@ FULL = AdapterType(
     delta_weight=delta_weight,
     delta_bias=delta_bias,
     delta_output=delta_output,
+    rows=rows,
     layers=frozenset({"linear", "conv", "embedding", "norm"}),
 )

@@ -12,7 +12,7 @@ LyCORIS: KohakuBlueleaf/LyCORIS f49d30d `lycoris/modules/glora.py`. In convoluti
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 from diffadapt.config import RankedConfig
 from diffadapt.errors import AdapterError
 from diffadapt.kind import AdapterType, Tensors
-from diffadapt.layer import LayerSpec, layer_of, scaled, shape_of
+from diffadapt.layer import LayerSpec, layer_of, pick, scaled, shape_of
 
 _NAMES = ("glora_a1", "glora_a2", "glora_b1", "glora_b2")
 _OLD_NAMES = ("glora_a2", "glora_a1", "glora_b2", "glora_b1")
@@ -95,6 +95,11 @@ def as_low_rank(tensors: Tensors, layer: LayerSpec) -> tuple[Tensor, Tensor]:
     return tensors["glora_b2"], tensors["glora_b1"]
 
 
+def rows(tensors: Tensors, layer: LayerSpec, rows: Sequence[range]) -> dict[str, Tensor]:
+    """Rows of `b1`; the map of the inputs is the same for all rows."""
+    return {**tensors, "glora_b1": pick(tensors["glora_b1"], rows)}
+
+
 def turn(
     tensors: Tensors, layer: LayerSpec, vectors: Tensor, axis: int, gate: Tensor, transposed: bool = False
 ) -> Tensor:
@@ -149,6 +154,7 @@ GLORA = AdapterType(
     delta_weight=delta_weight,
     delta_output=delta_output,
     as_low_rank=as_low_rank,
+    rows=rows,
     turn=turn,
     masked={"glora_a1": 1, "glora_b1": 1},
 )

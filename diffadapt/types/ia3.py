@@ -13,7 +13,7 @@ PEFT calls layers whose inputs are scaled feed-forward layers. Its convolutions 
 of that name the tensor `ia3_l_feedforward`; without a config as many numbers as outputs are taken to scale those.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from diffadapt.config import AdapterConfig
 from diffadapt.errors import AdapterError
 from diffadapt.kind import AdapterType, Stage, Tensors
-from diffadapt.layer import LayerSpec, layer_of, shape_of
+from diffadapt.layer import LayerSpec, layer_of, pick, shape_of
 
 FEEDFORWARD = "ia3_l_feedforward"
 """Name of `ia3_l` in a layer that PEFT's config calls a feed-forward one."""
@@ -93,6 +93,11 @@ def _ia3(name: str, tensor: str, identity: float, scales_bias: bool, file_names:
     def stages(tensors: Tensors, layer: LayerSpec) -> tuple[Stage, ...]:
         return ("gain",) if shape_of(tensors[tensor]) == (layer.out_features, 1) else ("input",)
 
+    def rows(tensors: Tensors, layer: LayerSpec, rows: Sequence[range]) -> dict[str, Tensor] | None:
+        if layer.groups > 1:
+            return None
+        return {tensor: pick(tensors[tensor], rows)} if stages(tensors, layer) == ("gain",) else dict(tensors)
+
     def gain(tensors: Tensors) -> Tensor:
         factors = tensors[tensor].view(-1)
         return factors.to(torch.promote_types(factors.dtype, torch.float32)) - identity
@@ -117,6 +122,7 @@ def _ia3(name: str, tensor: str, identity: float, scales_bias: bool, file_names:
         init=init,
         geometry=geometry,
         stages=stages,
+        rows=rows,
         turn=turn,
         gain=gain,
         gains_bias=scales_bias,

@@ -13,7 +13,7 @@ The element-wise product of two matrices of rank r is a matrix of rank r^2 whose
 column-wise Khatri-Rao products (Khatri and Rao, 1968), so the forward costs that of a LoRA of rank r^2.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 from diffadapt.config import RankedConfig
 from diffadapt.errors import AdapterError
 from diffadapt.kind import AdapterType, Tensors
-from diffadapt.layer import LayerSpec, layer_of, shape_of
+from diffadapt.layer import LayerSpec, layer_of, pick, shape_of
 
 _FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 _CORES = ("hada_t1", "hada_t2")
@@ -120,6 +120,17 @@ def as_low_rank(tensors: Tensors, layer: LayerSpec) -> tuple[Tensor, Tensor] | N
     return down, up
 
 
+def rows(tensors: Tensors, layer: LayerSpec, rows: Sequence[range]) -> dict[str, Tensor] | None:
+    """Rows of both `a` factors, which are columns beside Tucker cores."""
+    if layer.groups > 1:
+        return None
+    cut = dict(tensors)
+    for name in ("hada_w1_a", "hada_w2_a"):
+        up = tensors[name]
+        cut[name] = pick(up.t(), rows).t() if "hada_t1" in tensors else pick(up, rows)
+    return cut
+
+
 def _part(tensors: Tensors, layer: LayerSpec, number: str) -> tuple[Tensor, Tensor]:
     """`down` (rank, in / groups, *kernel) and `up` (out, rank) of one of the two products, Tucker core folded in."""
     up, down = tensors[f"hada_w{number}_a"], tensors[f"hada_w{number}_b"]
@@ -142,5 +153,6 @@ LOHA = AdapterType(
     delta_weight=delta_weight,
     delta_output=delta_output,
     as_low_rank=as_low_rank,
+    rows=rows,
     masked={"hada_w1_b": 0},
 )

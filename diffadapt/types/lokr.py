@@ -13,7 +13,7 @@ The sizes come from the tensors, never from a "factor" in metadata, which librar
 where a factor is of low rank: with two whole factors LyCORIS and its relatives write an alpha and ignore it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 from diffadapt.config import RankedConfig
 from diffadapt.errors import AdapterError
 from diffadapt.kind import AdapterType, Tensors
-from diffadapt.layer import LayerSpec, add, layer_of, scaled, shape_of
+from diffadapt.layer import LayerSpec, add, layer_of, pick, scaled, shape_of
 
 _TENSORS = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 
@@ -171,6 +171,18 @@ def as_low_rank(tensors: Tensors, layer: LayerSpec) -> tuple[Tensor, Tensor] | N
     return _kron(down_1, down_2), _kron(up_1, up_2)
 
 
+def rows(tensors: Tensors, layer: LayerSpec, rows: Sequence[range]) -> dict[str, Tensor] | None:
+    """Rows of `w1`, each of which makes o2 rows of the product; `None` where others than multiples of o2 are wanted."""
+    if "lokr_w2" in tensors:
+        size = tensors["lokr_w2"].shape[0]
+    else:
+        size = tensors["lokr_w2_a"].shape[1 if "lokr_t2" in tensors else 0]
+    if layer.groups > 1 or any(part.start % size or part.stop % size for part in rows):
+        return None
+    name = "lokr_w1" if "lokr_w1" in tensors else "lokr_w1_a"
+    return {**tensors, name: pick(tensors[name], [range(part.start // size, part.stop // size) for part in rows])}
+
+
 def _kron(left: Tensor, right: Tensor) -> Tensor:
     """Of two matrices; `right` may have a kernel. Not `torch.kron`: it refuses some factors with axes of size 1."""
     rows, columns = left.shape
@@ -232,5 +244,6 @@ LOKR = AdapterType(
     delta_weight=delta_weight,
     delta_output=delta_output,
     as_low_rank=as_low_rank,
+    rows=rows,
     masked={"lokr_w1_b": 0, "lokr_w2_b": 0},
 )

@@ -20,7 +20,7 @@ Which of the first two a file means is in its config; the tensors are the same.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,7 +30,7 @@ from torch import Tensor
 from diffadapt.config import AdapterConfig
 from diffadapt.errors import AdapterError
 from diffadapt.kind import AdapterType, Stage, Surroundings, Tensors
-from diffadapt.layer import LayerSpec, blockwise, layer_of, shape_of
+from diffadapt.layer import LayerSpec, blockwise, layer_of, pick, shape_of
 
 _TURN = "oft_turn"
 _OLD = "oft_r"
@@ -186,6 +186,23 @@ def turn(
     return blockwise(vectors, (blocks.transpose(1, 2) if transposed else blocks).mul(gate).to(vectors.dtype), axis)
 
 
+def rows(tensors: Tensors, layer: LayerSpec, rows: Sequence[range]) -> dict[str, Tensor] | None:
+    """Whole blocks of a rotation of the outputs, `None` where some would be cut; all rows share one of the inputs."""
+    if stages(tensors, layer) != ("output",):
+        return dict(tensors)
+    name = next(name for name in ("oft_R", "oft_blocks", "oft_diag") if name in tensors)
+    blocks = tensors[name]
+    size = (1 + math.isqrt(1 + 8 * blocks.shape[1])) // 2 if name == "oft_R" else blocks.shape[-1]
+    if any(part.start % size or part.stop % size for part in rows):
+        return None
+    cut = dict(tensors)
+    if blocks.shape[0] * size == layer.out_features:
+        cut[name] = pick(blocks, [range(part.start // size, part.stop // size) for part in rows])
+    if "rescale" in tensors:
+        cut["rescale"] = pick(tensors["rescale"], rows)
+    return cut
+
+
 def cayley(skew: Tensor) -> Tensor:
     """`(I + Q) (I - Q)^-1 - I = 2 Q (I - Q)^-1` of skew-symmetric blocks."""
     identity = torch.eye(skew.shape[-1]).to(skew)
@@ -256,6 +273,7 @@ OFT = AdapterType(
     geometry=geometry,
     stages=stages,
     prepare=prepare,
+    rows=rows,
     turn=turn,
     settings={"neumann_terms": 5, "coft_eps": 0.0, "constraint": 0.0},
     alpha_is="constraint",
