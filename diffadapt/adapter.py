@@ -63,10 +63,12 @@ class Ready(NamedTuple):
     gate: Tensor
     dtype: torch.dtype
 
-    def turned(self, vectors: Tensor, axis: int, transposed: bool = False) -> Tensor:
-        """`gate * (T - 1) vectors`, in the adapter's dtype."""
-        layer = self.layer
-        return layer.kind.turn(self.tensors, layer.spec, vectors.to(self.dtype), axis, self.gate, transposed)
+    def turned(self, vectors: Tensor, axis: int, transposed: bool = False, onto: Tensor | None = None) -> Tensor:
+        """`onto + gate * (T - 1) vectors`, the latter in the adapter's dtype."""
+        layer, own = self.layer, vectors.to(self.dtype)
+        if onto is not None and onto.dtype != own.dtype:
+            return onto + layer.kind.turn(self.tensors, layer.spec, own, axis, self.gate, transposed, None)
+        return layer.kind.turn(self.tensors, layer.spec, own, axis, self.gate, transposed, onto)
 
     def gained(self) -> Tensor:
         """`gate * (s - 1)`, in float32 or wider."""
@@ -208,7 +210,7 @@ class AdapterLayer(nn.Module):
         # A rotation of whole patches cannot be applied to the input, where patches overlap.
         rows = weight().to(next(iter(tensors.values()))).flatten(1)
         one = torch.ones((), device=rows.device)
-        delta = self.kind.turn(prepared, self.spec, rows, 1, one, True)
+        delta = self.kind.turn(prepared, self.spec, rows, 1, one, True, None)
         return {**prepared, _PATCH_DELTA: delta.view(self.spec.weight_shape)}
 
     def base_weight(self) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from diffadapt import families
 from diffadapt.adapter import AdapterLayer
 from diffadapt.errors import AdapterError
 from diffadapt.formats.format import Alphas, Settings
@@ -109,7 +110,7 @@ class Builder:
         specs = [self._targets[component].spec(piece.path, kind.layers) for piece in group.pieces]
         whole = replace(specs[0], out_features=sum(spec.out_features for spec in specs))
         content = self._content(component, kind, whole, group)
-        if self._for_writing == "whole":
+        if self._for_writing == "whole" and path in families.aliases(self._targets[component]):
             return {path: self._layer(component, whole, content)}
         built: dict[str, AdapterLayer] = {}
         start = 0

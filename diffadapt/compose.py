@@ -97,7 +97,7 @@ def _turned(ready: Sequence[Ready], stage: str, vectors: Tensor, axis: int) -> T
     total = vectors
     for r in ready:
         if stage in r.layer.stages:
-            total = total + r.turned(vectors, axis)
+            total = r.turned(vectors, axis, onto=total)
     return total.to(vectors.dtype)
 
 
@@ -107,17 +107,21 @@ def _after(ready: Sequence[Ready], output: Tensor, bias: Tensor | None, spec: La
         # Maps are linear: of the bias they need only take out again what they made of it.
         turned = _turned(ready, "output", output, spec.channel_axis)
         if bias is not None:
-            turned = turned - spec.along_channels(_turned(ready, "output", bias, 0) - bias)
+            change = spec.along_channels(_turned(ready, "output", bias, 0) - bias)
+            turned = turned - change if torch.is_grad_enabled() else turned.sub_(change)
         output = turned
     gains = [(r.gained(), r.layer.kind.gains_bias) for r in ready if "gain" in r.layer.stages]
     if not gains:
         return output
     total = torch.stack([gain for gain, _ in gains]).sum(0)
-    output = torch.addcmul(output, output, spec.along_channels(total.to(output.dtype)))
     unscaled = [gain for gain, gains_bias in gains if not gains_bias]
-    if bias is not None and unscaled:
-        output = output - spec.along_channels((bias * torch.stack(unscaled).sum(0)).to(output.dtype))
-    return output
+    back = torch.stack(unscaled).sum(0) * -bias if bias is not None and unscaled else torch.zeros_like(total)
+    total, back = (spec.along_channels(vector.to(output.dtype)) for vector in (total, back))
+    if output.dtype in (torch.float32, torch.float64):
+        return torch.addcmul(back, output, 1 + total)
+    # In half precision small gains would be lost beside the one.
+    output = torch.addcmul(output, output, total)
+    return output.add_(back) if bias is not None and unscaled else output
 
 
 def _plus(ready: Sequence[Ready], output: Tensor, input: Tensor) -> Tensor:

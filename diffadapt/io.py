@@ -165,7 +165,11 @@ def _from_state_dict(source: Mapping[Any, Any], headers_only: bool) -> Checkpoin
                 f"a state dict maps str to Tensor; found {type(key).__name__} -> {type(value).__name__} at {key!r}"
             )
     tensors = {key: _placeholder(value) if headers_only else value for key, value in source.items()}
-    return Checkpoint("the state dict", None, tensors, Header(tuple(tensors)), headers_only)
+    return Checkpoint("the state dict", None, tensors, Header(tuple(tensors), shapes=_shapes(tensors)), headers_only)
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
 
 
 def _from_file(file: Path, name: str, config: Mapping[str, Any] | None, headers_only: bool) -> Checkpoint:
@@ -180,7 +184,9 @@ def _from_file(file: Path, name: str, config: Mapping[str, Any] | None, headers_
             metadata = opened.metadata() or {}
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise AdapterError(f"{file}: not a readable safetensors file ({error}); download or export it again") from error
-    return Checkpoint(str(file), name, tensors, Header(tuple(tensors), metadata, config), headers_only, mapped=True)
+    return Checkpoint(
+        str(file), name, tensors, Header(tuple(tensors), metadata, config, _shapes(tensors)), headers_only, mapped=True
+    )
 
 
 def _read_tensor(opened: Any, key: str, headers_only: bool) -> Tensor:

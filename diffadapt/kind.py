@@ -93,9 +93,10 @@ class AdapterType:
         as_low_rank: `down` (rank, in / groups, *kernel) and `up` (out, rank) with the same `delta_weight`, or `None`
             where that is no saving; see `LayerSpec.low_rank`.
         rows: tensors of the layer that has only these rows of the weight, in this order, or `None` where the tensors
-            cannot be taken apart so. Arguments: fitted tensors, layer, ranges of rows.
-        turn: `gate * (T - 1) vectors` along an axis of `vectors`, or of `T` transposed. Arguments: tensors, layer,
-            vectors, axis, gate (0-d float32), transposed.
+            cannot be taken apart so (a sum then becomes a LoRA or a whole change, anything else is refused).
+            Arguments: fitted tensors, layer, ranges of rows.
+        turn: `onto + gate * (T - 1) vectors` along an axis of `vectors`, or of `T` transposed, as a new tensor.
+            Arguments: tensors, layer, vectors, axis, gate (0-d float32), transposed, onto (or `None`).
         gain: `s - 1`, of shape (out,).
         gains_bias: whether `s` multiplies the bias too.
         settings: numbers that a file's metadata may give, with their defaults.
@@ -123,7 +124,7 @@ class AdapterType:
     delta_bias: Callable[[Tensors], Tensor | None] = lambda tensors: None
     as_low_rank: Callable[[Tensors, LayerSpec], tuple[Tensor, Tensor] | None] = lambda tensors, layer: None
     rows: Callable[[Tensors, LayerSpec, Sequence[range]], dict[str, Tensor] | None] = lambda tensors, layer, rows: None
-    turn: Callable[[Tensors, LayerSpec, Tensor, int, Tensor, bool], Tensor] = _missing
+    turn: Callable[[Tensors, LayerSpec, Tensor, int, Tensor, bool, Tensor | None], Tensor] = _missing
     gain: Callable[[Tensors], Tensor] = _missing
     gains_bias: bool = False
     settings: Mapping[str, float] = field(default_factory=dict[str, float])

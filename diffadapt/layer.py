@@ -5,7 +5,8 @@ A type's formula is written once against `LayerSpec`, whatever the layer. Weight
 canonical too, and only `to_stored` knows the difference.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, cast
 
@@ -131,22 +132,28 @@ class LayerSpec:
 
         Args:
             hidden: `(..., rank)`, or `(batch, rank, *space)` for a convolution.
-            weight: `(out, rank / groups)`.
+            weight: `(out, rank / groups)`, or `(out / blocks, rank)`: then `hidden` is `(..., blocks, rank)`, or
+                `(batch x blocks, rank, *space)`, and blocks are joined where there is an `onto`.
             onto: `(..., out)`; it may be overwritten when gradients are disabled.
 
         Under autograd the sum is accumulated into the product, which is ours and which no backward needs;
         without it the product is accumulated straight into `onto`, which saves one pass over the output.
         """
-        if self.kind == "conv":
+        convolves = self.kind == "conv"
+        if onto is not None and can_accumulate(onto, hidden, weight) and self.groups == 1:
+            if convolves:
+                columns = hidden.reshape(-1, weight.shape[1], math.prod(hidden.shape[-len(self.kernel) :]))
+                onto.view(-1, weight.shape[0], columns.shape[2]).baddbmm_(weight.expand(len(columns), -1, -1), columns)
+            else:
+                onto.view(-1, weight.shape[0]).addmm_(hidden.reshape(-1, hidden.shape[-1]), weight.t())
+            return onto
+        if convolves:
             pointwise = weight.view(*weight.shape, *(1,) * len(self.kernel))
             product = _CONVOLUTIONS[len(self.kernel)](hidden, pointwise, groups=self.groups)
-        elif onto is not None and _can_accumulate(onto, hidden, weight):
-            rows = onto.view(-1, self.out_features)
-            rows.addmm_(hidden.reshape(-1, hidden.shape[-1]), weight.t())
-            return onto
         else:
-            product = F.linear(hidden, weight)
-        return product if onto is None else add(product, onto)
+            # Contiguous, as the product for the weight's gradient is slow the other way round.
+            product = torch.matmul(hidden, weight.t().contiguous())
+        return product if onto is None else add(product, onto.reshape(product.shape)).reshape(onto.shape)
 
     def low_rank(self, input: Tensor, down: Tensor, up: Tensor, gate: Tensor, onto: Tensor | None = None) -> Tensor:
         """`onto + gate * op(input, product(down, up))` without building the product.
@@ -220,24 +227,67 @@ def layer_of(out: int, columns: int, kernel: tuple[int, ...] = ()) -> LayerSpec:
 
 def pick(tensor: Tensor, rows: Sequence[range]) -> Tensor:
     """These rows of a tensor, in this order."""
-    return (
-        torch.cat([tensor[part.start : part.stop] for part in rows])
-        if len(rows) > 1
-        else tensor[rows[0].start : rows[0].stop]
-    )
+    parts = [tensor[part.start : part.stop] for part in rows]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def blockwise(vectors: Tensor, blocks: Tensor, axis: int) -> Tensor:
-    """A block-diagonal map of one axis: every stretch of b numbers along it, as a row, times its block.
+def blockwise(vectors: Tensor, blocks: Tensor, axis: int, onto: Tensor | None = None) -> Tensor:
+    """`onto` plus a block-diagonal map of one axis: every stretch of b numbers along it, as a row, times its block.
 
     Args:
         vectors: any shape, with n x b numbers along `axis`.
         blocks: (n, b, b).
+        onto: as `vectors`, and often the same tensor.
     """
-    if axis % vectors.ndim == vectors.ndim - 1:
-        return torch.einsum("...nb,nbc->...nc", vectors.unflatten(-1, blocks.shape[:2]), blocks).flatten(-2)
-    stretches = vectors.unflatten(axis, blocks.shape[:2]).flatten(axis % vectors.ndim + 2)
-    return torch.matmul(blocks.transpose(1, 2), stretches).reshape(vectors.shape)
+    if axis % vectors.ndim < vectors.ndim - 1:
+        stretches = vectors.unflatten(axis, blocks.shape[:2]).flatten(axis % vectors.ndim + 2)
+        product = torch.matmul(blocks.transpose(1, 2), stretches)
+        return (product if onto is None else add(product, onto.reshape(product.shape))).reshape(vectors.shape)
+    if torch.compiler.is_compiling():
+        product = torch.einsum("...nb,nbc->...nc", vectors.unflatten(-1, blocks.shape[:2]), blocks).flatten(-2)
+        return product if onto is None else onto + product
+    if onto is None or onto is vectors:
+        return cast(Tensor, _Blockwise.apply(vectors, blocks, onto is vectors))
+    return add(cast(Tensor, _Blockwise.apply(vectors, blocks, False)), onto)
+
+
+class _Blockwise(torch.autograd.Function):
+    """`blockwise` of the last axis: written in place, which the products of PyTorch that differentiate cannot."""
+
+    @staticmethod
+    def forward(vectors: Tensor, blocks: Tensor, with_vectors: bool) -> Tensor:
+        """The map of the vectors, plus the vectors themselves if asked."""
+        result = torch.empty_like(vectors, memory_format=torch.contiguous_format)
+        for rows, into in _stretches(blocks, vectors, result):
+            if with_vectors:
+                into.copy_(rows)
+            torch.baddbmm(into, rows, blocks, beta=int(with_vectors), out=into)
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Keep the vectors and the blocks."""
+        vectors, blocks, ctx.with_vectors = inputs
+        ctx.save_for_backward(vectors, blocks)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        """The transposed map, and the outer products of every block."""
+        (grad,), (vectors, blocks) = grad_outputs, ctx.saved_tensors
+        of_vectors = of_blocks = None
+        if ctx.needs_input_grad[0]:
+            of_vectors = cast(Tensor, _Blockwise.apply(grad, blocks.mT, ctx.with_vectors))
+        if ctx.needs_input_grad[1]:
+            products = [torch.bmm(rows.mT, columns) for rows, columns in _stretches(blocks, vectors, grad)]
+            of_blocks = torch.stack(products).sum(0)
+        return of_vectors, of_blocks, None
+
+
+def _stretches(blocks: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The tensors as (n, rows, b), on a CPU in pieces that stay in its cache."""
+    stretches = [tensor.reshape(-1, *blocks.shape[:2]).transpose(0, 1) for tensor in tensors]
+    rows = 512 if blocks.device.type == "cpu" else max(stretches[0].shape[1], 1)
+    return zip(*(stretch.split(rows, 1) for stretch in stretches), strict=True)
 
 
 def shape_of(tensor: Tensor) -> tuple[int, ...]:
@@ -259,7 +309,8 @@ def add(product: Tensor, onto: Tensor) -> Tensor:
     return onto + product.to(onto.dtype)
 
 
-def _can_accumulate(onto: Tensor, hidden: Tensor, weight: Tensor) -> bool:
+def can_accumulate(onto: Tensor, hidden: Tensor, weight: Tensor) -> bool:
+    """Whether a product of the other two may be added to `onto` in place."""
     return (
         not torch.is_grad_enabled()
         and onto.dtype == hidden.dtype == weight.dtype

@@ -64,7 +64,7 @@ class Plan:
         lines = [f"{self.checkpoint.origin}: {len(self.faults)} of {total} tensors cannot be used, nothing was loaded"]
         shapes = ((key, tuple(tensor.shape)) for key, tensor in self.checkpoint.tensors.items())
         family = families.of_file(shapes)
-        if family is not None and self.family is not None and family != self.family:
+        if families.differ(family, self.family):
             lines.append(f"this looks like a {family} adapter; the model is {self.family}")
         lines += [f"  {line}" for line in explained(self.faults or self.ignored)]
         if self.layers:

@@ -263,4 +263,4 @@ def _role(model: nn.Module) -> str:
         return "transformer"
     if "CLIPTextModelWithProjection" in kind:
         raise AdapterError(f"{kind} is text_encoder_2 of SDXL and text_encoder of SD3: pass component=")
-    return "text_encoder"
+    return "text_encoder" if type(_unwrapped(model)).__module__.startswith("transformers.") else "model"

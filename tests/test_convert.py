@@ -107,6 +107,8 @@ def test_sdxl_from_original_names(tmp_path: Path) -> None:
 def test_a_layer_that_cannot_be_taken_apart_stays_whole_where_it_may(tmp_path: Path) -> None:
     module = f"{DOUBLE}_img_attn_qkv"
     tensors = {
+        # HunyuanVideo has a projection of the same name and size.
+        **lora(f"{DOUBLE}_img_mod_lin", 18432, 3072),
         f"{module}.lokr_w1": torch.randn(4, 4),
         f"{module}.lokr_w2": torch.randn(2304, 768),
         f"{module}.alpha": torch.tensor(1.0),

@@ -102,9 +102,13 @@ def test_the_formula(names: tuple[str, ...]) -> None:
         kind, spec, stages = ready.layer.kind, ready.layer.spec, ready.layer.stages
         if "input" in stages:
             # Rows of turn(I) are images of unit vectors: the transpose of the map.
-            inside = inside + ready.gate * kind.turn(ready.tensors, spec, torch.eye(columns).double(), 1, one, False).T
+            inside = (
+                inside + ready.gate * kind.turn(ready.tensors, spec, torch.eye(columns).double(), 1, one, False, None).T
+            )
         if "output" in stages:
-            outside = outside + ready.gate * kind.turn(ready.tensors, spec, torch.eye(out).double(), 1, one, False).T
+            outside = (
+                outside + ready.gate * kind.turn(ready.tensors, spec, torch.eye(out).double(), 1, one, False, None).T
+            )
         if "gain" in stages:
             gain = gain + ready.gate * kind.gain(ready.tensors)
         if "add" in stages:

@@ -474,7 +474,7 @@ def test_a_bare_weight_is_an_adapter_only_beside_its_flag() -> None:
         pipe.load_adapter({f"{module}.weight": factors}, "a")
     for prefix in ("", "unet."):
         with pytest.raises(AdapterError, match=r"known format|not the name of an adapter tensor"):
-            pipe.load_adapter({f"{prefix}{dotted}.weight": factors, f"{prefix}{dotted}.on_input": torch.tensor(1)}, "a")
+            pipe.load_adapter({f"{prefix}{dotted}.weight": factors}, "a")
     report = pipe.load_adapter({f"{module}.weight": factors, f"{module}.on_input": torch.tensor(True)}, "a")
     assert report.types == {"ia3-lycoris": 1}
     with pytest.raises(AdapterError, match=r"dtype torch\.int64, expected a floating-point one"):

@@ -9,15 +9,57 @@ from typing import Any
 
 from torch import nn
 
+from diffadapt.families.auraflow import AURAFLOW
+from diffadapt.families.cascade import CASCADE
+from diffadapt.families.cosmos import ANIMA, ANIMA_CONDITIONER
 from diffadapt.families.family import Aliases, Family
-from diffadapt.families.flux import CHROMA, FLUX
+from diffadapt.families.flux import CHROMA, FLUX, FLUX2
+from diffadapt.families.hunyuan import HUNYUAN_IMAGE, HUNYUAN_VIDEO, HUNYUAN_VIDEO_15
+from diffadapt.families.krea2 import KREA2
+from diffadapt.families.ltx import LTX, LTX2
+from diffadapt.families.lumina import IDEOGRAM4, LUMINA2, ZIMAGE
+from diffadapt.families.pixart import PIXART, SANA
+from diffadapt.families.plain import COGVIEW4, HIDREAM, QWEN, QWEN21
+from diffadapt.families.recognise import pattern, recognise
 from diffadapt.families.sd import SD, SD2, SDXL
+from diffadapt.families.sd3 import SD3
+from diffadapt.families.wan import WAN
 from diffadapt.layer import LayerSpec
 from diffadapt.state import Layout
 from diffadapt.targets import Targets
 
-FAMILIES: tuple[Family, ...] = (SD, SD2, SDXL, CHROMA, FLUX)
+FAMILIES: tuple[Family, ...] = (
+    SD,
+    SD2,
+    SDXL,
+    CASCADE,
+    SD3,
+    CHROMA,
+    FLUX2,
+    FLUX,
+    AURAFLOW,
+    QWEN21,
+    QWEN,
+    KREA2,
+    ANIMA,
+    ANIMA_CONDITIONER,
+    WAN,
+    LTX2,
+    LTX,
+    HUNYUAN_VIDEO_15,
+    HUNYUAN_IMAGE,
+    HUNYUAN_VIDEO,
+    LUMINA2,
+    IDEOGRAM4,
+    ZIMAGE,
+    SANA,
+    PIXART,
+    COGVIEW4,
+    HIDREAM,
+)
 
+_BY_MODEL = {model: family for family in reversed(FAMILIES) for model in family.models}
+_SIGNS = [(family.name, pattern(family.signs)) for family in FAMILIES if family.signs]
 _DENOISERS = ("unet", "transformer", "prior", "decoder")
 
 
@@ -30,9 +72,8 @@ def of_models(components: Mapping[str, nn.Module]) -> str | None:
         kind = type(model).__name__
         if kind == "UNet2DConditionModel":
             return _of_unet(getattr(model, "config", None))
-        known = next((family.name for family in FAMILIES if kind in family.models), None)
-        if known is not None:
-            return known
+        if kind in _BY_MODEL:
+            return _BY_MODEL[kind].name
         if "Transformer" in kind or kind.startswith("UNet"):
             return re.sub(r"Transformer(\w?D)?(\d?D)?(Model)?$", "", kind).lower() or None
     return None
@@ -40,28 +81,29 @@ def of_models(components: Mapping[str, nn.Module]) -> str | None:
 
 def of_file(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> str | None:
     """Family of a file from `(key, shape)` pairs, or `None` where they do not tell."""
-    shapes = tuple(shapes)
-    for family in FAMILIES:
-        if family.signs is not None:
-            signs = re.compile(family.signs)
-            if any(signs.search(key) and family.fits(key, shape) for key, shape in shapes):
-                return family.name
-    return None
+    return recognise(shapes, _SIGNS)
+
+
+def differ(file: str | None, models: str | None) -> bool:
+    """Whether a file is surely for other models: both families are known, and their names can be told apart."""
+    known = {family.name for family in FAMILIES}
+    return file != models and file in known and models in known and (file, models) != ("flux", "chroma")
 
 
 def aliases(targets: Targets) -> Aliases:
-    """The names that the layers of a model have in the original layout of its family, if it has one."""
-    kind = type(targets.model).__name__
-    family = next((family for family in FAMILIES if kind in family.models), None)
+    """The names that the layers of a model have in files in the original layout of its family, if it has one."""
+    family = _BY_MODEL.get(type(targets.model).__name__)
     return {} if family is None else family.names(targets)
 
 
 def layout(targets: Targets) -> Layout:
-    """The same with the number of outputs of every piece, for writing."""
+    """The name to write for every layer that has another one in the original layout, with the outputs of its pieces."""
+    family = _BY_MODEL.get(type(targets.model).__name__)
+    names = {} if family is None else family.original(targets)
     sizes = {path: spec.out_features for path, module in targets.modules.items() if (spec := LayerSpec.of(module))}
     return {
         name: tuple((piece, sizes[piece.path]) for piece in pieces)
-        for name, pieces in aliases(targets).items()
+        for name, pieces in names.items()
         if all(piece.path in sizes for piece in pieces)
     }
 

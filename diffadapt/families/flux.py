@@ -1,44 +1,57 @@
-"""Flux.1 and Chroma: the layout of Black Forest Labs' code, which most trainers write.
+"""Flux.1, Chroma and Flux.2: the layout of Black Forest Labs' code, which most trainers write.
 
-Source: diffusers 0.42.1 `loaders/single_file_utils.py`, kohya-ss/sd-scripts 48d368f `networks/convert_flux_lora.py`.
+Sources: diffusers 0.42.1 `loaders/single_file_utils.py`, kohya-ss/sd-scripts 48d368f `networks/convert_flux_lora.py`;
+the numbered parts of fused layers: OneTrainer 23df383.
 """
 
-from diffadapt.families.family import Family
+from diffadapt.families.family import Family, Table, block, joined
 
-_BLOCKS: dict[str, str | tuple[str, ...]] = {
-    "double_blocks.{}.img_attn.qkv": tuple(f"transformer_blocks.{{}}.attn.to_{part}" for part in "qkv"),
-    "double_blocks.{}.img_attn.proj": "transformer_blocks.{}.attn.to_out.0",
-    "double_blocks.{}.img_attn.norm.query_norm": "transformer_blocks.{}.attn.norm_q",
-    "double_blocks.{}.img_attn.norm.key_norm": "transformer_blocks.{}.attn.norm_k",
-    "double_blocks.{}.img_mlp.0": "transformer_blocks.{}.ff.net.0.proj",
-    "double_blocks.{}.img_mlp.2": "transformer_blocks.{}.ff.net.2",
-    "double_blocks.{}.img_mod.lin": "transformer_blocks.{}.norm1.linear",
-    "double_blocks.{}.txt_attn.qkv": tuple(f"transformer_blocks.{{}}.attn.add_{part}_proj" for part in "qkv"),
-    "double_blocks.{}.txt_attn.proj": "transformer_blocks.{}.attn.to_add_out",
-    "double_blocks.{}.txt_attn.norm.query_norm": "transformer_blocks.{}.attn.norm_added_q",
-    "double_blocks.{}.txt_attn.norm.key_norm": "transformer_blocks.{}.attn.norm_added_k",
-    "double_blocks.{}.txt_mlp.0": "transformer_blocks.{}.ff_context.net.0.proj",
-    "double_blocks.{}.txt_mlp.2": "transformer_blocks.{}.ff_context.net.2",
-    "double_blocks.{}.txt_mod.lin": "transformer_blocks.{}.norm1_context.linear",
-    "single_blocks.{}.linear1": (
-        *(f"single_transformer_blocks.{{}}.attn.to_{part}" for part in "qkv"),
-        "single_transformer_blocks.{}.proj_mlp",
-    ),
-    "single_blocks.{}.linear2": "single_transformer_blocks.{}.proj_out",
-    "single_blocks.{}.norm.query_norm": "single_transformer_blocks.{}.attn.norm_q",
-    "single_blocks.{}.norm.key_norm": "single_transformer_blocks.{}.attn.norm_k",
-    "single_blocks.{}.modulation.lin": "single_transformer_blocks.{}.norm.linear",
-    "img_in": "x_embedder",
-    "txt_in": "context_embedder",
-    "final_layer.linear": "proj_out",
+_ATTENTION: Table = {
+    "img_attn.qkv": joined("attn.to_"),
+    "img_attn.proj": "attn.to_out.0",
+    "img_attn.norm.query_norm": "attn.norm_q",
+    "img_attn.norm.key_norm": "attn.norm_k",
+    "txt_attn.qkv": joined("attn.add_", "_proj"),
+    "txt_attn.proj": "attn.to_add_out",
+    "txt_attn.norm.query_norm": "attn.norm_added_q",
+    "txt_attn.norm.key_norm": "attn.norm_added_k",
+}
+_SINGLE_NORMS: Table = {"norm.query_norm": "attn.norm_q", "norm.key_norm": "attn.norm_k"}
+_ENDS: Table = {"img_in": "x_embedder", "txt_in": "context_embedder", "final_layer.linear": "proj_out"}
+
+_DOUBLE_1: Table = {
+    **_ATTENTION,
+    "img_mlp.0": "ff.net.0.proj",
+    "img_mlp.2": "ff.net.2",
+    "img_mod.lin": "norm1.linear",
+    "txt_mlp.0": "ff_context.net.0.proj",
+    "txt_mlp.2": "ff_context.net.2",
+    "txt_mod.lin": "norm1_context.linear",
+}
+_SINGLE_1: Table = {
+    **_SINGLE_NORMS,
+    "linear1": (*joined("attn.to_"), "proj_mlp"),
+    "linear2": "proj_out",
+    "modulation.lin": "norm.linear",
+}
+_BLOCKS_1: Table = {
+    **block("double_blocks.{}", "transformer_blocks.{}", _DOUBLE_1),
+    **block("single_blocks.{}", "single_transformer_blocks.{}", _SINGLE_1),
+    **_ENDS,
+}
+_PARTS_1: Table = {
+    f"{original}.{position}": part
+    for original, parts in _BLOCKS_1.items()
+    if not isinstance(parts, str)
+    for position, part in enumerate(parts)
 }
 
 FLUX = Family(
     "flux",
     ("FluxTransformer2DModel",),
-    signs=r"single_transformer_blocks|double_blocks|single_blocks",
+    signs=r"(?:double|single)_blocks~~(?:processor|img_mod~lin\.|txt_mod~lin\.|modulation~lin\.)",
     layers={
-        **_BLOCKS,
+        **_BLOCKS_1,
         "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
         "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
         "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
@@ -47,18 +60,50 @@ FLUX = Family(
         "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
         "final_layer.adaLN_modulation.1": "norm_out.linear",
     },
+    also=_PARTS_1,
     swapped=frozenset({"final_layer.adaLN_modulation.1"}),
 )
 
 CHROMA = Family(
     "chroma",
     ("ChromaTransformer2DModel",),
-    signs=r"distilled_guidance_layer",
+    signs="distilled_guidance_layer",
     layers={
-        **_BLOCKS,
-        "distilled_guidance_layer.in_proj": "distilled_guidance_layer.in_proj",
-        "distilled_guidance_layer.out_proj": "distilled_guidance_layer.out_proj",
+        **_BLOCKS_1,
         "distilled_guidance_layer.layers.{}.in_layer": "distilled_guidance_layer.layers.{}.linear_1",
         "distilled_guidance_layer.layers.{}.out_layer": "distilled_guidance_layer.layers.{}.linear_2",
     },
+    also=_PARTS_1,
+)
+
+_DOUBLE_2: Table = {
+    **_ATTENTION,
+    "img_mlp.0": "ff.linear_in",
+    "img_mlp.2": "ff.linear_out",
+    "txt_mlp.0": "ff_context.linear_in",
+    "txt_mlp.2": "ff_context.linear_out",
+}
+_SINGLE_2: Table = {**_SINGLE_NORMS, "linear1": "attn.to_qkv_mlp_proj", "linear2": "attn.to_out"}
+
+FLUX2 = Family(
+    "flux2",
+    ("Flux2Transformer2DModel",),
+    signs=(
+        r"(?:double|single)_stream_modulation|to_qkv_mlp_proj|single_transformer_blocks~~attn~to_out\.[a-z]"
+        r"|transformer_blocks~~ff(?:_context)?~linear_(?:in|out)"
+    ),
+    layers={
+        **block("double_blocks.{}", "transformer_blocks.{}", _DOUBLE_2),
+        **block("single_blocks.{}", "single_transformer_blocks.{}", _SINGLE_2),
+        **_ENDS,
+        "time_in.in_layer": "time_guidance_embed.timestep_embedder.linear_1",
+        "time_in.out_layer": "time_guidance_embed.timestep_embedder.linear_2",
+        "guidance_in.in_layer": "time_guidance_embed.guidance_embedder.linear_1",
+        "guidance_in.out_layer": "time_guidance_embed.guidance_embedder.linear_2",
+        "double_stream_modulation_img.lin": "double_stream_modulation_img.linear",
+        "double_stream_modulation_txt.lin": "double_stream_modulation_txt.linear",
+        "single_stream_modulation.lin": "single_stream_modulation.linear",
+        "final_layer.adaLN_modulation.1": "norm_out.linear",
+    },
+    swapped=frozenset({"final_layer.adaLN_modulation.1"}),
 )

@@ -3,13 +3,28 @@
 Exactly one format must match a file; `tests/` feeds every fixture to every detector.
 """
 
-from diffadapt.errors import AdapterError
-from diffadapt.formats.diffusers import DIFFUSERS
-from diffadapt.formats.format import Format, Header
-from diffadapt.formats.kohya import KOHYA
-from diffadapt.formats.peft import PEFT
+from dataclasses import replace
 
-FORMATS: tuple[Format, ...] = (KOHYA, PEFT, DIFFUSERS)
+from diffadapt.errors import AdapterError
+from diffadapt.formats.bfl_control import BFL_CONTROL
+from diffadapt.formats.cloneofsimo import CLONEOFSIMO
+from diffadapt.formats.comfy import COMFY
+from diffadapt.formats.diffusers import DIFFUSERS
+from diffadapt.formats.foreign import CONTROL_LORA, CONTROLNET_LLLITE, IP_ADAPTER
+from diffadapt.formats.format import Format, Header
+from diffadapt.formats.kohya import KOHYA, ONETRAINER
+from diffadapt.formats.peft import PEFT
+from diffadapt.formats.xlabs import XLABS
+
+_MARKED = (KOHYA, COMFY, PEFT, CLONEOFSIMO, XLABS, BFL_CONTROL, IP_ADAPTER, CONTROL_LORA, CONTROLNET_LLLITE)
+"""Formats whose names nobody else writes."""
+
+
+def _is_unmarked(header: Header) -> bool:
+    return not any(format.matches(header) for format in _MARKED) and DIFFUSERS.matches(header)
+
+
+FORMATS: tuple[Format, ...] = (*_MARKED, replace(DIFFUSERS, matches=_is_unmarked))
 
 
 def detect(header: Header) -> Format:
@@ -34,7 +49,7 @@ def writer(name: str) -> Format:
     Raises:
         AdapterError: there is none, or it is only read.
     """
-    writable = {format.name: format for format in FORMATS if format.dump is not None}
+    writable = {format.name: format for format in (*FORMATS, ONETRAINER) if format.dump is not None}
     if name not in writable:
         raise AdapterError(f"format={name!r} cannot be written; use one of {', '.join(sorted(writable))}")
     return writable[name]

@@ -1,8 +1,9 @@
-"""diffusers' own files, new and old: dotted names, most of them with a component in front.
+"""diffusers' own files, new and old, and all others with dotted names that no other format claims.
 
 `unet.<path>.lora_A.weight`, `unet.<path>.lora.down.weight`, `<path>.processor.to_q_lora.down.weight` and
 `text_encoder.<path>.lora_linear_layer.up.weight` all occur, also mixed in one file. Alpha is in the safetensors header
-(`lora_adapter_metadata`) since diffusers 0.34; older files have none, which means a scale of 1.
+(`lora_adapter_metadata`) since diffusers 0.34; older files have none, which means a scale of 1. Other programs leave
+the component out, take names of the model's original layout, or add alpha tensors (OneTrainer, DiffSynth, lightx2v).
 """
 
 import json
@@ -13,35 +14,28 @@ from torch import Tensor
 
 from diffadapt.errors import AdapterError
 from diffadapt.formats import peft_config, peft_dump, suffixes
-from diffadapt.formats.format import Alphas, Format, Header, Names, Unused, Verdict
+from diffadapt.formats.format import Alphas, Format, Header, Names, Verdict
 from diffadapt.state import AdapterState, Document, LayerState
 
 _METADATA = "lora_adapter_metadata"
 _COMPONENT = re.compile(r"unet|transformer(_\d|_ref)?|text_encoder(_\d)?|prior|decoder|connectors|text_conditioner")
-_OTHER_DIALECTS = ("lora_", "lycoris_", "oft_", "base_model.model.", "diffusion_model.")
+_ORIGINAL_LEVEL = "net."
 _CLIP_LAYERS = "encoder.layers."
 
 
 def _matches(header: Header) -> bool:
-    if any(key.startswith(_OTHER_DIALECTS) for key in header.keys):
-        return False
     return any(suffixes.split(key) is not None for key in header.keys)
 
 
 def _locate(header: Header, names: Names) -> dict[str, Verdict]:
-    verdicts: dict[str, Verdict] = {}
-    for key in header.keys:
-        split = suffixes.split(key)
-        if split is None:
-            verdicts[key] = Unused("not the name of an adapter tensor")
-            continue
-        path, name = split
+    def place(path: str, name: str) -> Verdict:
         component, _, rest = path.partition(".")
         if _COMPONENT.fullmatch(component) or (names.models is not None and component in names.models):
-            verdicts[key] = names.dotted(component, rest, name)
-        else:
-            verdicts[key] = names.bare(path, name)
-    return verdicts
+            # Of two transformers, pipelines number the second only.
+            return names.dotted("transformer" if component == "transformer_1" else component, rest, name)
+        return names.bare(path.removeprefix(_ORIGINAL_LEVEL), name)
+
+    return suffixes.located(header.keys, place)
 
 
 def _alphas(header: Header) -> Alphas:

@@ -1,6 +1,7 @@
 """What a format is: a record of functions that say where each name of a file belongs."""
 
 import difflib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -14,14 +15,22 @@ from diffadapt.targets import Targets
 DENOISERS = ("unet", "transformer", "prior", "decoder")
 """Component names that adapters without a component prefix are meant for, in this order."""
 
+_LEVELS = re.compile(r"(?:(?:model|language_model|text_model|transformer)[._])*")
+"""Levels above the layers of a text encoder, which come and go with versions of transformers and with programs."""
+
 
 @dataclass(frozen=True)
 class Header:
-    """A file without its tensors: names, safetensors metadata, and `adapter_config.json` where there is one."""
+    """A file without its tensors: names, safetensors metadata, and `adapter_config.json` where there is one.
+
+    Attributes:
+        shapes: of the tensors, by key; empty where nobody has looked.
+    """
 
     keys: tuple[str, ...]
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])
     config: Mapping[str, Any] | None = None
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +109,7 @@ class Names:
     def __init__(self, models: Mapping[str, Targets] | None) -> None:
         self.models = models
         self._known: dict[str, tuple[Aliases, Mapping[str, str]]] = {}
+        self._known_cores: dict[str, tuple[Mapping[str, str], Mapping[str, str]]] = {}
         self._guesses = 3
 
     def has(self, component: str) -> bool:
@@ -108,56 +118,101 @@ class Names:
 
     def denoiser(self) -> str:
         """The component that a name without a component means."""
-        return next((name for name in DENOISERS if self.has(name)), DENOISERS[0])
+        # Of a model with two denoisers, someone may have asked for the second one only ("transformer_2").
+        among = (*DENOISERS, *(name for name in self.models or () if name.startswith(DENOISERS)))
+        if self.models is not None and len(self.models) == 1 and "model" in self.models:
+            return "model"
+        return next((name for name in among if self.has(name)), DENOISERS[0])
 
     def dotted(self, component: str, path: str, name: str) -> Verdict:
         """Place of tensor `name` of the layer that the file calls `path`."""
-        if self.models is None:
-            return Place(component, path, name, path)
-        found = self._resolve(component, path)
-        return self._missing(component, path) if found is None else self._place(component, path, name, found)
+        return self.first((component,), path, name)
+
+    def first(self, components: Sequence[str], path: str, name: str) -> Verdict:
+        """The same in the first of `components` that has the layer."""
+        return self._first(components, path, name, self._resolve)
 
     def flat(self, components: Sequence[str], flat: str, name: str) -> Verdict:
-        """The same for a flattened path, in the first of `components` that has it."""
-        if self.models is None:
-            return Place(components[0], flat, name, flat)
-        for component in components:
-            found = self._resolve_flat(component, flat)
-            if found is not None:
-                return self._place(component, flat, name, found)
-        return self._missing(next((c for c in components if c in self.models), components[0]), flat)
+        """The same for a flattened path; some programs leave an underscore at either end of it."""
+        return self._first(components, flat, name, self._resolve_flat)
 
     def bare(self, path: str, name: str) -> Verdict:
         """The same for a dotted path that names no component: the denoiser, or whichever component has it."""
-        owner = self.denoiser()
-        if self.models is not None and self._resolve(owner, path) is None:
-            owner = next((other for other in self.models if self._resolve(other, path) is not None), owner)
-        return self.dotted(owner, path, name)
+        return self.first((self.denoiser(), *(self.models or ())), path, name)
+
+    def parts(self, component: str, written: str, paths: Sequence[str], name: str) -> Verdict:
+        """The same for a layer of the file that consists of these layers of the model, in the order of its outputs."""
+        if self.models is None:
+            return Place(component, written, name, written)
+        if component not in self.models or not all(path in self.models[component].modules for path in paths):
+            return self._missing(component, written)
+        return Place(component, written, name, written, tuple(Piece(path) for path in paths))
+
+    def _first(
+        self, components: Sequence[str], path: str, name: str, resolve: Callable[[str, str], str | None]
+    ) -> Verdict:
+        if self.models is None:
+            return Place(components[0], path, name, path)
+        present = [component for component in components if component in self.models]
+        for component in present:
+            found = resolve(component, path)
+            if found is not None:
+                return self._place(component, path, name, found)
+        return self._missing(present[0] if present else components[0], path)
 
     def _resolve(self, component: str, path: str) -> str | None:
         """The model's own path, or the name in its original layout."""
-        if self.models is None or component not in self.models:
-            return None
-        return self.models[component].resolve(path) or (path if path in self._aliases(component)[0] else None)
+        assert self.models is not None
+        if path in self._aliases(component)[0]:
+            # Before the model's own: a module of that name may be one no adapter means (Wan has a bare norm).
+            return path
+        found = self.models[component].resolve(path)
+        if found is None and component.startswith("text_encoder"):
+            return self._cores(component)[0].get(_core(path))
+        return found
 
     def _resolve_flat(self, component: str, flat: str) -> str | None:
-        if self.models is None or component not in self.models:
-            return None
-        return self.models[component].resolve_flat(flat) or self._aliases(component)[1].get(flat)
+        assert self.models is not None
+        for spelling in dict.fromkeys((flat, flat.strip("_"))):
+            found = self._aliases(component)[1].get(spelling) or self.models[component].resolve_flat(spelling)
+            if found is None and component.startswith("text_encoder"):
+                found = self._cores(component)[1].get(_core(spelling))
+            if found is not None:
+                return found
+        return None
 
     def _aliases(self, component: str) -> tuple[Aliases, Mapping[str, str]]:
         """Names of the original layout, and the same by their flattened form."""
         if component not in self._known:
             assert self.models is not None
-            found = families.aliases(self.models[component])
+            layers = families.aliases(self.models[component])
+            # Some programs keep the original names and number the parts of a fused layer.
+            parts = {
+                f"{name}.{index}": (piece,)
+                for name, pieces in layers.items()
+                if len(pieces) > 1
+                for index, piece in enumerate(pieces)
+            }
+            found = {**parts, **layers}
             self._known[component] = found, {name.replace(".", "_"): name for name in found}
         return self._known[component]
 
+    def _cores(self, component: str) -> tuple[Mapping[str, str], Mapping[str, str]]:
+        """Paths of a text encoder by what is left of them without the upper levels, dotted and flattened."""
+        if component not in self._known_cores:
+            assert self.models is not None
+            paths: dict[str, list[str]] = {}
+            for path in self.models[component].modules:
+                paths.setdefault(_core(path), []).append(path)
+            found = {core: found[0] for core, found in paths.items() if len(found) == 1}
+            self._known_cores[component] = found, {core.replace(".", "_"): path for core, path in found.items()}
+        return self._known_cores[component]
+
     def _place(self, component: str, written: str, name: str, found: str) -> Place:
         assert self.models is not None
-        if found in self.models[component].modules:
+        pieces = self._aliases(component)[0].get(found)
+        if pieces is None:
             return Place(component, found, name, written)
-        pieces = self._aliases(component)[0][found]
         if len(pieces) == 1 and not pieces[0].swapped:
             return Place(component, pieces[0].path, name, written)
         return Place(component, found, name, written, pieces)
@@ -177,3 +232,9 @@ class Names:
             if close:
                 reason += f"; did you mean {close[0]!r}?"
         return Unused(reason, component)
+
+
+def _core(path: str) -> str:
+    """A path, dotted or flattened, of a layer in a text encoder without the levels that not everyone has."""
+    levels = _LEVELS.match(path)
+    return path if levels is None else path[levels.end() :]

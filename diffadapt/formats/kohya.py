@@ -1,44 +1,28 @@
-"""kohya-ss/sd-scripts files for SD 1.x, SD 2.x and SDXL: flattened names with an alpha for every layer.
+"""Flattened names: kohya-ss/sd-scripts, LyCORIS and OneTrainer, for every family, with an alpha for every layer.
 
-`lora_unet_<path with "_" for ".">.lora_down.weight`, text encoders under `lora_te_` (SD) or `lora_te1_`, `lora_te2_`
-(SDXL). UNet names are those of diffusers or of the original latent-diffusion UNet. Flattening loses information, so
-names are looked up in a table built from the model's own paths. Source: sd-scripts 48d368f `networks/lora.py`.
+`lora_unet_<path with "_" for ".">.lora_down.weight`; text encoders under `lora_te_`, or `lora_te1_`, `lora_te2_` and so
+on where there are several. Names are those of diffusers or of the model's original layout. Other prefixes are
+`lora_transformer_` (OneTrainer), `lycoris_` (LyCORIS by itself), `oft_unet_` (sd-scripts' OFT, whose alpha is always a
+limit) and `lora_prior_` (Stable Cascade). Flattening loses information, so names are looked up in a table built from
+the model's own paths. Source: sd-scripts 48d368f `networks/lora.py`, `networks/oft.py`; OneTrainer 23df383.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
-from diffadapt.errors import AdapterError
 from diffadapt.formats import suffixes
 from diffadapt.formats.format import Alphas, Format, Header, Names, Unused, Verdict
-from diffadapt.formats.original import original
-from diffadapt.state import AdapterState, Document, LayerState
-from diffadapt.types import named
+from diffadapt.formats.lycoris_dump import dump_kohya, dump_onetrainer, is_original
 
-_PREFIX = re.compile(r"lora_(unet|te\d?)_")
-_COMPONENTS = {
-    "te": "text_encoder",
-    "te1": "text_encoder",
-    "te2": "text_encoder_2",
-    "te3": "text_encoder_3",
+_PREFIX = re.compile(r"(lora_(?:unet|transformer|te\d?|prior_unet|prior_te)|oft_(?:unet|te\d?)|lycoris)_")
+_TEXT_ENCODERS = {
+    "": ("text_encoder",),
+    "1": ("text_encoder",),
+    "2": ("text_encoder_2",),
+    # The T5 of SD3; sd-scripts counts that of Flux so too.
+    "3": ("text_encoder_3", "text_encoder_2"),
 }
-_SPELLINGS = {
-    "lora_down": "lora_down.weight",
-    "lora_up": "lora_up.weight",
-    "lora_mid": "lora_mid.weight",
-    "lora_bias": "lora_up.bias",
-    "glora_a1": "a1.weight",
-    "glora_a2": "a2.weight",
-    "glora_b1": "b1.weight",
-    "glora_b2": "b2.weight",
-    "ia3_w": "weight",
-}
-_NORM_SPELLINGS = {"diff": "w_norm", "diff_b": "b_norm"}
-_POINTWISE = frozenset({"lora_up", "dora_scale", "glora_a1", "glora_a2", "glora_b1"})
-_PEFT_ONLY = frozenset({"boft_R", "ia3_l"})
+_SPLIT_OFT = re.compile(r"\.oft_blocks\.\d+$")
 
 
 def _matches(header: Header) -> bool:
@@ -46,19 +30,33 @@ def _matches(header: Header) -> bool:
 
 
 def _locate(header: Header, names: Names) -> dict[str, Verdict]:
-    denoiser = names.denoiser()
     keys = set(header.keys)
-    verdicts: dict[str, Verdict] = {}
+
+    def place(path: str, name: str) -> Verdict:
+        prefix = _PREFIX.match(path)
+        if prefix is None:
+            return Unused("a name without the prefix that others in this file have")
+        if prefix[1].startswith("oft_") and f"{path}.alpha" not in keys:
+            return Unused("sd-scripts limits every rotation by an alpha, which is missing")
+        return names.flat(_components(prefix[1], names), path[prefix.end() :], name)
+
+    verdicts = suffixes.located(header.keys, place)
     for key in header.keys:
-        module, _, suffix = key.partition(".")
-        prefix = _PREFIX.match(module)
-        # Of all bare weights only those with LyCORIS' flag beside them are an adapter's.
-        name = "ia3_w" if suffix == "weight" and f"{module}.on_input" in keys else suffixes.canonical(suffix)
-        if prefix is None or name is None:
-            verdicts[key] = Unused("not the name of an adapter tensor")
-            continue
-        verdicts[key] = names.flat([_COMPONENTS.get(prefix[1], denoiser)], module[prefix.end() :], name)
+        if _SPLIT_OFT.search(key):
+            verdicts[key] = Unused("one of several rotations of a layer that share an alpha, which cannot be loaded")
     return verdicts
+
+
+def _components(prefix: str, names: Names) -> Sequence[str]:
+    """Which components a prefix may mean, the likeliest first."""
+    if prefix == "lora_prior_te":
+        return "text_encoder", "prior_text_encoder"
+    if prefix == "lora_prior_unet":
+        return "prior", "prior_prior", names.denoiser()
+    _, text_encoder, number = prefix.partition("_te")
+    if not text_encoder:
+        return (names.denoiser(),)
+    return _TEXT_ENCODERS.get(number, (f"text_encoder_{number}",))
 
 
 def _alphas(header: Header) -> Alphas:
@@ -66,84 +64,6 @@ def _alphas(header: Header) -> Alphas:
     return lambda component, path, rank: None
 
 
-def _dump(state: AdapterState) -> dict[str, Document]:
-    numbered = len(_text_encoders(state)) > 1 or state.family not in ("sd", "sd2", None)
-    tensors: dict[str, Tensor] = {}
-    for component, layers in state.layers.items():
-        prefix = _prefix(component, numbered)
-        if _is_original(state.family):
-            layers = original(layers, state.layouts.get(component, {}))
-        for path, layer in layers.items():
-            # sd-scripts' CLIP has the `text_model` level that transformers 5 dropped.
-            level = "text_model." if path.startswith("encoder.layers.") else ""
-            module = f"{prefix}_{level}{path}".replace(".", "_")
-            for spelling, tensor in _spelled(f"{component}.{path}", layer):
-                tensors[f"{module}.{spelling}"] = tensor
-            alpha = _alpha(f"{component}.{path}", layer)
-            if alpha is not None:
-                tensors[f"{module}.alpha"] = torch.tensor(alpha)
-    every = [layer for layers in state.layers.values() for layer in layers.values()]
-    ranks = {layer.rank for layer in every}
-    metadata = {
-        "ss_network_module": "networks.lora" if {layer.type for layer in every} <= {"lora"} else "lycoris.kohya",
-        "ss_network_dim": str(max(rank or 0 for rank in ranks)) if len(ranks) == 1 else "Dynamic",
-        **state.metadata,
-        "format": "pt",
-    }
-    metadata.pop("lora_adapter_metadata", None)
-    return {"": Document(tensors, metadata)}
-
-
-def _spelled(where: str, layer: LayerState) -> Iterator[tuple[str, Tensor]]:
-    """A layer's tensors by sd-scripts' and LyCORIS' names and in their shapes."""
-    ones = (1,) * layer.kernel_dims
-    for name, tensor in layer.tensors.items():
-        if name in _PEFT_ONLY:
-            raise AdapterError(f"{where}: format='kohya' has no place for {name}; use 'peft', or to_lora()")
-        if name in _POINTWISE:
-            tensor = tensor.view(*tensor.shape, *ones)
-        elif name == "rescale":
-            tensor = tensor.view(-1, 1, *ones)
-        elif name == "lokr_w1" and layer.rank is None:
-            # Readers ignore alpha where both factors are whole; PEFT's scale has to go into one of them.
-            tensor = tensor * layer.scale
-        elif name == "ia3_w":
-            yield "on_input", torch.tensor(int(tensor.shape[1] > 1))
-            tensor = tensor.view(1, -1, *ones) if ones else tensor.view(-1)
-        spelling = _SPELLINGS.get(name, name)
-        if "diff" in layer.tensors and layer.tensors["diff"].ndim == 1:
-            spelling = _NORM_SPELLINGS[name]
-        yield spelling, tensor
-
-
-def _alpha(where: str, layer: LayerState) -> float | None:
-    """The alpha tensor of a layer, which some types use for a setting of theirs. Others have no place here."""
-    kind = named(layer.type)
-    for name, value in layer.settings.items():
-        if name not in (kind.alpha_is, "rank") and value != kind.settings[name]:
-            raise AdapterError(f"{where}: format='kohya' has no place for {name}={value:g}; use 'peft', or to_lora()")
-    if kind.alpha_is is not None:
-        return float(layer.settings[kind.alpha_is])
-    if layer.rank is None:
-        # LyCORIS reads one for every LoKr, also where it means nothing.
-        return 1.0 if "lokr_w1" in layer.tensors else None
-    return float(layer.rank if layer.alpha is None else layer.alpha)
-
-
-def _is_original(family: str | None) -> bool:
-    """sd-scripts names the Stable Diffusion UNets as diffusers does, and every newer model as its authors do."""
-    return family not in ("sd", "sd2", "sdxl", None)
-
-
-def _text_encoders(state: AdapterState) -> list[str]:
-    return [component for component in state.layers if component.startswith("text_encoder")]
-
-
-def _prefix(component: str, numbered: bool) -> str:
-    if not component.startswith("text_encoder"):
-        return "lora_unet"
-    number = component.removeprefix("text_encoder").lstrip("_") or "1"
-    return f"lora_te{number}" if numbered else "lora_te"
-
-
-KOHYA = Format("kohya", _matches, _locate, _alphas, _dump, original=_is_original)
+KOHYA = Format("kohya", _matches, _locate, _alphas, dump_kohya, original=is_original)
+ONETRAINER = Format("onetrainer", lambda header: False, _locate, _alphas, dump_onetrainer)
+"""Only written under this name; read, it is one of the prefixes above."""

@@ -1,4 +1,7 @@
-"""PEFT folders: `adapter_model.safetensors` with `base_model.model.` names beside `adapter_config.json`."""
+"""PEFT folders: `adapter_model.safetensors` with `base_model.model.` names beside `adapter_config.json`.
+
+Files without the config occur too; they have a scale of 1 unless there are alpha tensors.
+"""
 
 from diffadapt.errors import AdapterError
 from diffadapt.formats import peft_config, peft_dump, suffixes
@@ -20,24 +23,24 @@ def _locate(header: Header, names: Names) -> dict[str, Verdict]:
     peft_type = config.get("peft_type", "LORA")
     if peft_type not in _TYPES:
         raise AdapterError(f"adapter_config.json says peft_type={peft_type!r}, expected one of {', '.join(_TYPES)}")
-    verdicts: dict[str, Verdict] = {}
-    for key in header.keys:
-        split = suffixes.split(key.removeprefix(_PREFIX))
-        if not key.startswith(_PREFIX) or split is None:
-            verdicts[key] = Unused("not the name of an adapter tensor")
-        else:
-            path, name = split
-            if name == "ia3_l" and peft_config.is_feedforward(config, path):
-                name = FEEDFORWARD
-            verdicts[key] = _unless_misread(names, names.bare(path, name))
-    return verdicts
+
+    def place(path: str, name: str) -> Verdict:
+        if not path.startswith(_PREFIX):
+            return Unused(f"a name without the {_PREFIX!r} that others in this file have")
+        path = path.removeprefix(_PREFIX)
+        if name == "ia3_l" and peft_config.is_feedforward(config, path):
+            name = FEEDFORWARD
+        return _unless_misread(names, names.bare(path, name))
+
+    return suffixes.located(header.keys, place)
 
 
 def _unless_misread(names: Names, verdict: Verdict) -> Verdict:
     """Not the one tensor that PEFT 0.21 multiplies otherwise than as a Kronecker product for every tap."""
     if not isinstance(verdict, Place) or verdict.name != "lokr_w2" or names.models is None:
         return verdict
-    spec = LayerSpec.of(names.models[verdict.component].modules[verdict.path])
+    module = names.models[verdict.component].modules.get(verdict.path)
+    spec = None if module is None else LayerSpec.of(module)
     if spec is None or len(spec.kernel) != 1:
         return verdict
     return Unused("PEFT has another, unintended formula for a LoKr with whole factors on a Conv1d; merge it with PEFT")

@@ -4,11 +4,15 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from diffadapt import patterns
 from diffadapt.errors import AdapterError
 from diffadapt.state import LayerState
+
+_REPEATED = re.compile(r"(?<![\\(])[*+?]|\{")
+_GROUP_REPEATED = re.compile(r"(?<!\\)\)[*+{]")
 
 
 def alpha(config: Mapping[str, Any], path: str, rank: int) -> float | None:
@@ -72,6 +76,7 @@ def is_feedforward(config: Mapping[str, Any], path: str) -> bool:
     """Whether the config of an (IA)^3 counts the layer at `path` among those whose inputs are scaled."""
     chosen = config.get("feedforward_modules") or []
     if isinstance(chosen, str):
+        _refuse_slow(chosen, "feedforward_modules")
         try:
             return re.fullmatch(chosen, path) is not None
         except re.error as error:
@@ -91,10 +96,23 @@ def _pattern_value(config: Mapping[str, Any], option: str, path: str) -> Any:
     chosen = config.get(option) or {}
     if not isinstance(chosen, Mapping):
         raise AdapterError(f"{option} in the file's metadata is {chosen!r}, expected an object")
+    for pattern in chosen:
+        _refuse_slow(pattern, option)
     try:
         return patterns.value(chosen, path)
     except AdapterError as error:
         raise AdapterError(f"{option} in the file's metadata: {error}") from error
+
+
+@lru_cache(4096)
+def _is_simple(pattern: str) -> bool:
+    return _GROUP_REPEATED.search(pattern) is None and len(_REPEATED.findall(pattern)) <= 3
+
+
+def _refuse_slow(pattern: str, option: str) -> None:
+    """A file may come from anyone, and some regular expressions take years; names and simple patterns do not."""
+    if not _is_simple(pattern):
+        raise AdapterError(f"{option} in the file's metadata: {pattern!r} is no name and no simple pattern")
 
 
 def _commonest(values: Mapping[str, Any]) -> Any:

@@ -1,8 +1,13 @@
-"""How files spell the tensor at the end of a dotted key, in every dotted dialect.
+"""How files spell the tensor at the end of a key, in every dialect, and what else is in files.
 
-Sources: diffusers 0.42.1 `loaders/` and `utils/state_dict_utils.py`, PEFT 0.21.2, LyCORIS f49d30d, sd-scripts 48d368f.
+Sources: diffusers 0.42.1 `loaders/` and `utils/state_dict_utils.py`, PEFT 0.21.2, LyCORIS f49d30d, sd-scripts 48d368f,
+OneTrainer 23df383, ComfyUI `comfy/weight_adapter/`.
 """
 
+import re
+from collections.abc import Callable, Iterable
+
+from diffadapt.formats.format import Unused, Verdict
 from diffadapt.types import TYPES
 
 # A type's tensors are spelled as they are called, unless an ecosystem has another name for them.
@@ -11,6 +16,8 @@ _SPELLINGS = {
     "lora_A.weight": "lora_down",
     "lora_B.weight": "lora_up",
     "lora_B.bias": "lora_bias",
+    "lora_A": "lora_down",
+    "lora_B": "lora_up",
     "lora_embedding_A": "lora_down",
     "lora_embedding_B": "lora_up",
     "lora_down.weight": "lora_down",
@@ -34,13 +41,52 @@ _SPELLINGS = {
     "b_norm": "diff_b",
 }
 
+_PARAMETERS = frozenset(
+    name for name in _SPELLINGS if name.startswith(("lora_embedding_", "hada_", "lokr_", "oft_", "boft_", "ia3_l"))
+)
 _PROCESSORS = {"to_q_lora": "to_q", "to_k_lora": "to_k", "to_v_lora": "to_v", "to_out_lora": "to_out.0"}
 _TEXT_PROJECTIONS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out.0": "out_proj"}
 
 
-def canonical(suffix: str) -> str | None:
-    """Canonical name of a tensor's spelling, or `None` for an unknown one."""
-    return _SPELLINGS.get(suffix)
+_BOOKKEEPING = re.compile(r"_aux\.|sshs_|ss_|modelspec\.")
+_EMBEDDINGS = re.compile(r"bundle_emb\.|<[^<>]*>$")
+_NOT_LOADED = {
+    "set_weight": "it is a new weight and not a change of one, which cannot be loaded",
+    "reshape_weight": "it gives the layer another shape, which cannot be loaded",
+    "bias_indices": "it belongs to a sparse change of a bias, which cannot be loaded",
+    "bias_values": "it belongs to a sparse change of a bias, which cannot be loaded",
+    "bias_size": "it belongs to a sparse change of a bias, which cannot be loaded",
+    "scaled_oft": "it marks OneTrainer's scaled OFT, which cannot be loaded",
+}
+
+
+def located(keys: Iterable[str], place: Callable[[str, str], Verdict]) -> dict[str, Verdict]:
+    """A verdict for every key: that of `place(path, name)` for those that name a tensor of an adapter."""
+    present = set(keys)
+    verdicts: dict[str, Verdict] = {}
+    for key in keys:
+        path, _, last = key.rpartition(".")
+        # Of all bare weights only those with LyCORIS' flag beside them are an adapter's.
+        found = (path, "ia3_w") if last == "weight" and f"{path}.on_input" in present else split(key)
+        aside = _aside(key)
+        if aside is not None:
+            verdicts[key] = aside
+        elif found is None:
+            verdicts[key] = Unused("not the name of an adapter tensor")
+        else:
+            verdicts[key] = place(*found)
+    return verdicts
+
+
+def _aside(key: str) -> Unused | None:
+    """The verdict on what is in adapter files and is no tensor of a layer, or of none that can be loaded."""
+    if _BOOKKEEPING.match(key):
+        return Unused("bookkeeping of a trainer, without effect", harmless=True)
+    if _EMBEDDINGS.match(key):
+        # Not harmless: a prompt with the token gives another picture without it.
+        return Unused("an embedded textual inversion, which is not loaded; its token stays unknown to the tokenizer")
+    reason = _NOT_LOADED.get(key.rpartition(".")[2])
+    return None if reason is None else Unused(reason)
 
 
 def split(key: str) -> tuple[str, str] | None:
@@ -56,11 +102,11 @@ def split(key: str) -> tuple[str, str] | None:
         stem, last = parts[-3], ".".join(parts[-2:])
         if stem in _PROCESSORS and last in ("down.weight", "up.weight"):
             return _processor_layer(parts[:-3], _PROCESSORS[stem]), f"lora_{last.removesuffix('.weight')}"
-        # PEFT's in-memory names carry the adapter's name: `lora_A.default.weight`.
+        # PEFT's in-memory names carry the adapter's name: `lora_A.default.weight`, `hada_w1_a.default`.
         name = _SPELLINGS.get(f"{stem}.{parts[-1]}")
         if name is not None:
             return ".".join(parts[:-3]), name
-    if len(parts) > 2 and parts[-2].startswith("lora_embedding_") and parts[-2] in _SPELLINGS:
+    if len(parts) > 2 and parts[-2] in _PARAMETERS and parts[-1] not in ("weight", "bias"):
         return ".".join(parts[:-2]), _SPELLINGS[parts[-2]]
     return None
 

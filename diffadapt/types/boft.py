@@ -164,7 +164,7 @@ def prepare(tensors: Tensors, layer: LayerSpec, surroundings: Surroundings) -> T
 
 
 def turn(
-    tensors: Tensors, layer: LayerSpec, vectors: Tensor, axis: int, gate: Tensor, transposed: bool = False
+    tensors: Tensors, layer: LayerSpec, vectors: Tensor, axis: int, gate: Tensor, transposed: bool, onto: Tensor | None
 ) -> Tensor:
     """The factors, one after the other, on their pairs of chunks along the axis."""
     on_input = _ON_INPUT in tensors
@@ -174,7 +174,7 @@ def turn(
     if transposed:
         factors = factors.mT
     if len(factors) == 1:
-        return blockwise(vectors, factors[0].mul(gate).to(vectors.dtype), axis)
+        return blockwise(vectors, factors[0].mul(gate).to(vectors.dtype), axis, onto)
     order = list(range(len(factors)))
     if on_input != transposed:
         order.reverse()
@@ -185,7 +185,8 @@ def turn(
         pairs = _paired(vectors + change, axis, level, half)
         step = blockwise(pairs, factors[level].to(vectors.dtype), axis)
         change = change + _unpaired(step, axis, level, half)
-    return scaled(change, gate)
+    change = scaled(change, gate)
+    return change if onto is None else onto + change
 
 
 def gain(tensors: Tensors) -> Tensor:

@@ -119,14 +119,15 @@ def _stages(tensors: Tensors, layer: LayerSpec) -> tuple[Stage, ...]:
 
 
 def _turn(
-    tensors: Tensors, layer: LayerSpec, vectors: Tensor, axis: int, gate: Tensor, transposed: bool = False
+    tensors: Tensors, layer: LayerSpec, vectors: Tensor, axis: int, gate: Tensor, transposed: bool, onto: Tensor | None
 ) -> Tensor:
     """The factor as a diagonal map of the input's channels."""
     change = tensors[_GAIN].view(-1) * gate
     change = change.repeat(vectors.shape[axis] // change.numel())
     shape = [1] * vectors.ndim
     shape[axis] = -1
-    return vectors * change.to(vectors.dtype).view(shape)
+    change = change.to(vectors.dtype).view(shape)
+    return vectors * change if onto is None else torch.addcmul(onto, vectors, change)
 
 
 def _gain(tensors: Tensors) -> Tensor:

@@ -101,13 +101,14 @@ def rows(tensors: Tensors, layer: LayerSpec, rows: Sequence[range]) -> dict[str,
 
 
 def turn(
-    tensors: Tensors, layer: LayerSpec, vectors: Tensor, axis: int, gate: Tensor, transposed: bool = False
+    tensors: Tensors, layer: LayerSpec, vectors: Tensor, axis: int, gate: Tensor, transposed: bool, onto: Tensor | None
 ) -> Tensor:
     """`gate * a1 @ a2` on the channels."""
     up, down = tensors["glora_a1"], tensors["glora_a2"]
     if transposed:
         up, down = down.t(), up.t()
-    return _along(scaled(_along(vectors, down, axis), gate), up, axis)
+    product = _along(scaled(_along(vectors, down, axis), gate), up, axis)
+    return product if onto is None else onto + product
 
 
 def _along(vectors: Tensor, matrix: Tensor, axis: int) -> Tensor:

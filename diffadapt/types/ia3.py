@@ -103,14 +103,21 @@ def _ia3(name: str, tensor: str, identity: float, scales_bias: bool, file_names:
         return factors.to(torch.promote_types(factors.dtype, torch.float32)) - identity
 
     def turn(
-        tensors: Tensors, layer: LayerSpec, vectors: Tensor, axis: int, gate: Tensor, transposed: bool = False
+        tensors: Tensors,
+        layer: LayerSpec,
+        vectors: Tensor,
+        axis: int,
+        gate: Tensor,
+        transposed: bool,
+        onto: Tensor | None,
     ) -> Tensor:
         change = gain(tensors) * gate
         axis %= vectors.ndim
         if vectors.shape[axis] != change.numel():
             # The weight of a grouped convolution: every group of rows has its own columns.
             change = change.view(layer.groups, 1, -1).expand(-1, layer.out_features // layer.groups, -1).flatten(0, 1)
-        return vectors * change.view(*change.shape, *(1,) * (vectors.ndim - axis - 1)).to(vectors.dtype)
+        change = change.view(*change.shape, *(1,) * (vectors.ndim - axis - 1)).to(vectors.dtype)
+        return vectors * change if onto is None else torch.addcmul(onto, vectors, change)
 
     return AdapterType(
         name=name,

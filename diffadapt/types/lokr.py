@@ -17,12 +17,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from diffadapt.config import RankedConfig
 from diffadapt.errors import AdapterError
 from diffadapt.kind import AdapterType, Tensors
-from diffadapt.layer import LayerSpec, add, layer_of, pick, scaled, shape_of
+from diffadapt.layer import LayerSpec, add, can_accumulate, layer_of, pick, scaled, shape_of
 
 _TENSORS = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 
@@ -135,21 +136,63 @@ def delta_weight(tensors: Tensors, layer: LayerSpec) -> Tensor:
 
 
 def delta_output(tensors: Tensors, layer: LayerSpec, input: Tensor, gate: Tensor, onto: Tensor | None = None) -> Tensor:
-    """`w2` on every block of the input, then `w1` across the blocks: the product itself is never built."""
+    """`w2` on every block of the input and `w1` across the blocks: the product itself is never built.
+
+    Where `w2` is of low rank, `w1` acts between its factors, where there is least to do.
+    """
     if layer.kind == "embedding" or layer.groups > 1:
         # A row of the product is as cheap as it gets; groups cut across the blocks.
         return layer.dense(input, delta_weight(tensors, layer), gate, onto)
-    w1, w2 = _w1(tensors), _w2(tensors, layer)
-    w1 = scaled(w1, gate)
-    if layer.kind == "linear":
-        blocks = torch.nn.functional.linear(input.unflatten(-1, (w1.shape[1], -1)), w2)
-        delta = torch.einsum("oi,...ip->...op", w1, blocks).flatten(-2)
+    w1, factors = scaled(_w1(tensors), gate), _w2_factors(tensors, layer)
+    if factors is not None and _is_dearer(w1, *factors):
+        factors = None
+    make = _linear if layer.kind == "linear" else _convolution
+    down, up = factors or (None, _w2(tensors, layer))
+    return make(layer, input, w1, down, up, onto)
+
+
+def _linear(
+    layer: LayerSpec, input: Tensor, w1: Tensor, down: Tensor | None, up: Tensor, onto: Tensor | None
+) -> Tensor:
+    """`up` of `w1` across the blocks of `down` of the input."""
+    blocks = input.unflatten(-1, (w1.shape[1], -1))
+    if down is None:
+        hidden = torch.bmm(w1.expand(blocks[..., 0, 0].numel(), -1, -1), blocks.reshape(-1, *blocks.shape[-2:]))
+        hidden = hidden.view(*blocks.shape[:-2], w1.shape[0], -1)
     else:
-        batched = input if input.ndim == len(layer.kernel) + 2 else input.unsqueeze(0)
-        blocks = layer.op(batched.unflatten(1, (w1.shape[1], -1)).flatten(0, 1), w2)
-        delta = torch.einsum("oi,nip...->nop...", w1, blocks.unflatten(0, (-1, w1.shape[1]))).flatten(1, 2)
-        delta = delta if input.ndim == batched.ndim else delta.squeeze(0)
-    return delta if onto is None else add(delta, onto)
+        hidden = F.linear(F.linear(blocks, down).mT, w1).mT
+    output = layer.expand(hidden, up, onto)
+    return output if onto is not None else output.flatten(-2)
+
+
+def _convolution(
+    layer: LayerSpec, input: Tensor, w1: Tensor, down: Tensor | None, up: Tensor, onto: Tensor | None
+) -> Tensor:
+    """The same on channels; a whole `w2` (`up`) has a kernel and comes before `w1`."""
+    lead = input.shape[: -1 - len(layer.kernel)]
+    blocks = input.reshape(-1, input.shape[len(lead)] // w1.shape[1], *input.shape[len(lead) + 1 :])
+    blocks = layer.op(blocks, up if down is None else down)
+    space = blocks.shape[2:]
+    blocks = blocks.reshape(-1, w1.shape[1], blocks[0].numel())
+    across = w1.expand(len(blocks), -1, -1)
+    if down is not None:
+        hidden = torch.bmm(across, blocks).view(-1, down.shape[0], *space)
+        output = layer.expand(hidden, up, onto)
+    elif onto is not None and can_accumulate(onto, blocks, w1):
+        onto.view(-1, w1.shape[0], blocks.shape[2]).baddbmm_(across, blocks)
+        return onto
+    else:
+        output = torch.bmm(across, blocks)
+        output = output if onto is None else add(output, onto.reshape(output.shape))
+    return output.reshape(*lead, layer.out_features, *space)
+
+
+def _is_dearer(w1: Tensor, down: Tensor, up: Tensor) -> bool:
+    """Whether the factors of `w2` take more multiplications than their product."""
+    (rows, columns), fan = w1.shape, down[0].numel()
+    return down.shape[0] * (columns * fan + columns * rows + rows * up.shape[0]) > (
+        columns * up.shape[0] * (fan + rows)
+    )
 
 
 def as_low_rank(tensors: Tensors, layer: LayerSpec) -> tuple[Tensor, Tensor] | None:

@@ -179,11 +179,11 @@ def prepare(tensors: Tensors, layer: LayerSpec, surroundings: Surroundings) -> T
 
 
 def turn(
-    tensors: Tensors, layer: LayerSpec, vectors: Tensor, axis: int, gate: Tensor, transposed: bool = False
+    tensors: Tensors, layer: LayerSpec, vectors: Tensor, axis: int, gate: Tensor, transposed: bool, onto: Tensor | None
 ) -> Tensor:
     """The blocks on their stretches of the axis."""
-    blocks = tensors[_TURN]
-    return blockwise(vectors, (blocks.transpose(1, 2) if transposed else blocks).mul(gate).to(vectors.dtype), axis)
+    blocks = tensors[_TURN].mT if transposed else tensors[_TURN]
+    return blockwise(vectors, blocks.mul(gate).to(vectors.dtype), axis, onto)
 
 
 def rows(tensors: Tensors, layer: LayerSpec, rows: Sequence[range]) -> dict[str, Tensor] | None:

@@ -1,0 +1,30 @@
+"""Families whose original layout is that of diffusers, so far as files have it."""
+
+from diffadapt.families.family import Family
+
+QWEN = Family(
+    "qwen",
+    ("QwenImageTransformer2DModel",),
+    signs="transformer_blocks~~(?:(?:img|txt)_mlp~net|(?:img|txt)_mod)",
+)
+
+QWEN21 = Family(
+    "qwen21",
+    ("QwenImage21Transformer2DModel",),
+    signs=r"transformer_blocks~~img_mlp~(?:gate|proj\.|out\.)",
+    # ComfyUI has the two in one.
+    also={
+        "transformer_blocks.{}.img_mlp.gate_up": (
+            "transformer_blocks.{}.img_mlp.gate_layer",
+            "transformer_blocks.{}.img_mlp.proj",
+        ),
+    },
+)
+
+COGVIEW4 = Family("cogview4", ("CogView4Transformer2DModel",))
+
+HIDREAM = Family(
+    "hidream",
+    ("HiDreamImageTransformer2DModel",),
+    signs="(?:double|single)_stream_blocks~~block",
+)

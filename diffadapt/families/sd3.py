@@ -1,0 +1,62 @@
+"""Stable Diffusion 3 and 3.5: the layout of Stability's code.
+
+Source: diffusers 0.42.1 `loaders/single_file_utils.py`.
+"""
+
+from diffadapt.families.family import Aliases, Family, Table, block, joined
+from diffadapt.pieces import Piece
+from diffadapt.targets import Targets
+
+_IMAGE: Table = {
+    "attn.qkv": joined("attn.to_"),
+    "attn.proj": "attn.to_out.0",
+    "attn.ln_q": "attn.norm_q",
+    "attn.ln_k": "attn.norm_k",
+    "attn2.qkv": joined("attn2.to_"),
+    "attn2.proj": "attn2.to_out.0",
+    "attn2.ln_q": "attn2.norm_q",
+    "attn2.ln_k": "attn2.norm_k",
+    "mlp.fc1": "ff.net.0.proj",
+    "mlp.fc2": "ff.net.2",
+    "adaLN_modulation.1": "norm1.linear",
+}
+_TEXT: Table = {
+    "attn.qkv": joined("attn.add_", "_proj"),
+    "attn.proj": "attn.to_add_out",
+    "attn.ln_q": "attn.norm_added_q",
+    "attn.ln_k": "attn.norm_added_k",
+    "mlp.fc1": "ff_context.net.0.proj",
+    "mlp.fc2": "ff_context.net.2",
+    "adaLN_modulation.1": "norm1_context.linear",
+}
+
+
+def _last(targets: Targets) -> Aliases:
+    """Where the text ends, its norm is one of two halves, which diffusers has the other way round."""
+    found: dict[str, tuple[Piece, ...]] = {}
+    for path in targets.modules:
+        start, end, rest = path.partition(".norm1_context.linear")
+        if end and not rest and f"{start}.ff_context" not in targets.modules:
+            number = start.removeprefix("transformer_blocks.")
+            found[f"joint_blocks.{number}.context_block.adaLN_modulation.1"] = (Piece(path, swapped=True),)
+    return found
+
+
+SD3 = Family(
+    "sd3",
+    ("SD3Transformer2DModel",),
+    signs="joint_blocks~~",
+    layers={
+        **block("joint_blocks.{}.x_block", "transformer_blocks.{}", _IMAGE),
+        **block("joint_blocks.{}.context_block", "transformer_blocks.{}", _TEXT),
+        "x_embedder.proj": "pos_embed.proj",
+        "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
+        "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
+        "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
+        "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
+        "final_layer.linear": "proj_out",
+        "final_layer.adaLN_modulation.1": "norm_out.linear",
+    },
+    swapped=frozenset({"final_layer.adaLN_modulation.1"}),
+    aliases=_last,
+)

@@ -1,0 +1,41 @@
+"""Files that look like adapters and are something else, each recognised to be refused by its name."""
+
+import re
+
+from diffadapt.errors import AdapterError
+from diffadapt.formats.format import Format, Header, Names, Verdict
+
+
+def _foreign(name: str, keys: str, what: str) -> Format:
+    """A kind of file that has keys like these."""
+    pattern = re.compile(keys)
+
+    def locate(header: Header, names: Names) -> dict[str, Verdict]:
+        raise AdapterError(what)
+
+    return Format(
+        name,
+        lambda header: any(pattern.match(key) for key in header.keys),
+        locate,
+        lambda header: lambda component, path, rank: None,
+        None,
+    )
+
+
+IP_ADAPTER = _foreign(
+    "ip-adapter",
+    r"image_proj\.|ip_adapter|(?:double|single)_blocks\.\d+\.processor\.ip_adapter",
+    "this is an IP-Adapter, which adds attention to an image and is no adapter of weights; use pipe.load_ip_adapter(). "
+    "The LoRA that FaceID needs beside it is a file of its own",
+)
+CONTROL_LORA = _foreign(
+    "control-lora",
+    r"lora_controlnet$|input_hint_block\.|zero_convs\.",
+    "this is a Control-LoRA, a ControlNet stored as its difference from the UNet; load it with "
+    "diffusers.ControlNetModel.from_unet() and its load_lora_adapter()",
+)
+CONTROLNET_LLLITE = _foreign(
+    "controlnet-lllite",
+    r"lllite_",
+    "this is a ControlNet-LLLite, which reads a control image and is no adapter of weights; diffusers cannot run it",
+)

@@ -1,0 +1,178 @@
+"""Writers of the formats that spell tensors as sd-scripts and LyCORIS do: kohya, OneTrainer and ComfyUI.
+
+They differ in the names of layers: flattened or dotted, of the model's original layout or of diffusers.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from diffadapt.errors import AdapterError
+from diffadapt.formats.original import original
+from diffadapt.state import AdapterState, Document, LayerState
+from diffadapt.types import named
+
+_SPELLINGS = {
+    "lora_down": "lora_down.weight",
+    "lora_up": "lora_up.weight",
+    "lora_mid": "lora_mid.weight",
+    "lora_bias": "lora_up.bias",
+    "glora_a1": "a1.weight",
+    "glora_a2": "a2.weight",
+    "glora_b1": "b1.weight",
+    "glora_b2": "b2.weight",
+    "ia3_w": "weight",
+}
+_NORM_SPELLINGS = {"diff": "w_norm", "diff_b": "b_norm"}
+_POINTWISE = frozenset({"lora_up", "dora_scale", "glora_a1", "glora_a2", "glora_b1"})
+_PEFT_ONLY = frozenset({"boft_R", "ia3_l"})
+_COMFY_TEXT_ENCODERS = {
+    "sd": {"text_encoder": "clip_l"},
+    "sd2": {"text_encoder": "clip_h"},
+    "sdxl": {"text_encoder": "clip_l", "text_encoder_2": "clip_g"},
+    "sd3": {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"},
+    "flux": {"text_encoder": "clip_l", "text_encoder_2": "t5xxl"},
+    "chroma": {"text_encoder": "t5xxl"},
+    "pixart": {"text_encoder": "t5xxl"},
+}
+_HASH_OFFSET, _HASH_BYTES = 0x100000, 0x10000
+
+
+def is_original(family: str | None) -> bool:
+    """sd-scripts names the Stable Diffusion UNets as diffusers does, and every newer model as its authors do."""
+    return family not in ("sd", "sd2", "sdxl", None)
+
+
+def dump_kohya(state: AdapterState) -> dict[str, Document]:
+    """sd-scripts: `lora_unet_`, and `lora_te_` or numbers for several text encoders."""
+    numbered = len(_text_encoders(state)) > 1 or state.family not in ("sd", "sd2", None)
+    # sd-scripts' T5 is the third, also where there is no second CLIP.
+    t5 = {"text_encoder_2": "3"} if state.family == "flux" else {}
+
+    def prefix(component: str) -> str:
+        number = t5.get(component) or component.removeprefix("text_encoder").lstrip("_") or "1"
+        return f"lora_te{number if numbered else ''}" if component.startswith("text_encoder") else "lora_unet"
+
+    return _hashed(_document(state, lambda c, path: f"{prefix(c)}_{path}".replace(".", "_"), is_original(state.family)))
+
+
+def dump_onetrainer(state: AdapterState) -> dict[str, Document]:
+    """OneTrainer: diffusers' names, flattened, under `lora_unet_` or `lora_transformer_`."""
+
+    def prefix(component: str) -> str:
+        if not component.startswith("text_encoder"):
+            return f"lora_{component}"
+        return f"lora_te{component.removeprefix('text_encoder').lstrip('_') or '1'}"
+
+    single = _text_encoders(state) == ["text_encoder"] and state.family in ("sd", "sd2", None)
+    return _document(
+        state,
+        lambda c, path: f"{'lora_te' if single and c == 'text_encoder' else prefix(c)}_{path}".replace(".", "_"),
+        False,
+    )
+
+
+def dump_comfy(state: AdapterState) -> dict[str, Document]:
+    """ComfyUI: `diffusion_model.` and the original layout, with dots."""
+    text_encoders = _COMFY_TEXT_ENCODERS.get(state.family or "", {})
+
+    def name(component: str, path: str) -> str:
+        if not component.startswith("text_encoder"):
+            if component not in ("unet", "transformer", "prior"):
+                raise AdapterError(f"{component}: a ComfyUI file holds one denoiser; save its adapters one by one")
+            return f"diffusion_model.{path}"
+        if component not in text_encoders:
+            raise AdapterError(f"{component}: its name in ComfyUI is not known for {state.family} models")
+        return f"text_encoders.{text_encoders[component]}.transformer.{path}"
+
+    return _document(state, name, True)
+
+
+def _document(state: AdapterState, name: Callable[[str, str], str], as_original: bool) -> dict[str, Document]:
+    """Everything in one file.
+
+    Args:
+        name: component and dotted path -> name of the layer in the file.
+    """
+    tensors: dict[str, Tensor] = {}
+    for component, layers in state.layers.items():
+        if as_original:
+            layers = original(layers, state.layouts.get(component, {}))
+        for path, layer in layers.items():
+            # Other tools' CLIP has the `text_model` level that transformers 5 dropped.
+            level = "text_model." if path.startswith("encoder.layers.") else ""
+            module, where = name(component, level + path), f"{component}.{path}"
+            for spelling, tensor in _spelled(where, layer):
+                tensors[f"{module}.{spelling}"] = tensor
+            alpha = _alpha(where, layer)
+            if alpha is not None:
+                tensors[f"{module}.alpha"] = torch.tensor(alpha)
+    every = [layer for layers in state.layers.values() for layer in layers.values()]
+    ranks = {layer.rank for layer in every}
+    metadata = {
+        "ss_network_module": "networks.lora" if {layer.type for layer in every} <= {"lora"} else "lycoris.kohya",
+        "ss_network_dim": str(max(rank or 0 for rank in ranks)) if len(ranks) == 1 else "Dynamic",
+        **state.metadata,
+        "format": "pt",
+    }
+    metadata.pop("lora_adapter_metadata", None)
+    return {"": Document(tensors, metadata)}
+
+
+def _hashed(documents: dict[str, Document]) -> dict[str, Document]:
+    """With the hashes by which web interfaces know a file: of its tensors and training metadata alone.
+
+    Source: sd-scripts 48d368f `library/train_util.py`, `precalculate_safetensors_hashes`.
+    """
+    document = documents[""]
+    training = {key: value for key, value in document.metadata.items() if key.startswith("ss_")}
+    content = save({k: t.detach().cpu().contiguous() for k, t in document.tensors.items()}, training)
+    start = 8 + int.from_bytes(content[:8], "little")
+    hashes = {
+        "sshs_model_hash": hashlib.sha256(content[start:]).hexdigest(),
+        "sshs_legacy_hash": hashlib.sha256(content[_HASH_OFFSET : _HASH_OFFSET + _HASH_BYTES]).hexdigest()[:8],
+    }
+    return {"": Document(document.tensors, {**document.metadata, **hashes})}
+
+
+def _text_encoders(state: AdapterState) -> list[str]:
+    return [component for component in state.layers if component.startswith("text_encoder")]
+
+
+def _spelled(where: str, layer: LayerState) -> Iterator[tuple[str, Tensor]]:
+    """A layer's tensors by sd-scripts' and LyCORIS' names and in their shapes."""
+    ones = (1,) * layer.kernel_dims
+    for name, tensor in layer.tensors.items():
+        if name in _PEFT_ONLY:
+            raise AdapterError(f"{where}: format='kohya' has no place for {name}; use 'peft', or to_lora()")
+        if name in _POINTWISE:
+            tensor = tensor.view(*tensor.shape, *ones)
+        elif name == "rescale":
+            tensor = tensor.view(-1, 1, *ones)
+        elif name == "lokr_w1" and layer.rank is None:
+            # Readers ignore alpha where both factors are whole; PEFT's scale has to go into one of them.
+            tensor = tensor * layer.scale
+        elif name == "ia3_w":
+            yield "on_input", torch.tensor(int(tensor.shape[1] > 1))
+            tensor = tensor.view(1, -1, *ones) if ones else tensor.view(-1)
+        spelling = _SPELLINGS.get(name, name)
+        if "diff" in layer.tensors and layer.tensors["diff"].ndim == 1:
+            spelling = _NORM_SPELLINGS[name]
+        yield spelling, tensor
+
+
+def _alpha(where: str, layer: LayerState) -> float | None:
+    """The alpha tensor of a layer, which some types use for a setting of theirs. Others have no place here."""
+    kind = named(layer.type)
+    for name, value in layer.settings.items():
+        if name not in (kind.alpha_is, "rank") and value != kind.settings[name]:
+            raise AdapterError(f"{where}: format='kohya' has no place for {name}={value:g}; use 'peft', or to_lora()")
+    if kind.alpha_is is not None:
+        return float(layer.settings[kind.alpha_is])
+    if layer.rank is None:
+        # LyCORIS reads one for every LoKr, also where it means nothing.
+        return 1.0 if "lokr_w1" in layer.tensors else None
+    return float(layer.rank if layer.alpha is None else layer.alpha)
