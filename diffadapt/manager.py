@@ -296,7 +296,7 @@ class Adapters:
             path: a `.safetensors` file, or a folder, which gets `pytorch_lora_weights.safetensors`. For "peft" a
                 folder, which gets `adapter_model.safetensors` and `adapter_config.json`, in a folder of its own for
                 each component if there are several.
-            format: "diffusers", "kohya" or "peft".
+            format: "diffusers", "kohya", "peft", "comfy" or "onetrainer".
 
         Returns:
             The file written; it appears complete or not at all.

@@ -13,7 +13,7 @@ class Report:
 
     Attributes:
         name: the adapter's name.
-        format: file format ("diffusers", "kohya", "peft").
+        format: file format ("diffusers", "kohya", "peft", "comfy", ...).
         family: model family ("sd", "sdxl", "flux", ...), `None` where unknown.
         types: layers per adapter type.
         components: layers per component.

@@ -210,7 +210,7 @@ def test_folder_of_peft(case: str, tmp_path: Path) -> None:
     model = Layers()
     report = diffadapt.load_adapter(model, tmp_path)
     assert report.unused == []
-    assert report.components == {"text_encoder": len(names)}
+    assert report.components == {"model": len(names)}
     expected = outputs_of_peft(adapted, names)
     assert_equal_and_sensitive(model, expected)
     if "coft" not in case:
