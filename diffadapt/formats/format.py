@@ -163,10 +163,11 @@ class Names:
     def _resolve(self, component: str, path: str) -> str | None:
         """The model's own path, or the name in its original layout."""
         assert self.models is not None
-        if path in self._aliases(component)[0]:
-            # Before the model's own: a module of that name may be one no adapter means (Wan has a bare norm).
-            return path
         found = self.models[component].resolve(path)
+        if self._has_weight(component, found):
+            return found
+        if path in self._aliases(component)[0]:
+            return path
         if found is None and component.startswith("text_encoder"):
             return self._cores(component)[0].get(_core(path))
         return found
@@ -174,12 +175,20 @@ class Names:
     def _resolve_flat(self, component: str, flat: str) -> str | None:
         assert self.models is not None
         for spelling in dict.fromkeys((flat, flat.strip("_"))):
-            found = self._aliases(component)[1].get(spelling) or self.models[component].resolve_flat(spelling)
+            found = self.models[component].resolve_flat(spelling)
+            if not self._has_weight(component, found):
+                found = self._aliases(component)[1].get(spelling) or found
             if found is None and component.startswith("text_encoder"):
                 found = self._cores(component)[1].get(_core(spelling))
             if found is not None:
                 return found
         return None
+
+    def _has_weight(self, component: str, path: str | None) -> bool:
+        """Whether the model has a layer there; Wan has a bare norm where its original layout has another one."""
+        assert self.models is not None
+        module = None if path is None else self.models[component].modules.get(path)
+        return getattr(module, "weight", None) is not None
 
     def _aliases(self, component: str) -> tuple[Aliases, Mapping[str, str]]:
         """Names of the original layout, and the same by their flattened form."""
@@ -210,7 +219,7 @@ class Names:
 
     def _place(self, component: str, written: str, name: str, found: str) -> Place:
         assert self.models is not None
-        pieces = self._aliases(component)[0].get(found)
+        pieces = None if self._has_weight(component, found) else self._aliases(component)[0].get(found)
         if pieces is None:
             return Place(component, found, name, written)
         if len(pieces) == 1 and not pieces[0].swapped:
