@@ -25,56 +25,33 @@ input side a strength m interpolates rotation and `boft_s` one by one, on the ou
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from diffadapt.config import AdapterConfig
 from diffadapt.errors import AdapterError
 from diffadapt.kind import AdapterType, Stage, Surroundings, Tensors
 from diffadapt.layer import LayerSpec, blockwise, layer_of, pick, scaled, shape_of
-from diffadapt.types.oft import cayley, constrained, rescaled
+from diffadapt.types.oft import RotationConfig, cayley, constrained, rescaled
 
 _ON_INPUT, _ON_OUTPUT = "boft_on_input", "boft_on_output"
 
 
 @dataclass(frozen=True, kw_only=True)
-class BOFTConfig(AdapterConfig):
-    """BOFT for new adapters (Liu et al., arXiv 2311.06243). Dropout turns whole blocks into the identity.
+class BOFTConfig(RotationConfig):
+    """BOFT for new adapters (Liu et al., arXiv 2311.06243).
 
     Attributes:
-        block_size: of the turned blocks; it has to divide the channels. Either this or `num_blocks`.
-        num_blocks: per layer and factor.
         butterfly_factors: m; `2^(m-1)` has to divide the number of blocks. Default 1 on the input side as in PEFT, as
             many as there can be on the output side as in LyCORIS.
-        side: "input" as in PEFT, "output" as in LyCORIS.
-        constraint: radius of the constraint, in parts of the number of outputs; 0 for none. Output side only.
-        rescale: also train a factor per output; always so on the input side.
     """
 
-    block_size: int = 0
-    num_blocks: int = 0
     butterfly_factors: int | None = None
-    side: Literal["input", "output"] = "input"
-    constraint: float = 0.0
-    rescale: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.block_size > 0) == (self.num_blocks > 0):
-            raise AdapterError(
-                f"block_size is {self.block_size} and num_blocks is {self.num_blocks}, expected exactly one of them"
-            )
-        if self.side not in ("input", "output"):
-            raise AdapterError(f"side is {self.side!r}, expected 'input' or 'output'")
         if self.butterfly_factors is not None and self.butterfly_factors < 1:
             raise AdapterError(f"butterfly_factors is {self.butterfly_factors}, expected at least 1")
-        for name in ("constraint", "rescale"):
-            if getattr(self, name) and self.side == "input":
-                raise AdapterError(f"{name} has no effect with side='input'")
-        if self.constraint < 0:
-            raise AdapterError(f"constraint is {self.constraint}, expected at least 0")
 
     @property
     def settings(self) -> dict[str, float]:
@@ -83,11 +60,7 @@ class BOFTConfig(AdapterConfig):
 
     def blocks(self, channels: int) -> tuple[int, int, int]:
         """Number of factors, and number and size of their blocks, for so many channels."""
-        given = self.block_size or self.num_blocks
-        if channels % given:
-            name = "block_size" if self.block_size else "num_blocks"
-            raise AdapterError(f"{name} is {given}, which does not divide the {channels} channels to rotate")
-        number, size = (channels // given, given) if self.block_size else (given, channels // given)
+        number, size = self.split(channels)
         most = 1
         while number % 2**most == 0:
             most += 1

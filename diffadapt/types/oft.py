@@ -37,26 +37,20 @@ _OLD = "oft_r"
 
 
 @dataclass(frozen=True, kw_only=True)
-class OFTConfig(AdapterConfig):
-    """OFT for new adapters (Qiu et al., arXiv 2306.07280). Dropout turns whole blocks into the identity.
+class RotationConfig(AdapterConfig):
+    """What OFT and BOFT have in common. Dropout turns whole blocks into the identity.
 
     Attributes:
         block_size: of the rotated blocks; it has to divide the channels. Either this or `num_blocks`.
-        num_blocks: per layer (PEFT's `r`).
+        num_blocks: per layer.
         side: "input" as in PEFT, "output" as in LyCORIS.
-        neumann_terms: terms of the Neumann series; 0 for the exact inverse. Input side only.
-        block_share: all blocks of a layer are one. Input side only.
-        coft_eps: radius of constrained OFT (PEFT's `coft` and `eps`); 0 for none. Input side only.
         constraint: radius of the constraint, in parts of the number of outputs; 0 for none. Output side only.
-        rescale: also train a factor per output. Output side only.
+        rescale: also train a factor per output. Output side only (BOFT always has one on the input side).
     """
 
     block_size: int = 0
     num_blocks: int = 0
     side: Literal["input", "output"] = "input"
-    neumann_terms: int | None = None
-    block_share: bool = False
-    coft_eps: float = 0.0
     constraint: float = 0.0
     rescale: bool = False
 
@@ -68,13 +62,46 @@ class OFTConfig(AdapterConfig):
             )
         if self.side not in ("input", "output"):
             raise AdapterError(f"side is {self.side!r}, expected 'input' or 'output'")
-        idle = ("constraint", "rescale") if self.side == "input" else ("neumann_terms", "block_share", "coft_eps")
-        for name in idle:
+        if self.constraint < 0:
+            raise AdapterError(f"constraint is {self.constraint}, expected at least 0")
+        if self.side == "input":
+            self._refuse("constraint", "rescale")
+
+    def _refuse(self, *names: str) -> None:
+        """Settings that mean nothing on the chosen side."""
+        for name in names:
             if getattr(self, name):
                 raise AdapterError(f"{name} has no effect with side={self.side!r}")
-        for name in ("coft_eps", "constraint"):
-            if getattr(self, name) < 0:
-                raise AdapterError(f"{name} is {getattr(self, name)}, expected at least 0")
+
+    def split(self, channels: int) -> tuple[int, int]:
+        """Number and size of the blocks that so many channels fall into."""
+        given = self.block_size or self.num_blocks
+        if channels % given:
+            name = "block_size" if self.block_size else "num_blocks"
+            raise AdapterError(f"{name} is {given}, which does not divide the {channels} channels to rotate")
+        return (channels // given, given) if self.block_size else (given, channels // given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OFTConfig(RotationConfig):
+    """OFT for new adapters (Qiu et al., arXiv 2306.07280).
+
+    Attributes:
+        neumann_terms: terms of the Neumann series; 0 for the exact inverse. Input side only.
+        block_share: all blocks of a layer are one. Input side only.
+        coft_eps: radius of constrained OFT (PEFT's `coft` and `eps`); 0 for none. Input side only.
+    """
+
+    neumann_terms: int | None = None
+    block_share: bool = False
+    coft_eps: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.side == "output":
+            self._refuse("neumann_terms", "block_share", "coft_eps")
+        if self.coft_eps < 0:
+            raise AdapterError(f"coft_eps is {self.coft_eps}, expected at least 0")
         if self.neumann_terms is not None and (self.neumann_terms < 0 or self.neumann_terms == 1):
             raise AdapterError(f"neumann_terms is {self.neumann_terms}, expected 0 or at least 2")
 
@@ -85,14 +112,6 @@ class OFTConfig(AdapterConfig):
             return {"constraint": self.constraint}
         terms = 5 if self.neumann_terms is None else self.neumann_terms
         return {"neumann_terms": terms, "coft_eps": self.coft_eps}
-
-    def blocks(self, channels: int) -> tuple[int, int]:
-        """Number and size of the blocks that so many channels fall into."""
-        given = self.block_size or self.num_blocks
-        if channels % given:
-            name = "block_size" if self.block_size else "num_blocks"
-            raise AdapterError(f"{name} is {given}, which does not divide the {channels} channels to rotate")
-        return (channels // given, given) if self.block_size else (given, channels // given)
 
 
 def fit(tensors: Tensors, layer: LayerSpec) -> dict[str, Tensor]:
@@ -139,7 +158,7 @@ def init(
     _refuse_groups(layer)
     deviation = 0.0 if config.init else 0.1
     name = "oft_R" if config.side == "input" else "oft_blocks"
-    number, size = config.blocks(_rotated_channels(name, layer))
+    number, size = config.split(_rotated_channels(name, layer))
     if size == 1:
         raise AdapterError("blocks of one channel cannot be rotated")
     if name == "oft_R":
