@@ -25,7 +25,8 @@ from diffadapt.state import LayerState
 BANK = "diffadapt"
 """Name of the child module that holds a model's adapters."""
 
-_PATCH_DELTA = "patch_delta"
+PATCH_DELTA = "patch_delta"
+"""Name of the prepared tensor that a type at the stage "patch" runs as: `W (R - I)`, in the shape of the weight."""
 
 
 class CallScale:
@@ -80,7 +81,7 @@ class Ready(NamedTuple):
         layer = self.layer
         input = self.dropped(input)
         if "patch" in layer.stages:
-            return layer.spec.dense(input, self.tensors[_PATCH_DELTA], self.gate, output)
+            return layer.spec.dense(input, self.tensors[PATCH_DELTA], self.gate, output)
         return layer.kind.delta_output(self.tensors, layer.spec, input, self.gate, output)
 
     def dropped(self, input: Tensor) -> Tensor:
@@ -186,7 +187,6 @@ class AdapterLayer(nn.Module):
 
     def ready(self, device: torch.device) -> Ready:
         """Tensors and gate for one call on `device`."""
-        dtype = next(iter(self._parameters.values())).dtype  # type: ignore[union-attr]
         tensors, gate = self._prepared(), self.gate
         if next(iter(tensors.values())).device != device:
             # The layer's weights come and go by someone's offloading; ours follow for this call.
@@ -197,13 +197,20 @@ class AdapterLayer(nn.Module):
             gate = gate * self.call.value.to(device)
         if self.training:
             tensors, gate = self._dropped(tensors, gate)
-        return Ready(self, tensors, gate, dtype)
+        return Ready(self, tensors, gate, self.dtype)
 
-    def prepared(self, weight: Callable[[], Tensor], dtype: torch.dtype | None = None) -> Tensors:
-        """What `kind.prepare` makes of the tensors, for a layer with this weight, in `dtype`."""
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype it computes in."""
+        return next(iter(self._parameters.values())).dtype  # type: ignore[union-attr]
+
+    def prepared(
+        self, weight: Callable[[], Tensor], dtype: torch.dtype | None = None, device: torch.device | None = None
+    ) -> Tensors:
+        """What `kind.prepare` makes of the tensors, for a layer with this weight, in `dtype` and on `device`."""
         tensors: Tensors = self.tensors
-        if dtype is not None:
-            tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+        if dtype is not None or device is not None:
+            tensors = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
         prepared = self.kind.prepare(tensors, self.spec, Surroundings(self.settings, self.scale, weight))
         if "patch" not in self.stages:
             return prepared
@@ -211,7 +218,7 @@ class AdapterLayer(nn.Module):
         rows = weight().to(next(iter(tensors.values()))).flatten(1)
         one = torch.ones((), device=rows.device)
         delta = self.kind.turn(prepared, self.spec, rows, 1, one, True, None)
-        return {**prepared, _PATCH_DELTA: delta.view(self.spec.weight_shape)}
+        return {**prepared, PATCH_DELTA: delta.view(self.spec.weight_shape)}
 
     def base_weight(self) -> Tensor:
         """The layer's own weight, canonical and decoded."""
@@ -305,55 +312,32 @@ def _slices(tensor: Tensor, axis: int, probability: float) -> Tensor:
     return (torch.rand(shape, device=tensor.device) >= probability).to(tensor.dtype)
 
 
-class Adapter(nn.Module):
-    """One adapter on one model: it owns its parameters, in a tree that mirrors the model's module paths.
+class LayerTree(nn.Module):
+    """Adapter layers, or slots for them, in a tree that mirrors the model's module paths, and their gates.
 
     Saving, moving, freezing, counting and deleting are the ordinary module operations on this tree.
-
-    Attributes:
-        layers: module path of the model -> adapter layer.
-        metadata: of the file it came from, verbatim.
-        strength: what the user set: a number, or numbers by module-path prefix of this model.
-        active: whether it takes part in the forward.
     """
 
-    def __init__(self, layers: Mapping[str, AdapterLayer], metadata: Mapping[str, str] | None = None) -> None:
-        super().__init__()
-        self.layers = {path: layers[path] for path in sorted(layers)}
-        self.metadata = dict(metadata or {})
-        self.strength: float | Mapping[str, float] = 1.0
-        self.active = False
-        for path, layer in self.layers.items():
-            self._graft(path, layer)
-        self._scales = torch.tensor([layer.scale for layer in self.layers.values()], dtype=torch.float64)
-        device = next((p.device for p in self.parameters() if p.device.type != "meta"), torch.device("cpu"))
-        self._deal(torch.zeros(len(self.layers), device=device))
-        self.set_strengths([1.0] * len(self.layers))
-
-    def set_strengths(self, strengths: Sequence[float]) -> None:
-        """One strength per layer, in the order of `layers`: a single write to the tensor the layers read."""
-        self._gates.copy_(self._scales * torch.tensor(strengths, dtype=torch.float64))
+    _gates: Tensor
 
     def _deal(self, gates: Tensor) -> None:
         """Give every layer its element of `gates`.
 
         Views and not buffers: group offloading would replace a buffer's storage and cut it from the flat tensor.
         """
-        self._gates = gates
-        for layer, gate in zip(self.layers.values(), gates.unbind(), strict=True):
-            layer.__dict__["gate"] = gate
+        raise NotImplementedError
 
-    def _graft(self, path: str, layer: AdapterLayer) -> None:
-        *parents, leaf = path.split(".")
+    def _graft(self, path: str, leaf: nn.Module) -> None:
+        *parents, last = path.split(".")
         node: nn.Module = self
         for name in parents:
             child = node._modules.get(name)
             if child is None:
                 child = node._modules[name] = nn.Module()
             node = child
-        node._modules[leaf] = layer
+        node._modules[last] = leaf
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Adapter":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LayerTree":
         def keep_precision(tensor: Tensor) -> Tensor:
             # Layerwise casting of a whole model casts every parameter it finds; adapters keep theirs.
             moved = fn(tensor)
@@ -364,3 +348,45 @@ class Adapter(nn.Module):
         if device != self._gates.device and device.type != "meta":
             self._deal(self._gates.to(device))
         return self
+
+
+class Adapter(LayerTree):
+    """One adapter on one model: it owns its parameters.
+
+    Attributes:
+        layers: module path of the model -> adapter layer.
+        metadata: of the file it came from, verbatim.
+        strength: what the user set: a number, or numbers by module-path prefix of this model.
+        active: whether it takes part in the forward.
+        beside: on a model with slots, whether it runs beside them, which costs a recompile: it has no room there, or is
+            being trained.
+    """
+
+    def __init__(self, layers: Mapping[str, AdapterLayer], metadata: Mapping[str, str] | None = None) -> None:
+        super().__init__()
+        self.layers = {path: layers[path] for path in sorted(layers)}
+        self.metadata = dict(metadata or {})
+        self.strength: float | Mapping[str, float] = 1.0
+        self.active = False
+        self.beside = False
+        for path, layer in self.layers.items():
+            self._graft(path, layer)
+        self._scales = torch.tensor([layer.scale for layer in self.layers.values()], dtype=torch.float64)
+        device = next((p.device for p in self.parameters() if p.device.type != "meta"), torch.device("cpu"))
+        self._deal(torch.zeros(len(self.layers), device=device))
+        self.set_strengths(1.0)
+
+    def set_strengths(self, strengths: float | Sequence[float]) -> None:
+        """A strength, or one per layer in the order of `layers`: a single write to the tensor the layers read."""
+        factor = strengths if isinstance(strengths, float) else torch.tensor(strengths, dtype=torch.float64)
+        self._gates.copy_(self._scales * factor)
+
+    @property
+    def gates(self) -> Tensor:
+        """What multiplies the change of each layer, in the order of `layers`."""
+        return self._gates
+
+    def _deal(self, gates: Tensor) -> None:
+        self._gates = gates
+        for layer, gate in zip(self.layers.values(), gates.unbind(), strict=True):
+            layer.__dict__["gate"] = gate

@@ -23,8 +23,11 @@ from diffadapt import compose
 from diffadapt.adapter import BANK, Adapter, AdapterLayer, CallScale
 from diffadapt.errors import AdapterError
 from diffadapt.hooks import diffusers_scales_with_peft, is_bypassed
+from diffadapt.slots import Reservation
 
 _ACTIVE = "_diffadapt_active"
+# With a dot, which no adapter's name has.
+_RESERVED = "reserved.slots"
 _SCALE_KWARGS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
 
 
@@ -76,6 +79,13 @@ class Bank(nn.Module):
         self.originals: list[tuple[Tensor, Tensor]] = []
         self.merged: tuple[str, ...] = ()
         self._carriers: list[tuple[nn.Module, Any]] = []
+        self._beside: tuple[Adapter, ...] | None = ()
+
+    @property
+    def reservation(self) -> Reservation | None:
+        """The slots of this model, if any are reserved."""
+        found = self._modules.get(_RESERVED)
+        return found if isinstance(found, Reservation) else None
 
     @property
     def adapters(self) -> dict[str, Adapter]:
@@ -91,7 +101,7 @@ class Bank(nn.Module):
 
     def children(self) -> Iterator[nn.Module]:
         """The adapters, for everything that moves, casts or switches a model as a whole."""
-        return iter(self.adapters.values())
+        return (child for child in self._modules.values() if child is not None)
 
     def forward(self, input: Any) -> Any:
         """The input as it is: a root that calls all its children in turn (`nn.Sequential`) calls the bank too."""
@@ -159,54 +169,131 @@ def bank_of(model: nn.Module) -> Bank | None:
     return bank if isinstance(bank, Bank) else None
 
 
-def attach_(model: nn.Module, name: str, adapter: Adapter, hosts: Mapping[str, nn.Module]) -> None:
-    """Register `adapter` at the root of `model` and make its layers call it; it starts inactive.
+def attach_(
+    model: nn.Module, name: str, adapter: Adapter, hosts: Mapping[str, nn.Module], *, replacing: bool = False
+) -> None:
+    """Register `adapter` at the root of `model` and make its layers call it from the next `refresh_` on.
 
     Args:
         hosts: module path -> layer of the model, for every path of `adapter.layers`.
+        replacing: the adapter of this name, if there is one, goes; else the name must be free.
 
     Raises:
         AdapterError: the name is taken, or the class of a layer cannot be changed. Nothing is changed then.
     """
     bank = bank_of(model)
-    if bank is not None and name in bank._modules:
+    if bank is not None and name in bank._modules and not replacing:
         raise AdapterError(f"adapter {name!r} exists already; remove it first or pass another name")
+    bank = _adapt_(model, {path: hosts[path] for path in adapter.layers})
+    for path, layer in adapter.layers.items():
+        layer.__dict__["call"] = bank.call
+        layer.__dict__["host"] = hosts[path]
+    bank._modules[name] = adapter.train(model.training)
+
+
+def detach_(model: nn.Module, name: str) -> None:
+    """Remove adapter `name`. With the last one the model is what it was before the first, unless it has slots."""
+    bank = bank_of(model)
+    if bank is None or name not in bank._modules:
+        return
+    del bank._modules[name]
+    if bank.reservation is not None:
+        bank.reservation.leave(name)
+    refresh_(model)
+    _release_unused_(model, bank)
+
+
+def reserve_(model: nn.Module, reservation: Reservation, hosts: Mapping[str, nn.Module]) -> None:
+    """Make the layers of `model` run the slots of `reservation`, in the place of those it had.
+
+    Args:
+        hosts: module path -> layer of the model, for every path of `reservation.slots`.
+
+    Raises:
+        AdapterError: the class of a layer cannot be changed. Nothing is changed then.
+    """
+    bank = _adapt_(model, {path: hosts[path] for path in reservation.slots})
+    for path, slots in reservation.slots.items():
+        for slot in slots:
+            slot.__dict__["call"] = bank.call
+            slot.__dict__["host"] = hosts[path]
+    bank._modules[_RESERVED] = reservation.train(model.training)
+    bank._beside = None
+    refresh_(model)
+
+
+def unreserve_(model: nn.Module) -> None:
+    """Remove the slots; the adapters in them run as parameters of their own again, which a compiled model notices."""
+    bank = bank_of(model)
+    if bank is None or bank.reservation is None:
+        return
+    del bank._modules[_RESERVED]
+    bank._beside = None
+    refresh_(model)
+    _release_unused_(model, bank)
+
+
+def refresh_(model: nn.Module) -> None:
+    """Make exactly the adapters act that are active and not merged: those with a seat through their slots, others as
+    adapter layers that every layer calls in the order in which they were attached.
+    """
+    bank = bank_of(model)
+    if bank is None:
+        return
+    reservation = bank.reservation
+    acting = {name: adapter for name, adapter in bank.adapters.items() if adapter.active and name not in bank.merged}
+    seated = {} if reservation is None else reservation.seated
+    if reservation is not None:
+        reservation.open({name: adapter.gates for name, adapter in acting.items() if name in seated})
+    beside = tuple(adapter for name, adapter in acting.items() if name not in seated)
+    if bank._beside is not None and len(beside) == len(bank._beside):
+        if all(adapter is before for adapter, before in zip(beside, bank._beside, strict=True)):
+            return
+    slots = {} if reservation is None else reservation.slots
+    active: dict[str, tuple[AdapterLayer, ...]] = {path: slots.get(path, ()) for path in bank.hosts}
+    for adapter in beside:
+        for path, layer in adapter.layers.items():
+            active[path] = (*active[path], layer)
+    for path, layers in active.items():
+        host = bank.hosts[path]
+        if host.__dict__[_ACTIVE] != layers:
+            host.__dict__[_ACTIVE] = layers
+    bank._beside = beside
+
+
+def _adapt_(model: nn.Module, hosts: Mapping[str, nn.Module]) -> Bank:
+    """Prepare layers for carrying adapter layers: all of them, or none if one refuses."""
     classes: list[tuple[nn.Module, type[nn.Module]]] = []
-    path = ""
-    try:
-        for path in adapter.layers:
-            host = hosts[path]
-            if not isinstance(host, Adapted):
-                classes.append((host, type(host)))
-                host.__class__ = _adapted(type(host))
-                host.__dict__[_ACTIVE] = ()
-    except TypeError as error:
-        for host, base in classes:
-            host.__class__ = base
-            host.__dict__.pop(_ACTIVE, None)
-        raise AdapterError(f"{path}: its class cannot carry an adapter ({error})") from error
+    for path, host in hosts.items():
+        if not isinstance(host, Adapted):
+            base = type(host)
+            try:
+                host.__class__ = _adapted(base)
+            except TypeError as error:
+                for changed, before in classes:
+                    changed.__class__ = before
+                    changed.__dict__.pop(_ACTIVE, None)
+                raise AdapterError(f"{path}: its class cannot carry an adapter ({error})") from error
+            classes.append((host, base))
+            host.__dict__[_ACTIVE] = ()
+    bank = bank_of(model)
     if bank is None:
         bank = Bank()
         bank.train(model.training)
         model._modules[BANK] = bank
         model.register_forward_pre_hook(bank.before_call, with_kwargs=True)
         model.register_forward_hook(bank.after_call)
-    for path, layer in adapter.layers.items():
-        layer.__dict__["call"] = bank.call
-        layer.__dict__["host"] = hosts[path]
-    bank.hosts.update((path, hosts[path]) for path in adapter.layers)
-    bank.attentions.update(_attentions(model, adapter.layers))
-    bank._modules[name] = adapter.train(model.training)
+    new = {path: host for path, host in hosts.items() if path not in bank.hosts}
+    bank.hosts.update(new)
+    bank.attentions.update(_attentions(model, new))
+    return bank
 
 
-def detach_(model: nn.Module, name: str) -> None:
-    """Remove adapter `name`. With the last one the model is what it was before the first."""
-    bank = bank_of(model)
-    if bank is None or name not in bank._modules:
-        return
-    del bank._modules[name]
-    refresh_(model)
+def _release_unused_(model: nn.Module, bank: Bank) -> None:
+    """Give back layers that nothing is left on and, when nothing at all is left, the bank and its hooks."""
     used = {path for adapter in bank.adapters.values() for path in adapter.layers}
+    if bank.reservation is not None:
+        used.update(bank.reservation.slots)
     for path in [path for path in bank.hosts if path not in used]:
         _release_(bank.hosts.pop(path))
         bank.attentions.pop(path, None)
@@ -216,22 +303,6 @@ def detach_(model: nn.Module, name: str) -> None:
             for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is bank]:
                 del hooks[key]
                 model._forward_pre_hooks_with_kwargs.pop(key, None)
-
-
-def refresh_(model: nn.Module) -> None:
-    """Make every layer call exactly the adapters that are active and not merged, in the order they were attached."""
-    bank = bank_of(model)
-    if bank is None:
-        return
-    active: dict[str, tuple[AdapterLayer, ...]] = dict.fromkeys(bank.hosts, ())
-    for name, adapter in bank.adapters.items():
-        if adapter.active and name not in bank.merged:
-            for path, layer in adapter.layers.items():
-                active[path] = (*active[path], layer)
-    for path, layers in active.items():
-        host = bank.hosts[path]
-        if host.__dict__[_ACTIVE] != layers:
-            host.__dict__[_ACTIVE] = layers
 
 
 def _attentions(model: nn.Module, paths: Iterable[str]) -> Iterator[tuple[str, nn.Module]]:

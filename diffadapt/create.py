@@ -30,12 +30,22 @@ def add_adapter(model: nn.Module, config: AdapterConfig, name: str = "default") 
         AdapterError: a pattern that matches nothing, a layer that cannot carry such an adapter, settings that do not
             suit a layer (the error names it), a name in use.
     """
-    kind = for_config(config)
-    targets = Targets(model)
-    hosts = targets.select(config.target_modules, config.exclude_modules, kind.layers)
     bank = bank_of(model)
     if bank is not None and bank.merged:
         raise AdapterError(f"{', '.join(bank.merged)} is merged into the weights; unmerge() before adding an adapter")
+    layers, hosts = new_layers(model, config)
+    adapter = Adapter(layers)
+    attach_(model, name, adapter, hosts)
+    adapter.active = adapter.beside = True
+    refresh_(model)
+    return adapter
+
+
+def new_layers(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, AdapterLayer], dict[str, nn.Module]]:
+    """The adapter layers that `add_adapter` would attach, and the layers of the model they are for, by module path."""
+    kind = for_config(config)
+    targets = Targets(model)
+    hosts = targets.select(config.target_modules, config.exclude_modules, kind.layers)
     generator = config.generator or torch.Generator().manual_seed(0)
     device = execution_device(targets.all)
     layers: dict[str, AdapterLayer] = {}
@@ -58,11 +68,7 @@ def add_adapter(model: nn.Module, config: AdapterConfig, name: str = "default") 
             trainable=True,
             dropout=dropout,
         )
-    adapter = Adapter(layers)
-    attach_(model, name, adapter, hosts)
-    adapter.active = True
-    refresh_(model)
-    return adapter
+    return layers, hosts
 
 
 def _weight(host: nn.Module, spec: LayerSpec) -> Tensor:

@@ -3,13 +3,14 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from diffadapt import families
 from diffadapt.adapter import Adapter, AdapterLayer
-from diffadapt.attach import attach_, detach_
+from diffadapt.attach import attach_, bank_of, detach_
 from diffadapt.build import Builder, ForWriting, Group
 from diffadapt.errors import AdapterError, LoadError
 from diffadapt.formats import detect
@@ -39,6 +40,17 @@ class Plan:
     faults: list[tuple[str, str]]
     ignored: list[tuple[str, str]]
     targets: Mapping[str, Targets]
+
+    @cached_property
+    def adapters(self) -> dict[str, Adapter]:
+        """Component -> the adapter, not attached yet. They may be attached and detached again and again."""
+        metadata = self.checkpoint.header.metadata
+        return {component: Adapter(layers, metadata) for component, layers in self.layers.items()}
+
+    def hosts(self, component: str) -> dict[str, nn.Module]:
+        """Module path -> layer of the model, for every adapter layer of a component."""
+        modules = self.targets[component].modules
+        return {path: modules[path] for path in self.layers[component]}
 
     def report(self, name: str) -> Report:
         """The account of the file under the name `name`."""
@@ -131,21 +143,30 @@ def plan(
     return Plan(checkpoint, format.name, family, layers, used, faults, ignored, targets or {})
 
 
-def attach_all_(models: Mapping[str, nn.Module], name: str, planned: Plan) -> dict[str, Adapter]:
-    """Attach a plan's layers under `name`: to every component, or, if one refuses, to none."""
-    attached: dict[str, Adapter] = {}
+def attach_all_(models: Mapping[str, nn.Module], name: str, planned: Plan, *, replacing: bool = False) -> None:
+    """Attach a plan's adapters under `name`: to every component, or, if one refuses, to none.
+
+    Args:
+        replacing: see `attach_`. The adapter of this name is removed from components that the plan has none for.
+    """
+    before = {component: bank.adapters.get(name) for component in models if (bank := bank_of(models[component]))}
+    attached: list[str] = []
     try:
-        for component, layers in planned.layers.items():
-            model = models[component]
-            adapter = Adapter(layers, planned.checkpoint.header.metadata)
-            modules = planned.targets[component].modules
-            attach_(model, name, adapter, {path: modules[path] for path in layers})
-            attached[component] = adapter
+        for component, adapter in planned.adapters.items():
+            attach_(models[component], name, adapter, planned.hosts(component), replacing=replacing)
+            attached.append(component)
     except BaseException:
         for component in attached:
-            detach_(models[component], name)
+            old = before.get(component)
+            if old is None:
+                detach_(models[component], name)
+            else:
+                hosts = {path: layer.host for path, layer in old.layers.items()}
+                attach_(models[component], name, old, hosts, replacing=True)
         raise
-    return attached
+    for component, old in before.items():
+        if old is not None and component not in attached and replacing:
+            detach_(models[component], name)
 
 
 def _targets(models: Mapping[str, nn.Module] | None, wanted: set[str] | None) -> dict[str, Targets] | None:

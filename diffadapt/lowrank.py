@@ -255,13 +255,13 @@ def conversion(rank: int | None, energy: float | None) -> Maker:
 def derive_(
     models: Mapping[str, nn.Module],
     name: str,
-    strengths: Mapping[str, Mapping[str, Sequence[float]]],
+    strengths: Mapping[str, Mapping[str, float | Sequence[float]]],
     maker: Callable[[Sources], Maker],
 ) -> Conversion:
     """Make a LoRA of adapters, layer by layer, and attach it to the models, inactive.
 
     Args:
-        strengths: adapter -> component -> one strength per layer; a layer with 0 does not take part.
+        strengths: adapter -> component -> a strength, or one per layer; a layer with 0 does not take part.
         maker: gives what makes one layer.
 
     Raises:
@@ -360,7 +360,9 @@ def cut(change: Change, rank: int | None, energy: float | None) -> Cut:
     return Cut(Factors(u[:, :, :kept] * root.unsqueeze(1), root.unsqueeze(2) * vh[:, :kept]), exact)
 
 
-def _sources(models: Mapping[str, nn.Module], strengths: Mapping[str, Mapping[str, Sequence[float]]]) -> Sources:
+def _sources(
+    models: Mapping[str, nn.Module], strengths: Mapping[str, Mapping[str, float | Sequence[float]]]
+) -> Sources:
     sources: dict[str, dict[str, list[Part]]] = {}
     for component, model in models.items():
         bank = bank_of(model)
@@ -369,7 +371,9 @@ def _sources(models: Mapping[str, nn.Module], strengths: Mapping[str, Mapping[st
         originals = {id(tensor): original for tensor, original in bank.originals}
         for name, by_component in strengths.items():
             layers = bank.adapters[name].layers if name in bank.adapters else {}
-            for (path, layer), strength in zip(layers.items(), by_component.get(component, ()), strict=True):
+            given = by_component.get(component, 0.0)
+            each = given if isinstance(given, Sequence) else [given] * len(layers)
+            for (path, layer), strength in zip(layers.items(), each, strict=True):
                 if strength:
                     sources.setdefault(component, {}).setdefault(path, []).append(Part(layer, strength, originals))
     return sources

@@ -1,31 +1,37 @@
 """The object behind `pipe.adapters`: everything that can be done with loaded adapters."""
 
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 from torch import nn
 
 from diffadapt import families, scales
-from diffadapt.adapter import Adapter
-from diffadapt.attach import bank_of, detach_, refresh_
+from diffadapt.adapter import Adapter, AdapterLayer
+from diffadapt.attach import bank_of, detach_, refresh_, unreserve_
 from diffadapt.combine import Combination, Method, Sign
+from diffadapt.config import AdapterConfig
+from diffadapt.create import new_layers
 from diffadapt.errors import AdapterError
 from diffadapt.formats import writer
-from diffadapt.io import Location, Source, read, write
-from diffadapt.load import attach_all_, plan
+from diffadapt.hotswap import ByComponent, Reserved, arrange, is_prepared, needs_of, reserve_all_
+from diffadapt.io import Checkpoint, Location, Source, read, write
+from diffadapt.load import Plan, attach_all_, plan
 from diffadapt.lowrank import Conversion, Maker, Sources, conversion, derive_
 from diffadapt.merge import merge_, refuse_mixture, unmerge_
 from diffadapt.report import Report
 from diffadapt.scales import Strength
+from diffadapt.slots import Arrangement
 from diffadapt.state import AdapterState
 from diffadapt.targets import Targets
 
 Chosen: TypeAlias = str | Iterable[str] | Mapping[str, Strength]
+Request: TypeAlias = Source | AdapterConfig | Mapping[str, AdapterConfig]
+Requests: TypeAlias = Request | Iterable[Request]
 
 
 @dataclass(frozen=True)
@@ -151,6 +157,7 @@ class Adapters:
         strict: bool = True,
         dtype: torch.dtype | None = None,
         activate: bool = True,
+        allow_recompile: bool = False,
     ) -> Report:
         """Load an adapter; `pipe.load_adapter` documents the arguments."""
         models = self._models()
@@ -159,34 +166,100 @@ class Adapters:
             unknown = [component for component in components if component not in models]
             if unknown:
                 raise AdapterError(f"components: no {', '.join(unknown)}; the pipeline has {', '.join(models)}")
-        if dtype is not None and dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            raise AdapterError(f"dtype is {dtype}; adapters compute in float16, bfloat16, float32 or float64")
         if name is not None:
             self._refuse_name(name)
-        checkpoint = read(source, where or Location())
+        checkpoint, planned = self._planned(source, where, components, dtype, models)
         if name is None:
             name = checkpoint.name or next(n for i in range(len(self) + 1) if (n := f"default_{i}") not in self)
             self._refuse_name(name)
         scales.check(name, scale)
-        planned = plan(checkpoint, models, components=components, dtype=dtype)
         planned.refuse_faults(strict)
-        attached = attach_all_(models, name, planned)
-        try:
-            strengths = self._strengths(name, scale, attached)
-            for component, adapter in attached.items():
-                adapter.strength = scale
-                adapter.set_strengths(strengths[component])
-                adapter.active = activate
-                bank = bank_of(models[component])
-                assert bank is not None
-                refuse_mixture(component, bank, bank.merged)
-        except AdapterError:
-            for component in attached:
-                detach_(models[component], name)
-            raise
-        for component in attached:
-            refresh_(models[component])
+        self._bring(name, planned, scale, activate, allow_recompile)
+        return planned.report(name)
+
+    def prepare_hotswap(
+        self,
+        sources: Requests = (),
+        *,
+        slots: int | None = None,
+        rank: int = 0,
+        components: Iterable[str] | None = None,
+    ) -> Reserved:
+        """Reserve room for adapters, so that a compiled pipeline takes them without a recompile. Call before compiling.
+
+        From then on adapters are written into the reserved slots: loading, swapping, removing, activating, rescaling
+        and disabling them compiles nothing. What has no room raises and changes nothing. Adapters loaded already
+        get slots too. What was reserved before is given up.
+
+        Args:
+            sources: what the room has to be enough for: files, folders, hub ids, state dicts (of which only headers
+                are read), or settings as for `add_adapter` (`LoraConfig(rank=64, target_modules="all-linear")`).
+                Every layer that one of them changes gets room for the largest rank and for every type that one of
+                them has there.
+            slots: how many adapters of that size have room at once; default: one, or as many as are active.
+            rank: room for at least this rank wherever low-rank changes go.
+            components: reserve on these only.
+
+        Raises:
+            AdapterError: a source cannot be read or applied, more adapters are active than `slots`, or there is
+                nothing to reserve for. Nothing has changed then.
+        """
+        active = [name for name in self.active if name not in self.merged]
+        count = max(1, len(active)) if slots is None else slots
+        if count < max(1, len(active)):
+            raise AdapterError(f"slots is {count}, expected at least {max(1, len(active))}, as many as are active")
+        models = self._models()
+        wanted = self._requested(sources, models, None if components is None else set(components))
+        if not wanted:
+            raise AdapterError("nothing to reserve for: pass files, folders or settings, or load an adapter first")
+        reserved = reserve_all_(models, needs_of(models, wanted), count, rank)
+        self._seat(active)
+        for name in self.names:
+            if name not in active:
+                with suppress(AdapterError):
+                    self._seat([name], staying=self.names)
         self._changed()
+        return reserved
+
+    def release_slots(self) -> None:
+        """Give up what `prepare_hotswap` reserved. A compiled model notices."""
+        for model in self._models().values():
+            unreserve_(model)
+        self._changed()
+
+    def hotswap(
+        self,
+        name: str,
+        source: Source,
+        *,
+        scale: Strength | None = None,
+        where: Location | None = None,
+        strict: bool = True,
+        dtype: torch.dtype | None = None,
+        allow_recompile: bool = False,
+    ) -> Report:
+        """Put another adapter in the place of `name`, in all components or, if anything is wrong, in none.
+
+        After `prepare_hotswap` a compiled model takes it without a recompile: other rank, alpha, type and layers.
+
+        Args:
+            source: as for `pipe.load_adapter`; a caller's tensors are not changed.
+            scale: default: the one that `name` has.
+            allow_recompile: if the slots have no room, run beside them.
+
+        Raises:
+            AdapterError: no such adapter, the source cannot be read or applied, or there is no room for it; the
+                message says what to reserve. The old adapter goes on running then.
+        """
+        old = self[name]
+        if name in self.merged:
+            raise AdapterError(f"adapter {name!r} is merged into the weights; call unmerge() before hotswap()")
+        models = self._models()
+        _, planned = self._planned(source, where, None, dtype, models)
+        strength = next(iter(old.components.values())).strength if scale is None else scale
+        scales.check(name, strength)
+        planned.refuse_faults(strict)
+        self._bring(name, planned, strength, old.active, allow_recompile, old=old, kept=scale is None)
         return planned.report(name)
 
     def activate(self, adapters: Chosen) -> None:
@@ -198,10 +271,12 @@ class Adapters:
 
         Raises:
             AdapterError: an unknown name, a prefix that matches no layer of the adapter, a strength that is not a
-                finite number, or an adapter is merged. Nothing has changed then.
+                finite number, an adapter is merged, or the slots have no room for all of them at once. Nothing has
+                changed then.
         """
         self._refuse_merged("activate")
         wanted, strengths = self._resolved(adapters)
+        self._seat(wanted)
         for name, strength in wanted.items():
             for component, adapter in self[name].components.items():
                 adapter.strength = strength
@@ -312,6 +387,122 @@ class Adapters:
         layouts = {component: families.layout(Targets(models[component])) for component in layers}
         return write(path, dump(AdapterState(layers, loaded.metadata, families.of_models(models), layouts)))
 
+    def _planned(
+        self,
+        source: Source,
+        where: Location | None,
+        components: Iterable[str] | None,
+        dtype: torch.dtype | None,
+        models: Mapping[str, nn.Module],
+    ) -> tuple[Checkpoint, Plan]:
+        if dtype is not None and dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise AdapterError(f"dtype is {dtype}; adapters compute in float16, bfloat16, float32 or float64")
+        checkpoint = read(source, where or Location())
+        return checkpoint, plan(checkpoint, models, components=components, dtype=dtype)
+
+    def _bring(
+        self,
+        name: str,
+        planned: Plan,
+        scale: Strength,
+        activate: bool,
+        allow_recompile: bool,
+        *,
+        old: LoadedAdapter | None = None,
+        kept: bool = False,
+    ) -> None:
+        """Attach planned adapters as `name` and give them seats, or change nothing.
+
+        Args:
+            old: who has that name now.
+            kept: the scale is that of `old`, whose prefixes need not suit the new one.
+        """
+        models, adapters = self._models(), planned.adapters
+        strengths = self._strengths(name, scale, adapters, strict=not kept)
+        for component, adapter in adapters.items():
+            bank = bank_of(models[component])
+            if bank is not None and activate and bank.merged:
+                adapter.active = True
+                refuse_mixture(component, {**bank.adapters, name: adapter}, bank.merged)
+        arrangements, beside = self._room(name, planned.layers, activate, allow_recompile, replacing=old is not None)
+        attach_all_(models, name, planned, replacing=old is not None)
+        for model in models.values():
+            if (bank := bank_of(model)) and bank.reservation:
+                bank.reservation.leave(name)
+        for arrangement in arrangements.values():
+            arrangement.carry_out()
+        for component, adapter in adapters.items():
+            adapter.strength = scale
+            adapter.set_strengths(strengths[component])
+            adapter.active = activate
+            adapter.beside = component in beside
+        for model in models.values():
+            refresh_(model)
+        self._changed()
+
+    def _room(
+        self, name: str, layers: ByComponent, activate: bool, allow_recompile: bool, *, replacing: bool
+    ) -> tuple[dict[str, Arrangement], set[str]]:
+        """Seats for an adapter by component, and the components in which it has to run beside the slots."""
+        models = self._models()
+        if not is_prepared(models):
+            return {}, set()
+        found: dict[str, Arrangement] = {}
+        beside: set[str] = set()
+        staying = set(self.active if activate else self.names) - {name}
+        for component, part in layers.items():
+            wanted = {name: {component: part}}
+            here = {component: models[component]}
+            try:
+                found |= arrange(here, wanted, staying, [name] if replacing else [])
+            except AdapterError as error:
+                if not activate:
+                    with suppress(AdapterError):
+                        # There is room for it once others are gone: it gets a seat when it is activated.
+                        arrange(here, wanted, ())
+                        continue
+                if not allow_recompile:
+                    raise AdapterError(
+                        f"{error}. Nothing was changed. Deactivate or remove adapters, include this one in "
+                        "prepare_hotswap() before compiling, or pass allow_recompile=True"
+                    ) from error
+                beside.add(component)
+        return found, beside
+
+    def _seat(self, names: Iterable[str], staying: Collection[str] = ()) -> None:
+        """Give these adapters seats where there are slots, before all others that are not in `staying`."""
+        models, names = self._models(), list(names)
+        if not is_prepared(models):
+            return
+        new: dict[str, dict[str, Mapping[str, AdapterLayer]]] = {}
+        for name in names:
+            for component, adapter in self[name].components.items():
+                bank = bank_of(models[component])
+                assert bank is not None
+                if not adapter.beside and (bank.reservation is None or name not in bank.reservation.seated):
+                    new.setdefault(name, {})[component] = adapter.layers
+        for arrangement in arrange(models, new, {*names, *staying}).values():
+            arrangement.carry_out()
+
+    def _requested(
+        self, sources: Requests, models: Mapping[str, nn.Module], only: set[str] | None
+    ) -> list[ByComponent]:
+        """The adapters that sources and loaded adapters are, by component; of sources only the shapes."""
+        wanted: list[ByComponent] = [
+            {component: adapter.layers for component, adapter in loaded.components.items()}
+            for loaded in self._loaded().values()
+        ]
+        single = isinstance(sources, (str, os.PathLike, AdapterConfig, Mapping))
+        for source in cast(Iterable[Request], [sources] if single else sources):
+            configs = _configs(source, models)
+            if configs is not None:
+                wanted.append({c: new_layers(models[c], config)[0] for c, config in configs.items()})
+            else:
+                planned = plan(read(cast(Source, source), headers_only=True), models, components=only)
+                planned.refuse_faults(strict=True)
+                wanted.append(planned.layers)
+        return wanted if only is None else [{c: part for c, part in w.items() if c in only} for w in wanted]
+
     def _loaded(self) -> dict[str, LoadedAdapter]:
         found: dict[str, dict[str, Adapter]] = {}
         for component, model in self._models().items():
@@ -326,22 +517,27 @@ class Adapters:
         self._changed()
         return report
 
-    def _resolved(self, adapters: Chosen) -> tuple[dict[str, Strength], dict[str, dict[str, list[float]]]]:
-        """What was asked for: name -> strength, and the same as name -> component -> one number per layer."""
+    def _resolved(self, adapters: Chosen) -> tuple[dict[str, Strength], dict[str, dict[str, float | list[float]]]]:
+        """What was asked for: name -> strength, and the same as name -> component -> numbers per layer."""
         adapters = [adapters] if isinstance(adapters, str) else adapters
         wanted: dict[str, Strength] = dict(adapters) if isinstance(adapters, Mapping) else dict.fromkeys(adapters, 1.0)
         return wanted, {name: self._strengths(name, amount, self[name].components) for name, amount in wanted.items()}
 
-    def _strengths(self, name: str, strength: Strength, components: Mapping[str, Adapter]) -> dict[str, list[float]]:
+    def _strengths(
+        self, name: str, strength: Strength, components: Mapping[str, Adapter], *, strict: bool = True
+    ) -> dict[str, float | list[float]]:
+        """By component, one number for all layers or one for each; `strict` for prefixes that have to match."""
         scales.check(name, strength)
-        strengths: dict[str, list[float]] = {}
+        if not isinstance(strength, Mapping):
+            return dict.fromkeys(components, float(strength))
+        strengths: dict[str, float | list[float]] = {}
         matched: set[str] = set()
         for component, adapter in components.items():
             paths = [f"{component}.{path}" for path in adapter.layers] if self._qualified else list(adapter.layers)
             strengths[component], hits = scales.resolve(strength, paths)
             matched |= hits
-        missed = sorted(set(strength) - matched) if isinstance(strength, Mapping) else []
-        if missed:
+        missed = sorted(set(strength) - matched)
+        if missed and strict:
             raise AdapterError(
                 f"adapter {name!r} has no layer under {', '.join(map(repr, missed))}; "
                 f"it has layers under {', '.join(self._prefixes(components))}"
@@ -383,3 +579,16 @@ class Adapters:
             state,
             str(adapter.strength),
         )
+
+
+def _configs(request: Request, models: Mapping[str, nn.Module]) -> dict[str, AdapterConfig] | None:
+    """Settings by component, if a request consists of settings; without components they are for the denoisers."""
+    if isinstance(request, AdapterConfig):
+        denoisers = [component for component in models if not component.startswith(("text_encoder", "vae", "image"))]
+        return dict.fromkeys(denoisers if len(models) > 1 else models, request)
+    if not isinstance(request, Mapping) or not any(isinstance(config, AdapterConfig) for config in request.values()):
+        return None
+    unknown = sorted(set(request) - set(models))
+    if unknown:
+        raise AdapterError(f"no component {', '.join(unknown)}; the pipeline has {', '.join(models)}")
+    return dict(cast(Mapping[str, AdapterConfig], request))

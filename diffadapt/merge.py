@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from diffadapt import compose
+from diffadapt.adapter import Adapter
 from diffadapt.attach import Bank, bank_of, refresh_
 from diffadapt.errors import AdapterError
 from diffadapt.hooks import resting_tensor
@@ -29,7 +30,7 @@ def merge_(models: Mapping[str, nn.Module], names: Iterable[str]) -> None:
     changes: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for component, bank in banks.items():
         merged = (*bank.merged, *names)
-        refuse_mixture(component, bank, merged)
+        refuse_mixture(component, bank.adapters, merged)
         changes[component] = _changes(component, bank, merged)
     for component, bank in banks.items():
         kept = {id(tensor) for tensor, _ in bank.originals}
@@ -54,13 +55,13 @@ def unmerge_(model: nn.Module) -> None:
     refresh_(model)
 
 
-def refuse_mixture(component: str, bank: Bank, merged: Collection[str]) -> None:
+def refuse_mixture(component: str, adapters: Mapping[str, Adapter], merged: Collection[str]) -> None:
     """Raise `AdapterError` if an active adapter that multiplies weights would find them changed by a merged one.
 
     A sum of changes does not care which of them are in the weight already; a rotation or a scale does.
     """
-    below = {path: name for name in merged if name in bank.adapters for path in bank.adapters[name].layers}
-    for name, adapter in bank.adapters.items():
+    below = {path: name for name in merged if name in adapters for path in adapters[name].layers}
+    for name, adapter in adapters.items() if below else ():
         for path, layer in adapter.layers.items() if adapter.active and name not in merged else ():
             if path in below and not layer.is_additive:
                 raise AdapterError(

@@ -44,6 +44,7 @@ def load_adapter(
     strict: bool = True,
     dtype: torch.dtype | None = None,
     activate: bool = True,
+    allow_recompile: bool = False,
 ) -> Report:
     """Load an adapter into this pipeline; it joins those already active.
 
@@ -57,6 +58,7 @@ def load_adapter(
         strict: raise unless every tensor of the file can be used.
         dtype: of the adapter's parameters; default the dtype each component computes in.
         activate: `False` to only load it.
+        allow_recompile: after `prepare_hotswap`, if there is no room for it: run beside the slots instead of raising.
 
     Returns:
         What was used, and what was not and why.
@@ -74,6 +76,7 @@ def load_adapter(
         strict=strict,
         dtype=dtype,
         activate=activate,
+        allow_recompile=allow_recompile,
     )
 
 

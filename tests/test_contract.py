@@ -15,8 +15,9 @@ from transformers.pytorch_utils import Conv1D
 
 from diffadapt import compose
 from diffadapt.adapter import Adapter, AdapterLayer
-from diffadapt.attach import attach_, detach_, refresh_
+from diffadapt.attach import attach_, detach_, refresh_, unreserve_
 from diffadapt.errors import AdapterError
+from diffadapt.hotswap import arrange, needs_of, reserve_all_
 from diffadapt.kind import AdapterType
 from diffadapt.layer import LayerSpec
 from diffadapt.merge import merge_, unmerge_
@@ -245,6 +246,33 @@ def test_two_adapters_in_any_order(variant: Variant, layer: str) -> None:
     for output in (outputs[1], outputs[3], outputs[4]):
         torch.testing.assert_close(output, outputs[0], **case.close)
     assert (outputs[2] - outputs[0]).abs().max() > 0.1
+
+
+def test_slots_compute_the_same(variant: Variant, layer: str) -> None:
+    case = Case(variant, layer)
+    models = {"model": case.root}
+    with torch.no_grad():
+        base = case.root(case.input).clone()
+        adapters = {name: case.attach(case.random(), name) for name in ("a", "b")}
+        both = case.root(case.input).clone()
+        wanted = [{"model": adapter.layers} for adapter in adapters.values()]
+        reserve_all_(models, needs_of(models, wanted), slots=2, rank=0)
+        for name, adapter in adapters.items():
+            for arrangement in arrange(models, {name: {"model": adapter.layers}}, adapters).values():
+                arrangement.carry_out()
+        refresh_(case.root)
+        torch.testing.assert_close(case.root(case.input), both, **case.close)
+        adapters["a"].active = adapters["b"].active = False
+        refresh_(case.root)
+        torch.testing.assert_close(case.root(case.input), base, rtol=0, atol=0)
+        detach_(case.root, "a")
+        adapters["b"].active = True
+        refresh_(case.root)
+        one = case.root(case.input).clone()
+        unreserve_(case.root)
+        torch.testing.assert_close(case.root(case.input), one, **case.close)
+    assert (one - both).abs().max() > 0.02
+    assert (one - base).abs().max() > 0.02
 
 
 def test_gradients(variant: Variant, layer: str) -> None:

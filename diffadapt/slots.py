@@ -1,0 +1,440 @@
+"""Slots: tensors of fixed shapes beside a layer, into which adapters are written while a compiled model keeps running.
+
+A compiled model is bound to the shapes and the number of tensors it was traced with, not to what is in them. So room is
+reserved once, on every layer that will need it (`Reservation`), and from then on loading, swapping, removing and
+rescaling adapters are writes into it.
+
+Adapters of different types share room where an exact common form exists (`lower`):
+
+| form | holds | one adapter takes |
+|---|---|---|
+| rows | low-rank changes, `down` (R, in / groups, *kernel) and `up` (R, out) | as many rows as the rank of its change |
+| IA3 | a factor per output (the magnitudes of a DoRA, ...) | one slot |
+| full, of a bias | a change of the bias | one slot |
+| the type's own | prepared tensors, in their shapes | one slot |
+
+The gates of all slots of a model are views of one flat tensor, and free room has the gate zero. Views and not buffers,
+for the reason that `adapter.Adapter` has for its own.
+"""
+
+import re
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from diffadapt.adapter import PATCH_DELTA, AdapterLayer, Dropout, LayerTree
+from diffadapt.errors import AdapterError
+from diffadapt.kind import AdapterType, Stage, Tensors
+from diffadapt.layer import LayerSpec
+from diffadapt.types.full import FULL
+from diffadapt.types.ia3 import IA3
+from diffadapt.types.lora import LORA
+
+_ROWS = "rows"
+_IA3, _IA3_LYCORIS = IA3
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """A part of an adapter layer as it runs.
+
+    Attributes:
+        key: what has the same key has room in the same slots.
+        tensors: what the functions of `kind` take, prepared.
+        rows: how much it takes of a slot: its rank in the form "rows", else 1.
+    """
+
+    key: Hashable
+    kind: AdapterType
+    stages: tuple[Stage, ...]
+    tensors: Tensors
+    rows: int = 1
+
+    def __str__(self) -> str:
+        if self.key == _ROWS:
+            return f"rank {self.rows}"
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in self.tensors.items())
+        return f"{self.kind.name} ({shapes})"
+
+
+def lower(layer: AdapterLayer, weight: Callable[[], Tensor], device: torch.device | None = None) -> list[Form]:
+    """The forms an adapter layer consists of; together they compute what the layer does.
+
+    Args:
+        weight: gives the base weight, as in `kind.Surroundings`. Meta tensors give meta tensors.
+        device: where to compute what has to be computed; default where the adapter layer is.
+    """
+    kind, spec = layer.kind, layer.spec
+    if kind is LORA and spec.groups == 1 and len(layer._parameters) == 2:
+        # The usual case, without the detours.
+        return [_rows(*kind.as_low_rank(layer.tensors, spec))]  # type: ignore[misc]
+    tensors = layer.prepared(weight, device=device)
+    forms: list[Form] = []
+    rest: list[Stage] = [stage for stage in layer.stages if stage not in ("patch", "gain")]
+    if "patch" in layer.stages:
+        forms.append(_whole(kind, ("patch",), {PATCH_DELTA: tensors[PATCH_DELTA]}))
+    if "gain" in layer.stages:
+        gain = kind.gain(tensors)
+        gain = gain.to(torch.promote_types(gain.dtype, torch.float32)).unsqueeze(1)
+        like, factors = (_IA3, {"ia3_l": gain + 1}) if kind.gains_bias else (_IA3_LYCORIS, {"ia3_w": gain})
+        forms.append(_whole(like, ("gain",), factors))
+    low_rank = kind.as_low_rank(tensors, spec) if "add" in rest and spec.groups == 1 else None
+    if low_rank is not None:
+        rest.remove("add")
+        forms.append(_rows(*low_rank))
+        bias = kind.delta_bias(tensors)
+        if bias is not None:
+            forms.append(_whole(FULL, ("add",), {"diff_b": bias}))
+    if rest:
+        forms.append(_whole(kind, tuple(rest), tensors))
+    return forms
+
+
+def _rows(down: Tensor, up: Tensor) -> Form:
+    return Form(_ROWS, LORA, ("add",), {"lora_down": down, "lora_up": up}, down.shape[0])
+
+
+def _whole(kind: AdapterType, stages: tuple[Stage, ...], tensors: Tensors) -> Form:
+    shapes = tuple(sorted((name, tuple(tensor.shape)) for name, tensor in tensors.items()))
+    return Form((kind.name, kind.gains_bias, stages, shapes), kind, stages, tensors)
+
+
+Forms: TypeAlias = Mapping[str, Sequence[Form]]
+"""Module path -> what `lower` made of the adapter layer there."""
+
+
+class Slot(AdapterLayer):
+    """Room for one form, or for many of the form "rows", on one layer. It runs like an adapter layer.
+
+    Attributes:
+        key: of the forms that have room here.
+        cells: where its gates are in the flat tensor of the reservation.
+        free: which of its rows are nobody's, ascending.
+    """
+
+    key: Hashable
+    cells: range
+    free: list[int]
+    _dtype: torch.dtype
+
+    def __init__(self, form: Form, spec: LayerSpec, rows: int, dtype: torch.dtype, device: torch.device) -> None:
+        """
+        Args:
+            form: the shapes and, but for what computes in `dtype`, the dtypes it is for.
+            rows: how many rows there are, 1 unless the form is "rows".
+        """
+        nn.Module.__init__(self)
+        self.__dict__.update(
+            kind=form.kind,
+            spec=spec,
+            alpha=None,
+            settings={},
+            stages=form.stages,
+            key=form.key,
+            free=list(range(rows)),
+            dropout=Dropout(),
+            training=False,
+            _dtype=dtype,
+        )
+        shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in form.tensors.items()}
+        if form.key == _ROWS:
+            # Row by row, so that what belongs to an adapter is one stretch of memory.
+            shapes = {"down": ((rows, *spec.weight_shape[1:]), dtype), "up": ((rows, spec.out_features), dtype)}
+        for name, (shape, own) in shapes.items():
+            wide = own in (torch.float32, torch.float64)
+            tensor = torch.zeros(shape, dtype=own if wide else dtype, device=device)
+            self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+
+    def train(self, mode: bool = True) -> "Slot":
+        """Stays as it is: nothing in a slot is trained."""
+        return self
+
+    def extra_repr(self) -> str:
+        """Type and shapes."""
+        shapes = ", ".join(f"{name}={tuple(tensor.shape)}" for name, tensor in self.tensors.items())
+        return f"{self.kind.name}, {shapes}"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The one to compute in, which is not that of tensors that are kept in float32."""
+        return self._dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Slot":
+        self.__dict__["_dtype"] = fn(torch.empty(0, dtype=self._dtype, device=next(self.parameters()).device)).dtype
+        super()._apply(fn, recurse)
+        return self
+
+    def targets(self, form: Form, rows: Sequence[int]) -> Iterable[tuple[Tensor, Tensor]]:
+        """`(where to write, what)` for a form that gets these rows."""
+        into = self.at(rows)
+        if form.key != _ROWS:
+            return zip(into, (form.tensors[name] for name in self._parameters), strict=True)
+        what = [form.tensors["lora_down"], form.tensors["lora_up"].t()]
+        if len(into) > 2:
+            what = [row for tensor in what for row in tensor]
+        return zip(into, what, strict=True)
+
+    def at(self, rows: Sequence[int]) -> list[Tensor]:
+        """What these rows consist of."""
+        tensors: list[Tensor] = list(self.tensors.values())
+        if self.key != _ROWS or len(rows) == len(self.cells):
+            return tensors
+        if rows[-1] - rows[0] + 1 == len(rows):
+            return [tensor[rows[0] : rows[-1] + 1] for tensor in tensors]
+        return [tensor[row] for tensor in tensors for row in rows]
+
+    def _prepared(self) -> Tensors:
+        if self.key != _ROWS:
+            return self.tensors
+        own = self.tensors
+        return {"lora_down": own["down"], "lora_up": own["up"].t()}
+
+
+@dataclass
+class Needs:
+    """What adapters need on one layer.
+
+    Attributes:
+        rows: the largest rank of a low-rank change.
+        forms: one of each other form, by key.
+    """
+
+    spec: LayerSpec
+    rows: int = 0
+    forms: dict[Hashable, Form] = field(default_factory=dict[Hashable, Form])
+
+    def include(self, other: "Needs") -> None:
+        """Grow to what either needs."""
+        self.rows = max(self.rows, other.rows)
+        self.forms.update(other.forms)
+
+    def cover(self, forms: Iterable[Form]) -> None:
+        """Grow to what an adapter layer of these forms needs."""
+        for form in forms:
+            if form.key == _ROWS:
+                self.rows = max(self.rows, form.rows)
+            else:
+                self.forms.setdefault(form.key, form)
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Where an adapter is in a reservation.
+
+    Attributes:
+        taken: `(slot, its rows)`.
+        cells: of its gates in the flat tensor.
+        layers: the number of the adapter layer that each of those gates belongs to.
+    """
+
+    taken: Sequence[tuple[Slot, Sequence[int]]]
+    cells: Tensor
+    layers: Tensor
+
+
+class Reservation(LayerTree):
+    """The slots of one model, who sits in them, and their gates.
+
+    Attributes:
+        slots: module path of the model -> the slots there, in the order in which they run.
+        count: how many adapters of the largest size have room at once.
+        seated: adapter name -> its seat.
+    """
+
+    def __init__(self, needs: Mapping[str, Needs], count: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.count = count
+        self.seated: dict[str, Seat] = {}
+        self.slots: dict[str, tuple[Slot, ...]] = {}
+        cells = 0
+        for path, need in sorted(_levelled(needs).items()):
+            made: list[Slot] = []
+            if need.rows:
+                shape = (need.rows, *need.spec.weight_shape[1:])
+                rows = _rows(torch.empty(shape, device="meta"), torch.empty(0, 0, device="meta"))
+                made.append(Slot(rows, need.spec, count * need.rows, dtype, device))
+            for form in need.forms.values():
+                made += [Slot(form, need.spec, 1, dtype, device) for _ in range(count)]
+            node = nn.Module()
+            for i, slot in enumerate(made):
+                slot.__dict__["cells"] = range(cells, cells + len(slot.free))
+                cells += len(slot.free)
+                node._modules[str(i)] = slot
+            self._graft(path, node)
+            self.slots[path] = tuple(made)
+        self._deal(torch.zeros(cells, device=device))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the slots are."""
+        return self._gates.device
+
+    @property
+    def bytes(self) -> int:
+        """Size of all slots."""
+        return sum(parameter.numel() * parameter.element_size() for parameter in self.parameters())
+
+    def arrange(self, new: Mapping[str, Forms], leaving: Sequence[str]) -> "Arrangement":
+        """Seats for adapters, of which as few others as possible have to leave theirs. Changes nothing.
+
+        Args:
+            new: adapter name -> module path -> what `lower` made of the adapter layer there, in the order of
+                `Adapter.layers`.
+            leaving: who may have to leave, in this order.
+
+        Raises:
+            AdapterError: there is no room; the message names a layer, what it needs and what there is.
+        """
+        problem: AdapterError | None = None
+        for count in range(len(leaving) + 1):
+            free = self._free_without(leaving[:count])
+            try:
+                seats = {name: self._find(forms, free) for name, forms in new.items()}
+            except AdapterError as error:
+                problem = error
+            else:
+                return Arrangement(self, new, seats, leaving[:count])
+        assert problem is not None
+        raise problem
+
+    def could_hold(self, forms: Forms) -> bool:
+        """Whether there is room if all others leave."""
+        try:
+            self._find(forms, self._free_without(self.seated))
+        except AdapterError:
+            return False
+        return True
+
+    @torch.no_grad()
+    def seat(self, name: str, forms: Forms, seat: "Seat") -> None:
+        """Write an adapter into a seat that `arrange` found. Its gates stay zero."""
+        into: list[Tensor] = []
+        what: list[Tensor] = []
+        parts = (form for layer in forms.values() for form in layer)
+        for (slot, rows), form in zip(seat.taken, parts, strict=True):
+            gone = set(rows)
+            slot.free = [row for row in slot.free if row not in gone]
+            for target, source in slot.targets(form, rows):
+                into.append(target)
+                what.append(source)
+        if into:
+            torch._foreach_copy_(into, what, non_blocking=True)
+        self.seated[name] = seat
+
+    @torch.no_grad()
+    def leave(self, name: str, *, wipe: bool = True) -> None:
+        """Free the seat of an adapter.
+
+        Args:
+            wipe: write zeros. Products with what is left there may not be finite, and that times the gate zero is NaN.
+        """
+        seat = self.seated.pop(name, None)
+        if seat is None:
+            return
+        self._gates.index_fill_(0, seat.cells, 0.0)
+        left: list[Tensor] = []
+        for slot, rows in seat.taken:
+            slot.free = sorted((*slot.free, *rows))
+            if wipe:
+                left += slot.at(rows)
+        if left:
+            torch._foreach_zero_(left)
+
+    @torch.no_grad()
+    def open(self, gates: Mapping[str, Tensor]) -> None:
+        """Let exactly these adapters act: name -> one number per adapter layer."""
+        flat = torch.zeros_like(self._gates)
+        for name, values in gates.items():
+            seat = self.seated[name]
+            flat.index_copy_(0, seat.cells, values.to(flat).index_select(0, seat.layers))
+        self._gates.copy_(flat)
+
+    def _free_without(self, names: Iterable[str]) -> dict[Slot, list[int]]:
+        """Free rows of every slot when these adapters have left."""
+        free: dict[Slot, list[int]] = {}
+        for name in names:
+            for slot, rows in self.seated[name].taken if name in self.seated else ():
+                free[slot] = sorted((*free.get(slot, slot.free), *rows))
+        return free
+
+    def _find(self, forms: Forms, free: dict[Slot, list[int]]) -> Seat:
+        """A seat, which is taken out of `free`: rows by slot, where they differ from the slot's own."""
+        taken: list[tuple[Slot, Sequence[int]]] = []
+        layers: list[int] = []
+        cells: list[int] = []
+        for number, (path, parts) in enumerate(forms.items()):
+            slots = self.slots.get(path, ())
+            for form in parts:
+                for slot in slots:
+                    if slot.key != form.key:
+                        continue
+                    rows = free.get(slot, slot.free)
+                    if len(rows) >= form.rows:
+                        mine, free[slot] = _divided(rows, form.rows)
+                        taken.append((slot, mine))
+                        start = slot.cells.start
+                        cells += [start + row for row in mine]
+                        layers += [number] * form.rows
+                        break
+                else:
+                    raise AdapterError(self._no_room(path, form, free))
+        device = self._gates.device
+        return Seat(taken, torch.tensor(cells, device=device), torch.tensor(layers, device=device))
+
+    def _deal(self, gates: Tensor) -> None:
+        self._gates = gates
+        for slots in self.slots.values():
+            for slot in slots:
+                cells = gates[slot.cells.start : slot.cells.stop]
+                slot.__dict__["gate"] = cells if slot.key == _ROWS else cells[0]
+
+    def _no_room(self, path: str, form: Form, free: Mapping[Slot, Sequence[int]]) -> str:
+        slots = [slot for slot in self.slots.get(path, ()) if slot.key == form.key]
+        if not slots:
+            return f"{path}: {form} expected, no slots are reserved there{' for it' if path in self.slots else ''}"
+        size = len(slots[0].cells)
+        if form.rows > size:
+            return f"{path}: {form} expected, slots for rank {size} are reserved there"
+        left = sum(len(free.get(slot, slot.free)) for slot in slots)
+        taken = {name for name, seat in self.seated.items() if any(slot in slots for slot, _ in seat.taken)}
+        what = f"{left} of {size} rows are" if form.key == _ROWS else f"{left} of {len(slots)} slots are"
+        return f"{path}: {form} expected, {what} free there; {', '.join(sorted(taken))} took the others"
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """Who gets which seat, and who has to leave."""
+
+    reservation: Reservation
+    new: Mapping[str, Forms]
+    seats: Mapping[str, Seat]
+    leaving: Sequence[str]
+
+    def carry_out(self) -> None:
+        """Write the adapters into their seats; their gates stay zero."""
+        for name in self.leaving:
+            self.reservation.leave(name)
+        for name, forms in self.new.items():
+            self.reservation.seat(name, forms, self.seats[name])
+
+
+def _levelled(needs: Mapping[str, Needs]) -> dict[str, Needs]:
+    """The same needs on the same layer of all repeated blocks, which then share one compiled graph."""
+    together: dict[Hashable, Needs] = {}
+    for path, need in needs.items():
+        group = re.sub(r"\.\d+(?=\.|$)", ".*", path), need.spec
+        together.setdefault(group, Needs(need.spec)).include(need)
+    return {path: together[re.sub(r"\.\d+(?=\.|$)", ".*", path), need.spec] for path, need in needs.items()}
+
+
+def _divided(free: Sequence[int], count: int) -> tuple[Sequence[int], list[int]]:
+    """So many of the free rows, next to one another where there is such a stretch, and the others."""
+    for start in range(len(free) - count + 1):
+        if free[start + count - 1] - free[start] == count - 1:
+            break
+    else:
+        start = 0
+    return free[start : start + count], [*free[:start], *free[start + count :]]

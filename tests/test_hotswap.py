@@ -1,0 +1,405 @@
+"""Slots: adapters that come, go and change on a compiled model without a recompile."""
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from transformers import CLIPTextModel
+
+import diffadapt
+from diffadapt import AdapterConfig
+from diffadapt.attach import bank_of
+from tests import files, models
+from tests.compare import assert_differs, assert_same, assert_unchanged, snapshot
+from tests.test_compile import predict as predict_denoiser
+from tests.test_compile import unet
+
+ATTENTION = r".*\.(to_[qkv]|q_proj|v_proj)"
+LINEAR = r".*\.(to_[qkv]|to_out\.0|q_proj|v_proj|fc1|linear_1|proj_mlp|net\.2)"
+SPATIAL = r".*\.conv1"
+
+LORA = diffadapt.LoraConfig
+CONFIGS: dict[str, AdapterConfig] = {
+    "lora": LORA(rank=4, alpha=2, target_modules=ATTENTION, init=False),
+    "lora of a higher rank on more layers": LORA(rank=8, alpha=4, target_modules=LINEAR, init=False),
+    "lora of a lower rank on fewer": LORA(rank=2, target_modules=r".*\.(to_q|q_proj)", init=False),
+    "lora elsewhere": LORA(rank=3, target_modules=r".*\.(to_out\.0|fc1)", init=False),
+    "lora with a bias": LORA(rank=2, target_modules=LINEAR, bias=True, init=False),
+    "dora": LORA(rank=2, target_modules=LINEAR, use_dora=True, init=False),
+    "dora by input": LORA(rank=2, target_modules=LINEAR, use_dora=True, dora_axis="input", init=False),
+    "loha": diffadapt.LoHaConfig(rank=2, alpha=1, target_modules=LINEAR, init=False),
+    "lokr": diffadapt.LoKrConfig(rank=1, factor=2, target_modules=LINEAR, init=False),
+    "lokr whole": diffadapt.LoKrConfig(full_matrix=True, target_modules=LINEAR, init=False),
+    "oft": diffadapt.OFTConfig(block_size=4, target_modules=LINEAR, init=False),
+    "oft on outputs": diffadapt.OFTConfig(block_size=4, side="output", rescale=True, target_modules=LINEAR, init=False),
+    "boft": diffadapt.BOFTConfig(block_size=4, target_modules=LINEAR, init=False),
+    "boft on outputs": diffadapt.BOFTConfig(block_size=4, side="output", target_modules=LINEAR, init=False),
+    "ia3": diffadapt.IA3Config(target_modules=LINEAR, init=False),
+    "glora": diffadapt.GLoRAConfig(rank=2, target_modules=LINEAR, init=False),
+    "full": diffadapt.FullConfig(bias=True, target_modules=LINEAR, init=False),
+}
+ON_CONVOLUTIONS: dict[str, AdapterConfig] = {
+    "locon": LORA(rank=4, target_modules=SPATIAL, init=False),
+    "locon with a core": LORA(rank=2, target_modules=SPATIAL, use_tucker=True, init=False),
+    "conv loha": diffadapt.LoHaConfig(rank=2, target_modules=SPATIAL, init=False),
+    "conv dora": LORA(rank=2, target_modules=SPATIAL, use_dora=True, init=False),
+    "conv oft": diffadapt.OFTConfig(block_size=4, target_modules=SPATIAL, init=False),
+    "conv boft": diffadapt.BOFTConfig(block_size=4, side="output", target_modules=SPATIAL, init=False),
+}
+
+
+@pytest.fixture
+def counter() -> CompileCounterWithBackend:
+    torch._dynamo.reset()
+    return CompileCounterWithBackend("aot_eager")
+
+
+@pytest.fixture(autouse=True)
+def _recompiles_are_errors() -> Iterator[None]:
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield
+
+
+def flux() -> FluxTransformer2DModel:
+    torch.manual_seed(0)
+    return models.flux_transformer()
+
+
+def clip() -> CLIPTextModel:
+    torch.manual_seed(0)
+    return models.clip_text().eval()
+
+
+def predict(model: nn.Module) -> Tensor:
+    if isinstance(getattr(model, "_orig_mod", model), CLIPTextModel):
+        return model(torch.arange(14).reshape(2, 7) % 5).last_hidden_state
+    return predict_denoiser(model)
+
+
+def make(build: Callable[[], nn.Module], config: AdapterConfig, path: Path, format: str = "") -> Path:
+    """A file with a random adapter."""
+    model = build()
+    adapter = diffadapt.add_adapter(model, config)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.mul_(0.5)
+    on_inputs = getattr(config, "side", "") == "input" and not isinstance(config, diffadapt.IA3Config)
+    format = format or ("peft" if on_inputs or build is flux else "kohya")
+    diffadapt.adapters(model).save("default", path, format=format)
+    return path
+
+
+def alone(build: Callable[[], nn.Module], *sources: tuple[Path, Any]) -> Tensor:
+    """Output of a fresh model without slots."""
+    model = build()
+    for number, (source, scale) in enumerate(sources):
+        diffadapt.load_adapter(model, source, f"n{number}", scale=scale)
+    return predict(model)
+
+
+SOME = ("lora", "lora of a higher rank on more layers", "lora elsewhere", "dora", "lokr whole", "oft", "loha")
+
+CASES: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "unet": (unet, "full"),
+    "flux-by-block": (flux, "blocks"),
+    "text-encoder": (clip, "full"),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", CASES)
+def test_every_type_swaps_without_a_recompile(case: str, counter: CompileCounterWithBackend, tmp_path: Path) -> None:
+    build, how = CASES[case]
+    configs = CONFIGS | ON_CONVOLUTIONS if case == "unet" else {name: CONFIGS[name] for name in SOME}
+    sources = {name: make(build, config, tmp_path / str(i)) for i, (name, config) in enumerate(configs.items())}
+    model = build()
+    base = predict(model)
+    adapters = diffadapt.adapters(model)
+    adapters.prepare_hotswap(list(sources.values()), slots=2)
+    call: nn.Module = model
+    if how == "full":
+        call = torch.compile(model, backend=counter, fullgraph=True)  # type: ignore[assignment]
+        assert torch.equal(predict(call), base)
+    else:
+        model.compile_repeated_blocks(backend=counter, fullgraph=True)  # type: ignore[operator]
+        with torch._dynamo.config.patch(error_on_recompile=False):
+            # Twice, as the first and the later blocks get inputs of different strides.
+            for _ in range(2):
+                predict(call)
+    graphs = counter.frame_count
+    first, *others = sources
+    diffadapt.load_adapter(model, sources[first], "one")
+    for name in others:
+        before = predict(call)
+        report = adapters.hotswap("one", sources[name])
+        assert report.unused == []
+        swapped = predict(call)
+        assert_same(swapped, alone(build, (sources[name], 1.0)))
+        assert_differs(swapped, before, 1e-3)
+    diffadapt.load_adapter(model, sources["dora"], "two", scale=0.5)
+    assert_same(predict(call), alone(build, (sources[others[-1]], 1.0), (sources["dora"], 0.5)))
+    prefix = next(iter(adapters["two"].components.values())).layers
+    block = next(iter(prefix)).split(".")[0]
+    adapters.activate({"one": -0.5, "two": {block: 2.0}})
+    assert_same(predict(call), alone(build, (sources[others[-1]], -0.5), (sources["dora"], {block: 2.0})))
+    with adapters.disabled():
+        assert torch.equal(predict(call), base)
+    adapters.remove("one")
+    assert_same(predict(call), alone(build, (sources["dora"], {block: 2.0})))
+    adapters.merge("two")
+    assert_same(predict(call), alone(build, (sources["dora"], {block: 2.0})), 3e-5)
+    adapters.clear()
+    assert torch.equal(predict(call), base)
+    assert counter.frame_count == graphs
+    assert graphs == 1 or how == "blocks"
+
+
+@torch.no_grad()
+def test_what_has_no_room_changes_nothing_and_says_what_to_do(
+    counter: CompileCounterWithBackend, tmp_path: Path
+) -> None:
+    fits = make(unet, CONFIGS["lora"], tmp_path / "fits")
+    too_much = {
+        "rank 8 expected, slots for rank 4": LORA(rank=8, target_modules=ATTENTION, init=False),
+        "no slots are reserved there$|no slots are reserved there\\.": LORA(
+            rank=2, target_modules=["linear_1"], init=False
+        ),
+        "oft .* expected, no slots are reserved there for it": diffadapt.OFTConfig(
+            block_size=4, target_modules=ATTENTION, init=False
+        ),
+        "ia3-lycoris .* expected, no slots": LORA(rank=2, use_dora=True, target_modules=ATTENTION, init=False),
+    }
+    model = unet()
+    adapters = diffadapt.adapters(model)
+    adapters.prepare_hotswap(fits)
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    diffadapt.load_adapter(model, fits, "a", scale=0.5)
+    output, before = predict(compiled), snapshot(model)
+    assert_same(output, alone(unet, (fits, 0.5)))
+    source = fits
+    for number, (message, config) in enumerate(too_much.items()):
+        source = make(unet, config, tmp_path / str(number), "peft")
+        with pytest.raises(diffadapt.AdapterError, match=message) as caught:
+            adapters.hotswap("a", source)
+        assert "prepare_hotswap" in str(caught.value)
+        with pytest.raises(diffadapt.AdapterError, match=message):
+            diffadapt.load_adapter(model, source, "b")
+        with pytest.raises(diffadapt.AdapterError, match=message):
+            diffadapt.load_adapter(model, source, "b", activate=False)
+        assert adapters.active == {"a": 0.5}
+    assert_unchanged(model, before)
+    assert torch.equal(predict(compiled), output)
+    assert counter.frame_count == 1
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        adapters.hotswap("a", source, allow_recompile=True)
+        assert_same(predict(compiled), alone(unet, (source, 0.5)))
+        assert_same(predict(model), alone(unet, (source, 0.5)))
+        adapters.hotswap("a", fits)
+        assert_same(predict(compiled), output)
+    adapters.clear()
+    adapters.release_slots()
+    assert bank_of(model) is None
+
+
+@torch.no_grad()
+def test_more_adapters_than_slots_take_turns(tmp_path: Path) -> None:
+    sources = [make(flux, LORA(rank=r, target_modules=ATTENTION, init=False), tmp_path / str(r)) for r in (2, 4, 3)]
+    model = flux()
+    base = predict(model)
+    adapters = diffadapt.adapters(model)
+    adapters.prepare_hotswap(sources, slots=2)
+    for number, source in enumerate(sources):
+        diffadapt.load_adapter(model, source, f"n{number}", activate=False)
+    assert torch.equal(predict(model), base)
+    for chosen in ({0: 1.0}, {2: 1.0}, {1: 0.5, 2: 2.0}, {0: 1.0, 1: 1.0}, {2: 1.0}):
+        adapters.activate({f"n{number}": scale for number, scale in chosen.items()})
+        assert_same(predict(model), alone(flux, *((sources[number], scale) for number, scale in chosen.items())))
+    output = predict(model)
+    with pytest.raises(
+        diffadapt.AdapterError, match=r"rank \d expected, \d of 8 rows are free there; n.* took the others"
+    ):
+        adapters.activate(["n0", "n1", "n2"])
+    assert adapters.active == {"n2": 1.0}
+    assert torch.equal(predict(model), output)
+
+
+@torch.no_grad()
+def test_rows_that_are_not_next_to_one_another(tmp_path: Path) -> None:
+    ranks = {"a": 3, "b": 1, "c": 3, "d": 6}
+    sources = {n: make(flux, LORA(rank=r, target_modules=["to_q"], init=False), tmp_path / n) for n, r in ranks.items()}
+    model = flux()
+    adapters = diffadapt.adapters(model)
+    adapters.prepare_hotswap(list(sources.values()), slots=1, rank=7)
+    for name in "abc":
+        diffadapt.load_adapter(model, sources[name], name)
+    for name in "ac":
+        adapters.remove(name)
+    diffadapt.load_adapter(model, sources["d"], "d")
+    assert_same(predict(model), alone(flux, (sources["b"], 1.0), (sources["d"], 1.0)))
+    adapters.clear()
+    reservation = bank_of(model).reservation
+    assert all(not parameter.any() for parameter in reservation.parameters())
+
+
+@torch.no_grad()
+def test_pipeline_with_text_encoders(tmp_path: Path) -> None:
+    pipe, plain = models.sd15(), models.sd15()
+    one = files.peft_names(files.parts_for(pipe, rank=4))
+    two = files.peft_names({"unet": files.parts_for(pipe, rank=2)["unet"]})
+    copies = {key: tensor.clone() for key, tensor in one.items()}
+    base = models.draw(pipe)
+    print(pipe.adapters.prepare_hotswap([one]))
+    pipe.load_adapter(one, "a", scale={"unet": 0.5})
+    plain.load_adapter(one, "a", scale={"unet": 0.5})
+    assert_same(models.draw(pipe), models.draw(plain))
+    assert_differs(models.draw(pipe), base)
+    # The new one has no part in the text encoder, and the user's scale stays.
+    pipe.adapters.hotswap("a", two)
+    assert list(pipe.adapters["a"].components) == ["unet"]
+    assert pipe.adapters.active == {"a": {"unet": 0.5}}
+    plain.adapters.clear()
+    plain.load_adapter(two, "a", scale=0.5)
+    assert_same(models.draw(pipe), models.draw(plain))
+    pipe.adapters.hotswap("a", one, scale=0.25)
+    plain.adapters.hotswap("a", one, scale=0.25)
+    assert_same(models.draw(pipe), models.draw(plain))
+    halved = models.draw(pipe, cross_attention_kwargs={"scale": 0.5})
+    pipe.adapters.activate({"a": 0.125})
+    assert_same(halved, models.draw(pipe))
+    assert all(torch.equal(tensor, copies[key]) for key, tensor in one.items())
+    incomplete = {key: tensor for key, tensor in one.items() if not key.startswith("text_encoder") or "lora_A" in key}
+    with pytest.raises(diffadapt.AdapterError):
+        pipe.adapters.hotswap("a", incomplete)
+    assert_same(halved, models.draw(pipe))
+    pipe.adapters.save("a", tmp_path)
+    plain.adapters.clear()
+    plain.load_adapter(tmp_path, "a", scale=0.125)
+    assert_same(halved, models.draw(plain))
+
+
+@torch.no_grad()
+def test_component_without_slots_is_refused() -> None:
+    pipe = models.sd15()
+    parts = files.parts_for(pipe)
+    pipe.adapters.prepare_hotswap(files.peft_names({"unet": parts["unet"]}))
+    with pytest.raises(diffadapt.AdapterError, match="text_encoder: no slots are reserved there"):
+        pipe.load_adapter(files.peft_names(parts), "a")
+    assert pipe.adapters.names == []
+    pipe.load_adapter(files.peft_names(parts), "a", components=["unet"])
+    assert pipe.adapters.active == {"a": 1.0}
+
+
+@torch.no_grad()
+def test_adapters_that_are_there_already_get_slots(tmp_path: Path) -> None:
+    sources = [make(unet, CONFIGS[name], tmp_path / name) for name in ("lora", "dora", "oft")]
+    model = unet()
+    before = snapshot(model)
+    adapters = diffadapt.adapters(model)
+    for number, source in enumerate(sources):
+        diffadapt.load_adapter(model, source, f"n{number}", scale=0.5)
+    adapters.activate({"n0": 0.5, "n2": 1.5})
+    output = predict(model)
+    reserved = adapters.prepare_hotswap()
+    assert reserved.slots == 2
+    assert reserved.bytes == sum(p.numel() * p.element_size() for p in bank_of(model).reservation.parameters())
+    assert_same(predict(model), output)
+    adapters.activate({"n1": 1.0})
+    assert_same(predict(model), alone(unet, (sources[1], 1.0)))
+    with pytest.raises(diffadapt.AdapterError, match="slots is 0, expected at least 1"):
+        adapters.prepare_hotswap(slots=0)
+    adapters.prepare_hotswap(slots=3)
+    adapters.activate({"n0": 0.5, "n2": 1.5})
+    assert_same(predict(model), output)
+    adapters.release_slots()
+    assert_same(predict(model), output)
+    adapters.clear()
+    assert_unchanged(model, before)
+
+
+@torch.no_grad()
+def test_settings_say_what_to_reserve(tmp_path: Path) -> None:
+    pipe = models.sd15()
+    text = LORA(rank=4, target_modules=["q_proj", "v_proj"])
+    reserved = pipe.adapters.prepare_hotswap([LORA(rank=8, target_modules="all-linear"), {"text_encoder": text}])
+    assert set(reserved.layers) == {"unet", "text_encoder"}
+    parts = files.parts_for(pipe, rank=8)
+    pipe.load_adapter(files.peft_names({"unet": parts["unet"]}), "a")
+    assert_differs(models.draw(pipe), models.draw(models.sd15()))
+    with pytest.raises(diffadapt.AdapterError, match="no component transformer"):
+        pipe.adapters.prepare_hotswap({"transformer": text})
+    with pytest.raises(diffadapt.AdapterError, match="nothing to reserve for"):
+        models.sd15().adapters.prepare_hotswap()
+
+
+@torch.no_grad()
+def test_hotswap_without_slots_and_its_refusals(tmp_path: Path) -> None:
+    one, two = (make(unet, CONFIGS[name], tmp_path / name) for name in ("lora", "loha"))
+    model = unet()
+    adapters = diffadapt.adapters(model)
+    with pytest.raises(diffadapt.AdapterError, match="no adapter 'a'"):
+        adapters.hotswap("a", one)
+    diffadapt.load_adapter(model, one, "a", scale=0.5)
+    adapters.hotswap("a", two)
+    assert_same(predict(model), alone(unet, (two, 0.5)))
+    with pytest.raises(diffadapt.AdapterError):
+        adapters.hotswap("a", tmp_path / "nothing.safetensors", where=diffadapt.io.Location(local_files_only=True))
+    assert_same(predict(model), alone(unet, (two, 0.5)))
+    adapters.merge("a")
+    with pytest.raises(diffadapt.AdapterError, match="merged"):
+        adapters.hotswap("a", one)
+
+
+@torch.no_grad()
+def test_copies_dtypes_and_casting(tmp_path: Path) -> None:
+    source = make(unet, CONFIGS["dora"], tmp_path / "dora")
+    model = unet()
+    adapters = diffadapt.adapters(model)
+    adapters.prepare_hotswap(source)
+    diffadapt.load_adapter(model, source, "a", scale=0.5)
+    output = predict(model)
+    again = copy.deepcopy(model)
+    adapters.activate({"a": 0.0})
+    assert_same(predict(again), output)
+    diffadapt.adapters(again).activate({"a": 0.25})
+    assert_same(predict(again), alone(unet, (source, 0.25)))
+    wide = again.double()
+    assert_same(
+        wide(torch.ones(1, 4, 8, 8).double(), 1, torch.ones(1, 4, models.WIDTH).double()).sample.float(),
+        _at_ones(source, 0.25),
+    )
+    cast = unet()
+    cast.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    plain = unet()
+    plain.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    diffadapt.adapters(cast).prepare_hotswap(source)
+    for casting in (cast, plain):
+        diffadapt.load_adapter(casting, source, "a")
+    assert_same(predict(cast), predict(plain))
+
+
+def _at_ones(source: Path, scale: float) -> Tensor:
+    model = unet()
+    diffadapt.load_adapter(model, source, "a", scale=scale)
+    return model(torch.ones(1, 4, 8, 8), 1, torch.ones(1, 4, models.WIDTH)).sample
+
+
+@torch.no_grad()
+def test_slots_keep_to_half_precision(tmp_path: Path) -> None:
+    for name in ("oft on outputs", "dora", "lora with a bias"):
+        source = make(unet, CONFIGS[name], tmp_path / name)
+        outputs: list[Tensor] = []
+        for prepared in (False, True):
+            model = unet().to(torch.bfloat16)
+            if prepared:
+                diffadapt.adapters(model).prepare_hotswap(source)
+            diffadapt.load_adapter(model, source, "a")
+            ones = (torch.ones(shape, dtype=torch.bfloat16) for shape in ((1, 4, 8, 8), (1, 4, models.WIDTH)))
+            outputs.append(model(next(ones), 1, next(ones)).sample)
+        assert outputs[0].dtype == torch.bfloat16
+        assert_same(outputs[1].float(), outputs[0].float(), 2e-2)
