@@ -188,7 +188,9 @@ def attach_(
     for path, layer in adapter.layers.items():
         layer.__dict__["call"] = bank.call
         layer.__dict__["host"] = hosts[path]
-    bank._modules[name] = adapter.train(model.training)
+    if adapter.training != model.training:
+        adapter.train(model.training)
+    bank._modules[name] = adapter
 
 
 def detach_(model: nn.Module, name: str) -> None:
@@ -197,8 +199,8 @@ def detach_(model: nn.Module, name: str) -> None:
     if bank is None or name not in bank._modules:
         return
     del bank._modules[name]
-    if bank.reservation is not None:
-        bank.reservation.leave(name)
+    if bank.reservation is not None and (left := bank.reservation.leave(name)) is not None:
+        bank.reservation.wipe([left])
     refresh_(model)
     _release_unused_(model, bank)
 

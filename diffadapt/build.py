@@ -81,11 +81,13 @@ class Builder:
         alphas: Alphas,
         settings: Settings,
         dtype: torch.dtype | None,
+        device: torch.device | None = None,
         *,
         for_writing: ForWriting | None = None,
     ) -> None:
         """
         Args:
+            dtype, device: see `load.plan`.
             for_writing: keep the file's dtypes, and with "whole" its layers where they are pieces of the model.
         """
         self._checkpoint = checkpoint
@@ -93,6 +95,7 @@ class Builder:
         self._alphas = alphas
         self._settings = settings
         self._dtype = dtype
+        self._device = device
         self._for_writing = for_writing
         self._homes: dict[str, tuple[torch.dtype, torch.device]] = {}
 
@@ -146,6 +149,8 @@ class Builder:
                 name: tensor.detach().to(device=device, dtype=dtype, copy=self._checkpoint.mapped).contiguous()
                 for name, tensor in tensors.items()
             }
+            if self._device is not None and self._device.type == "cpu" and torch.cuda.is_available():
+                tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
         return AdapterLayer(content.kind, spec, tensors, content.alpha, settings=content.settings)
 
     def _spec(self, component: str, path: str, tensors: Mapping[str, Tensor], kind: AdapterType) -> LayerSpec:
@@ -157,7 +162,8 @@ class Builder:
         if component not in self._homes:
             assert self._targets is not None
             model = self._targets[component]
-            self._homes[component] = (self._dtype or compute_dtype(model.all), execution_device(model.all))
+            device = self._device or execution_device(model.all)
+            self._homes[component] = (self._dtype or compute_dtype(model.all), device)
         return self._homes[component]
 
 

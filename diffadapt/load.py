@@ -90,6 +90,7 @@ def plan(
     *,
     components: Iterable[str] | None = None,
     dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
     for_writing: ForWriting | None = None,
 ) -> Plan:
     """Decide for every tensor of a file where it belongs, and build its layers. Touches no model.
@@ -98,6 +99,8 @@ def plan(
         models: component -> model; `None` to believe the names in the file.
         components: use these and leave the rest of the file aside.
         dtype: of the adapter; default the compute dtype of each model.
+        device: of the adapter; default where each model computes. In page-locked memory if that is the CPU of a machine
+            with CUDA.
         for_writing: see `Builder`; such a plan is for writing and not for attaching.
     """
     try:
@@ -119,7 +122,7 @@ def plan(
         else:
             _gather(groups, key, verdict, checkpoint.tensors[key], faults)
     broken = _non_finite(groups.values())
-    builder = Builder(checkpoint, targets, alphas, settings, dtype, for_writing=for_writing)
+    builder = Builder(checkpoint, targets, alphas, settings, dtype, device, for_writing=for_writing)
     layers: dict[str, dict[str, AdapterLayer]] = {}
     used = 0
     for (component, path), group in groups.items():

@@ -18,6 +18,7 @@ from diffadapt.config import AdapterConfig
 from diffadapt.create import new_layers
 from diffadapt.errors import AdapterError
 from diffadapt.formats import writer
+from diffadapt.hooks import execution_device
 from diffadapt.hotswap import ByComponent, Reserved, arrange, is_prepared, needs_of, reserve_all_
 from diffadapt.io import Checkpoint, Location, Source, read, write
 from diffadapt.load import Plan, attach_all_, plan
@@ -148,7 +149,7 @@ class Adapters:
 
     def load(
         self,
-        source: Source,
+        source: Source | Plan,
         name: str | None = None,
         *,
         scale: Strength = 1.0,
@@ -230,7 +231,7 @@ class Adapters:
     def hotswap(
         self,
         name: str,
-        source: Source,
+        source: Source | Plan,
         *,
         scale: Strength | None = None,
         where: Location | None = None,
@@ -243,7 +244,7 @@ class Adapters:
         After `prepare_hotswap` a compiled model takes it without a recompile: other rank, alpha, type and layers.
 
         Args:
-            source: as for `pipe.load_adapter`; a caller's tensors are not changed.
+            source: as for `pipe.load_adapter`, or what `prefetch` returned.
             scale: default: the one that `name` has.
             allow_recompile: if the slots have no room, run beside them.
 
@@ -261,6 +262,31 @@ class Adapters:
         planned.refuse_faults(strict)
         self._bring(name, planned, strength, old.active, allow_recompile, old=old, kept=scale is None)
         return planned.report(name)
+
+    def prefetch(
+        self,
+        source: Source,
+        *,
+        where: Location | None = None,
+        components: Iterable[str] | None = None,
+        strict: bool = True,
+        dtype: torch.dtype | None = None,
+    ) -> Plan:
+        """Read, check and convert an adapter for these models without loading it.
+
+        `load` and `hotswap` take the result as their source, any number of times, with little left to do. On a pipeline
+        with slots it stays in CPU memory, page-locked if there is CUDA.
+
+        Raises:
+            AdapterError: as `load`.
+        """
+        models = self._models()
+        device = torch.device("cpu") if is_prepared(models) else None
+        _, planned = self._planned(source, where, components, dtype, models, device)
+        planned.refuse_faults(strict)
+        for component, adapter in planned.adapters.items():
+            adapter.train(models[component].training)
+        return planned
 
     def activate(self, adapters: Chosen) -> None:
         """Make exactly these adapters active.
@@ -389,16 +415,28 @@ class Adapters:
 
     def _planned(
         self,
-        source: Source,
+        source: Source | Plan,
         where: Location | None,
         components: Iterable[str] | None,
         dtype: torch.dtype | None,
         models: Mapping[str, nn.Module],
+        device: torch.device | None = None,
     ) -> tuple[Checkpoint, Plan]:
+        if isinstance(source, Plan):
+            if components is not None or dtype is not None:
+                raise AdapterError("components and dtype were settled by prefetch(); pass them there")
+            for component, adapter in source.adapters.items():
+                if source.targets[component].model is not models.get(component):
+                    raise AdapterError(f"it was prefetched for another {component}; call prefetch() on this pipeline")
+                bank = bank_of(models[component])
+                held = [name for name, other in bank.adapters.items() if other is adapter] if bank else []
+                if held:
+                    raise AdapterError(f"it is loaded already, as {held[0]!r}; remove that first")
+            return source.checkpoint, source
         if dtype is not None and dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise AdapterError(f"dtype is {dtype}; adapters compute in float16, bfloat16, float32 or float64")
         checkpoint = read(source, where or Location())
-        return checkpoint, plan(checkpoint, models, components=components, dtype=dtype)
+        return checkpoint, plan(checkpoint, models, components=components, dtype=dtype, device=device)
 
     def _bring(
         self,
@@ -426,12 +464,14 @@ class Adapters:
                 refuse_mixture(component, {**bank.adapters, name: adapter}, bank.merged)
         arrangements, beside = self._room(name, planned.layers, activate, allow_recompile, replacing=old is not None)
         attach_all_(models, name, planned, replacing=old is not None)
-        for model in models.values():
-            if (bank := bank_of(model)) and bank.reservation:
-                bank.reservation.leave(name)
-        for arrangement in arrangements.values():
-            arrangement.carry_out()
+        for component, model in models.items():
+            if component in arrangements:
+                arrangements[component].carry_out()
+            elif (bank := bank_of(model)) and bank.reservation and (left := bank.reservation.leave(name)):
+                bank.reservation.wipe([left])
         for component, adapter in adapters.items():
+            if component not in arrangements:
+                adapter.to(execution_device(list(models[component].modules())))
             adapter.strength = scale
             adapter.set_strengths(strengths[component])
             adapter.active = activate

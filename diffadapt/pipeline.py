@@ -18,6 +18,7 @@ from diffadapt.attach import bank_of
 from diffadapt.errors import AdapterError
 from diffadapt.hooks import diffusers_scales_with_peft
 from diffadapt.io import Location, Source
+from diffadapt.load import Plan
 from diffadapt.manager import Adapters
 from diffadapt.report import Report
 from diffadapt.scales import Strength
@@ -30,7 +31,7 @@ _OWNERS = {
 
 def load_adapter(
     pipe: Any,
-    source: Source,
+    source: Source | Plan,
     name: str | None = None,
     *,
     scale: Strength = 1.0,
@@ -50,7 +51,7 @@ def load_adapter(
 
     Args:
         source: path of a file or folder, hub id, or a state dict, whose tensors are not changed, and not copied where
-            dtype and device fit: do not write into them afterwards.
+            dtype and device fit: do not write into them afterwards. Or what `pipe.adapters.prefetch` returned.
         name: default: from the file name, or "default_0", ... A name in use raises.
         scale: strength, or strengths by prefix as in `pipe.adapters.activate`.
         components: load into these only, and leave the rest of the file aside.

@@ -1,6 +1,7 @@
 """Which strength an adapter layer gets from what the user wrote: a number, or numbers by path prefix."""
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
@@ -22,21 +23,21 @@ def resolve(strength: Strength, paths: Sequence[str]) -> tuple[list[float], set[
 
     The longest matching prefix wins; a path that no prefix names has the strength 1. A prefix matches whole path
     components: "unet.up_blocks.1" covers "unet.up_blocks.1.resnets.0.conv1" and not "unet.up_blocks.10".
+
+    Args:
+        paths: sorted.
     """
     if not isinstance(strength, Mapping):
         return [float(strength)] * len(paths), set()
-    values: list[float] = []
+    values = [1.0] * len(paths)
     matched: set[str] = set()
-    for path in paths:
-        prefix = path
-        while prefix:
-            if prefix in strength:
-                matched.add(prefix)
-            prefix = prefix.rpartition(".")[0]
-        longest = max((key for key in matched if _covers(key, path)), key=len, default=None)
-        values.append(1.0 if longest is None else float(strength[longest]))
+    # Longer prefixes come later and overwrite. What a prefix covers stands together in sorted paths: itself, and what
+    # begins with it and a dot, up to the character after the dot.
+    for prefix in sorted(strength, key=len):
+        own, start, stop = (bisect_left(paths, prefix + end) for end in ("", ".", "/"))
+        here = [own, *range(start, stop)] if own < len(paths) and paths[own] == prefix else range(start, stop)
+        for index in here:
+            values[index] = float(strength[prefix])
+        if here:
+            matched.add(prefix)
     return values, matched
-
-
-def _covers(prefix: str, path: str) -> bool:
-    return path == prefix or path.startswith(f"{prefix}.")

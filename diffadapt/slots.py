@@ -20,7 +20,7 @@ for the reason that `adapter.Adapter` has for its own.
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,9 @@ from diffadapt.layer import LayerSpec
 from diffadapt.types.full import FULL
 from diffadapt.types.ia3 import IA3
 from diffadapt.types.lora import LORA
+
+Rows: TypeAlias = tuple[range, ...]
+"""Stretches of the rows of a slot, ascending and apart from one another."""
 
 _ROWS = "rows"
 _IA3, _IA3_LYCORIS = IA3
@@ -112,12 +115,12 @@ class Slot(AdapterLayer):
     Attributes:
         key: of the forms that have room here.
         cells: where its gates are in the flat tensor of the reservation.
-        free: which of its rows are nobody's, ascending.
+        free: the rows that are nobody's.
     """
 
     key: Hashable
     cells: range
-    free: list[int]
+    free: Rows
     _dtype: torch.dtype
 
     def __init__(self, form: Form, spec: LayerSpec, rows: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -134,15 +137,16 @@ class Slot(AdapterLayer):
             settings={},
             stages=form.stages,
             key=form.key,
-            free=list(range(rows)),
+            free=(range(rows),),
+            cells=range(rows),
             dropout=Dropout(),
             training=False,
             _dtype=dtype,
         )
         shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in form.tensors.items()}
         if form.key == _ROWS:
-            # Row by row, so that what belongs to an adapter is one stretch of memory.
-            shapes = {"down": ((rows, *spec.weight_shape[1:]), dtype), "up": ((rows, spec.out_features), dtype)}
+            down, up = (rows, *spec.weight_shape[1:]), (spec.out_features, rows)
+            shapes = {"lora_down": (down, dtype), "lora_up": (up, dtype)}
         for name, (shape, own) in shapes.items():
             wide = own in (torch.float32, torch.float64)
             tensor = torch.zeros(shape, dtype=own if wide else dtype, device=device)
@@ -167,30 +171,28 @@ class Slot(AdapterLayer):
         super()._apply(fn, recurse)
         return self
 
-    def targets(self, form: Form, rows: Sequence[int]) -> Iterable[tuple[Tensor, Tensor]]:
-        """`(where to write, what)` for a form that gets these rows."""
-        into = self.at(rows)
-        if form.key != _ROWS:
-            return zip(into, (form.tensors[name] for name in self._parameters), strict=True)
-        what = [form.tensors["lora_down"], form.tensors["lora_up"].t()]
-        if len(into) > 2:
-            what = [row for tensor in what for row in tensor]
-        return zip(into, what, strict=True)
+    def at(self, rows: Rows) -> list[Tensor]:
+        """What these rows consist of, to be written: of the form "rows" stretches of both factors."""
+        if self.key != _ROWS:
+            return list(self.tensors.values())
+        down: Any = self._parameters["lora_down"]
+        up: Any = self._parameters["lora_up"]
+        if len(rows) == 1 and len(rows[0]) == len(self.cells):
+            return [down, up]
+        return [part for r in rows for part in (down[r.start : r.stop], up[:, r.start : r.stop])]
 
-    def at(self, rows: Sequence[int]) -> list[Tensor]:
-        """What these rows consist of."""
-        tensors: list[Tensor] = list(self.tensors.values())
-        if self.key != _ROWS or len(rows) == len(self.cells):
-            return tensors
-        if rows[-1] - rows[0] + 1 == len(rows):
-            return [tensor[rows[0] : rows[-1] + 1] for tensor in tensors]
-        return [tensor[row] for tensor in tensors for row in rows]
+    def content(self, form: Form, rows: Rows) -> list[Tensor]:
+        """What a form writes to `at(rows)`."""
+        if form.key != _ROWS:
+            return [form.tensors[name] for name in self._parameters]
+        down, up = form.tensors["lora_down"], form.tensors["lora_up"]
+        if len(rows) == 1:
+            return [down, up]
+        counts = [len(r) for r in rows]
+        return [part for pair in zip(down.split(counts), up.split(counts, 1), strict=True) for part in pair]
 
     def _prepared(self) -> Tensors:
-        if self.key != _ROWS:
-            return self.tensors
-        own = self.tensors
-        return {"lora_down": own["down"], "lora_up": own["up"].t()}
+        return self.tensors
 
 
 @dataclass
@@ -230,7 +232,7 @@ class Seat:
         layers: the number of the adapter layer that each of those gates belongs to.
     """
 
-    taken: Sequence[tuple[Slot, Sequence[int]]]
+    taken: Sequence[tuple[Slot, Rows]]
     cells: Tensor
     layers: Tensor
 
@@ -260,8 +262,8 @@ class Reservation(LayerTree):
                 made += [Slot(form, need.spec, 1, dtype, device) for _ in range(count)]
             node = nn.Module()
             for i, slot in enumerate(made):
-                slot.__dict__["cells"] = range(cells, cells + len(slot.free))
-                cells += len(slot.free)
+                slot.__dict__["cells"] = range(cells, cells + len(slot.cells))
+                cells = slot.cells.stop
                 node._modules[str(i)] = slot
             self._graft(path, node)
             self.slots[path] = tuple(made)
@@ -309,37 +311,40 @@ class Reservation(LayerTree):
         return True
 
     @torch.no_grad()
-    def seat(self, name: str, forms: Forms, seat: "Seat") -> None:
+    def seat(self, name: str, forms: Forms, seat: Seat) -> None:
         """Write an adapter into a seat that `arrange` found. Its gates stay zero."""
         into: list[Tensor] = []
         what: list[Tensor] = []
         parts = (form for layer in forms.values() for form in layer)
         for (slot, rows), form in zip(seat.taken, parts, strict=True):
-            gone = set(rows)
-            slot.free = [row for row in slot.free if row not in gone]
-            for target, source in slot.targets(form, rows):
-                into.append(target)
-                what.append(source)
+            slot.__dict__["free"] = _without(slot.free, rows)
+            into += slot.at(rows)
+            what += slot.content(form, rows)
         if into:
             torch._foreach_copy_(into, what, non_blocking=True)
         self.seated[name] = seat
 
     @torch.no_grad()
-    def leave(self, name: str, *, wipe: bool = True) -> None:
-        """Free the seat of an adapter.
-
-        Args:
-            wipe: write zeros. Products with what is left there may not be finite, and that times the gate zero is NaN.
-        """
+    def leave(self, name: str) -> Seat | None:
+        """Free the seat of an adapter, and return it; see `wipe`."""
         seat = self.seated.pop(name, None)
-        if seat is None:
-            return
-        self._gates.index_fill_(0, seat.cells, 0.0)
+        if seat is not None:
+            self._gates.index_fill_(0, seat.cells, 0.0)
+            for slot, rows in seat.taken:
+                slot.__dict__["free"] = _joined(slot.free, rows)
+        return seat
+
+    @torch.no_grad()
+    def wipe(self, seats: Iterable[Seat]) -> None:
+        """Zeros into what is free of these seats. With what was left there a product may not be finite, and that times
+        the gate zero is not zero.
+        """
         left: list[Tensor] = []
-        for slot, rows in seat.taken:
-            slot.free = sorted((*slot.free, *rows))
-            if wipe:
-                left += slot.at(rows)
+        for seat in seats:
+            for slot, rows in seat.taken:
+                free = _without(rows, _without(rows, slot.free)) if slot.free else ()
+                if free:
+                    left += slot.at(free)
         if left:
             torch._foreach_zero_(left)
 
@@ -352,37 +357,42 @@ class Reservation(LayerTree):
             flat.index_copy_(0, seat.cells, values.to(flat).index_select(0, seat.layers))
         self._gates.copy_(flat)
 
-    def _free_without(self, names: Iterable[str]) -> dict[Slot, list[int]]:
+    def _free_without(self, names: Iterable[str]) -> dict[Slot, Rows]:
         """Free rows of every slot when these adapters have left."""
-        free: dict[Slot, list[int]] = {}
+        free: dict[Slot, Rows] = {}
         for name in names:
             for slot, rows in self.seated[name].taken if name in self.seated else ():
-                free[slot] = sorted((*free.get(slot, slot.free), *rows))
+                free[slot] = _joined(free.get(slot, slot.free), rows)
         return free
 
-    def _find(self, forms: Forms, free: dict[Slot, list[int]]) -> Seat:
+    def _find(self, forms: Forms, free: dict[Slot, Rows]) -> Seat:
         """A seat, which is taken out of `free`: rows by slot, where they differ from the slot's own."""
-        taken: list[tuple[Slot, Sequence[int]]] = []
+        taken: list[tuple[Slot, Rows]] = []
+        starts: list[int] = []
+        counts: list[int] = []
         layers: list[int] = []
-        cells: list[int] = []
         for number, (path, parts) in enumerate(forms.items()):
             slots = self.slots.get(path, ())
             for form in parts:
                 for slot in slots:
-                    if slot.key != form.key:
-                        continue
-                    rows = free.get(slot, slot.free)
-                    if len(rows) >= form.rows:
-                        mine, free[slot] = _divided(rows, form.rows)
-                        taken.append((slot, mine))
-                        start = slot.cells.start
-                        cells += [start + row for row in mine]
-                        layers += [number] * form.rows
-                        break
+                    if slot.key == form.key:
+                        rows = free.get(slot, slot.free)
+                        mine = _first(rows, form.rows)
+                        if mine is not None:
+                            break
                 else:
                     raise AdapterError(self._no_room(path, form, free))
+                free[slot] = _without(rows, mine)
+                taken.append((slot, mine))
+                for part in mine:
+                    starts.append(slot.cells.start + part.start)
+                    counts.append(len(part))
+                    layers.append(number)
+        cells, count = torch.tensor(starts), torch.tensor(counts)
+        # Of every stretch its start, and then one more for every row.
+        cells = (cells - count.cumsum(0) + count).repeat_interleave(count) + torch.arange(sum(counts))
         device = self._gates.device
-        return Seat(taken, torch.tensor(cells, device=device), torch.tensor(layers, device=device))
+        return Seat(taken, cells.to(device), torch.tensor(layers).repeat_interleave(count).to(device))
 
     def _deal(self, gates: Tensor) -> None:
         self._gates = gates
@@ -391,14 +401,14 @@ class Reservation(LayerTree):
                 cells = gates[slot.cells.start : slot.cells.stop]
                 slot.__dict__["gate"] = cells if slot.key == _ROWS else cells[0]
 
-    def _no_room(self, path: str, form: Form, free: Mapping[Slot, Sequence[int]]) -> str:
+    def _no_room(self, path: str, form: Form, free: Mapping[Slot, Rows]) -> str:
         slots = [slot for slot in self.slots.get(path, ()) if slot.key == form.key]
         if not slots:
             return f"{path}: {form} expected, no slots are reserved there{' for it' if path in self.slots else ''}"
         size = len(slots[0].cells)
         if form.rows > size:
             return f"{path}: {form} expected, slots for rank {size} are reserved there"
-        left = sum(len(free.get(slot, slot.free)) for slot in slots)
+        left = sum(len(part) for slot in slots for part in free.get(slot, slot.free))
         taken = {name for name, seat in self.seated.items() if any(slot in slots for slot, _ in seat.taken)}
         what = f"{left} of {size} rows are" if form.key == _ROWS else f"{left} of {len(slots)} slots are"
         return f"{path}: {form} expected, {what} free there; {', '.join(sorted(taken))} took the others"
@@ -415,10 +425,10 @@ class Arrangement:
 
     def carry_out(self) -> None:
         """Write the adapters into their seats; their gates stay zero."""
-        for name in self.leaving:
-            self.reservation.leave(name)
+        left = [self.reservation.leave(name) for name in (*self.leaving, *self.new)]
         for name, forms in self.new.items():
             self.reservation.seat(name, forms, self.seats[name])
+        self.reservation.wipe(seat for seat in left if seat is not None)
 
 
 def _levelled(needs: Mapping[str, Needs]) -> dict[str, Needs]:
@@ -430,11 +440,36 @@ def _levelled(needs: Mapping[str, Needs]) -> dict[str, Needs]:
     return {path: together[re.sub(r"\.\d+(?=\.|$)", ".*", path), need.spec] for path, need in needs.items()}
 
 
-def _divided(free: Sequence[int], count: int) -> tuple[Sequence[int], list[int]]:
-    """So many of the free rows, next to one another where there is such a stretch, and the others."""
-    for start in range(len(free) - count + 1):
-        if free[start + count - 1] - free[start] == count - 1:
-            break
-    else:
-        start = 0
-    return free[start : start + count], [*free[:start], *free[start + count :]]
+def _first(free: Rows, count: int) -> Rows | None:
+    """So many free rows, next to one another where there is such a stretch; `None` if there are fewer."""
+    for part in free:
+        if len(part) >= count:
+            return (part[:count],)
+    if sum(map(len, free)) < count:
+        return None
+    found: list[range] = []
+    for part in free:
+        found.append(part[:count])
+        count -= len(found[-1])
+    return tuple(part for part in found if part)
+
+
+def _without(rows: Rows, gone: Rows) -> Rows:
+    if rows == gone:
+        return ()
+    for hole in gone:
+        pieces = ((range(r.start, min(r.stop, hole.start)), range(max(r.start, hole.stop), r.stop)) for r in rows)
+        rows = tuple(piece for pair in pieces for piece in pair if piece)
+    return rows
+
+
+def _joined(rows: Rows, others: Rows) -> Rows:
+    if not rows:
+        return others
+    found: list[range] = []
+    for part in sorted((*rows, *others), key=lambda part: part.start):
+        if found and found[-1].stop == part.start:
+            found[-1] = range(found[-1].start, part.stop)
+        else:
+            found.append(part)
+    return tuple(found)
