@@ -28,6 +28,7 @@ from diffadapt.slots import Reservation
 _ACTIVE = "_diffadapt_active"
 # With a dot, which no adapter's name has.
 _RESERVED = "reserved.slots"
+_TOKENS = "_diffadapt_tokens"
 _SCALE_KWARGS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
 
 
@@ -46,18 +47,38 @@ class Adapted:
         # Pickle finds classes by name, and the dynamic class has none: name the layer's own class instead.
         function, args, *rest = super().__reduce_ex__(protocol)  # type: ignore[misc]
         if function is copyreg.__newobj__ and args[0] is type(self):  # type: ignore[attr-defined]
-            return _new_adapted, (type(self)._diffadapt_base, *args[1:]), *rest  # type: ignore[attr-defined]
+            mixin = Extended if isinstance(self, Extended) else Adapted
+            return _new_adapted, (type(self)._diffadapt_base, mixin, *args[1:]), *rest  # type: ignore[attr-defined]
         return function, args, *rest
 
 
+class Extended(Adapted):
+    """Mixed into the class of a token embedding that has vectors for more tokens than its weight has rows for.
+
+    The weight stays as it is: these ids never get to it, nor to the adapter layers.
+    """
+
+    _diffadapt_active = ()
+    _diffadapt_tokens: tuple[nn.Module, ...]
+
+    def __call__(self, input: Tensor) -> Tensor:
+        known = input
+        for more in self._diffadapt_tokens:
+            known = known.masked_fill(more.holds(input), 0)  # type: ignore[operator]
+        output = super().__call__(known)
+        for more in self._diffadapt_tokens:
+            output = more(input, output)
+        return output
+
+
 @cache
-def _adapted(base: type[nn.Module]) -> type[nn.Module]:
+def _adapted(base: type[nn.Module], mixin: type[Adapted]) -> type[nn.Module]:
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "_diffadapt_base": base}
-    return type(base.__name__, (Adapted, base), names)
+    return type(base.__name__, (mixin, base), names)
 
 
-def _new_adapted(base: type[nn.Module], *args: Any) -> nn.Module:
-    adapted = _adapted(base)
+def _new_adapted(base: type[nn.Module], mixin: type[Adapted], *args: Any) -> nn.Module:
+    adapted = _adapted(base, mixin)
     return adapted.__new__(adapted, *args)
 
 
@@ -267,10 +288,11 @@ def _adapt_(model: nn.Module, hosts: Mapping[str, nn.Module]) -> Bank:
     """Prepare layers for carrying adapter layers: all of them, or none if one refuses."""
     classes: list[tuple[nn.Module, type[nn.Module]]] = []
     for path, host in hosts.items():
-        if not isinstance(host, Adapted):
+        if _ACTIVE not in host.__dict__:
             base = type(host)
             try:
-                host.__class__ = _adapted(base)
+                if not isinstance(host, Adapted):
+                    host.__class__ = _adapted(base, Adapted)
             except TypeError as error:
                 for changed, before in classes:
                     changed.__class__ = before
@@ -307,6 +329,29 @@ def _release_unused_(model: nn.Module, bank: Bank) -> None:
                 model._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
+def extend_(host: nn.Module, tokens: tuple[nn.Module, ...]) -> None:
+    """Make the token embedding `host` look up further ids elsewhere; without `tokens` it is as before.
+
+    Args:
+        tokens: each with `holds(ids)`, and called with ids and the embeddings so far.
+
+    Raises:
+        AdapterError: the class of the layer cannot be changed.
+    """
+    if host.__dict__.get(_TOKENS, ()) == tokens:
+        return
+    base = getattr(type(host), "_diffadapt_base", type(host))
+    mixin = Extended if tokens else Adapted if _ACTIVE in host.__dict__ else None
+    try:
+        host.__class__ = base if mixin is None else _adapted(base, mixin)
+    except TypeError as error:
+        raise AdapterError(f"a {type(host).__name__} cannot get further tokens ({error})") from error
+    if tokens:
+        host.__dict__[_TOKENS] = tokens
+    else:
+        del host.__dict__[_TOKENS]
+
+
 def _attentions(model: nn.Module, paths: Iterable[str]) -> Iterator[tuple[str, nn.Module]]:
     parents: dict[str, nn.Module] = {}
     for path in paths:
@@ -323,7 +368,7 @@ def _attentions(model: nn.Module, paths: Iterable[str]) -> Iterator[tuple[str, n
 def _release_(host: nn.Module) -> None:
     host.__dict__.pop(_ACTIVE, None)
     base = getattr(type(host), "_diffadapt_base", None)
-    if base is not None and type(host) is _adapted(base):
+    if base is not None and type(host) is _adapted(base, Adapted):
         host.__class__ = base
 
 

@@ -96,6 +96,7 @@ class Builder:
         self._settings = settings
         self._dtype = dtype
         self._device = device
+        self._pinned = device is not None and device.type == "cpu" and torch.cuda.is_available()
         self._for_writing = for_writing
         self._homes: dict[str, tuple[torch.dtype, torch.device]] = {}
 
@@ -141,17 +142,17 @@ class Builder:
         return _Content(kind, spec, fitted, alpha, settings)
 
     def _layer(self, component: str, spec: LayerSpec, content: _Content) -> AdapterLayer:
-        tensors = content.tensors
-        if not self._checkpoint.headers_only and self._for_writing is None:
-            dtype, device = self._home(component)
-            # A caller's tensors are taken as they are where they fit: a copy is half the time and twice the memory.
-            tensors = {
-                name: tensor.detach().to(device=device, dtype=dtype, copy=self._checkpoint.mapped).contiguous()
-                for name, tensor in tensors.items()
-            }
-            if self._device is not None and self._device.type == "cpu" and torch.cuda.is_available():
-                tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+        tensors = {name: self.settled(component, tensor) for name, tensor in content.tensors.items()}
         return AdapterLayer(content.kind, spec, tensors, content.alpha, settings=content.settings)
+
+    def settled(self, component: str, tensor: Tensor) -> Tensor:
+        """A tensor of the file in the dtype and on the device in which an adapter of `component` keeps it."""
+        if self._checkpoint.headers_only or self._for_writing is not None:
+            return tensor
+        dtype, device = self._home(component)
+        # A caller's tensors are taken as they are where they fit: a copy is half the time and twice the memory.
+        own = tensor.detach().to(device=device, dtype=dtype, copy=self._checkpoint.mapped).contiguous()
+        return own.pin_memory() if self._pinned else own
 
     def _spec(self, component: str, path: str, tensors: Mapping[str, Tensor], kind: AdapterType) -> LayerSpec:
         if self._targets is not None:

@@ -50,5 +50,7 @@ def convert(
         component: {path: layer.state for path, layer in found.items()} for component, found in planned.layers.items()
     }
     layouts = {component: families.layout(Targets(models[component])) for component in layers}
+    embeddings = {key: vectors for tokens in planned.tokens.values() for key, vectors in tokens.state.items()}
     assert chosen.dump is not None
-    return write(target, chosen.dump(AdapterState(layers, checkpoint.header.metadata, family, layouts)))
+    state = AdapterState(layers, checkpoint.header.metadata, family, layouts, embeddings)
+    return write(target, chosen.dump(state))

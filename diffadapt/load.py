@@ -4,21 +4,23 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diffadapt import families
+from diffadapt import families, textual_inversion
 from diffadapt.adapter import Adapter, AdapterLayer
 from diffadapt.attach import attach_, bank_of, detach_
 from diffadapt.build import Builder, ForWriting, Group
 from diffadapt.errors import AdapterError, LoadError
 from diffadapt.formats import detect
-from diffadapt.formats.format import Names, Place, Unused
+from diffadapt.formats.format import Names, Place, Unused, Vectors
 from diffadapt.hooks import FLOAT8
 from diffadapt.io import Checkpoint
 from diffadapt.report import Report, explained
 from diffadapt.targets import Targets
+from diffadapt.textual_inversion import LearnedTokens
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Plan:
 
     Attributes:
         layers: component -> path -> the adapter layer, not attached yet.
+        tokens: text encoder -> the tokens it gets, not installed yet.
         faults: `(key, reason)` for tensors that a complete load would need.
         ignored: `(key, reason)` for tensors nobody misses.
         targets: the models' paths, by component.
@@ -36,6 +39,7 @@ class Plan:
     format: str
     family: str | None
     layers: Mapping[str, Mapping[str, AdapterLayer]]
+    tokens: Mapping[str, LearnedTokens]
     used: int
     faults: list[tuple[str, str]]
     ignored: list[tuple[str, str]]
@@ -45,12 +49,13 @@ class Plan:
     def adapters(self) -> dict[str, Adapter]:
         """Component -> the adapter, not attached yet. They may be attached and detached again and again."""
         metadata = self.checkpoint.header.metadata
-        return {component: Adapter(layers, metadata) for component, layers in self.layers.items()}
+        components = {**self.layers, **self.tokens}
+        return {component: Adapter(self.layers.get(component, {}), metadata) for component in components}
 
     def hosts(self, component: str) -> dict[str, nn.Module]:
         """Module path -> layer of the model, for every adapter layer of a component."""
         modules = self.targets[component].modules
-        return {path: modules[path] for path in self.layers[component]}
+        return {path: modules[path] for path in self.layers.get(component, {})}
 
     def report(self, name: str) -> Report:
         """The account of the file under the name `name`."""
@@ -61,6 +66,7 @@ class Plan:
             family=self.family,
             types=dict(kinds),
             components={component: len(layers) for component, layers in self.layers.items()},
+            tokens=textual_inversion.counted(self.tokens.values()),
             used=self.used,
             unused=self.faults + self.ignored,
             metadata=dict(self.checkpoint.header.metadata),
@@ -68,7 +74,7 @@ class Plan:
 
     def refuse_faults(self, strict: bool) -> None:
         """Raise `LoadError` if the file must not be applied."""
-        if not self.layers or (strict and self.faults):
+        if not (self.layers or self.tokens) or (strict and self.faults):
             raise LoadError(self._refusal(), self.faults + self.ignored)
 
     def _refusal(self) -> str:
@@ -79,7 +85,7 @@ class Plan:
         if families.differ(family, self.family):
             lines.append(f"this looks like a {family} adapter; the model is {self.family}")
         lines += [f"  {line}" for line in explained(self.faults or self.ignored)]
-        if self.layers:
+        if self.layers or self.tokens:
             lines.append("pass strict=False to load the rest")
         return "\n".join(lines)
 
@@ -92,6 +98,8 @@ def plan(
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
     for_writing: ForWriting | None = None,
+    tokenizers: Mapping[str, Any] | None = None,
+    leaving: str | None = None,
 ) -> Plan:
     """Decide for every tensor of a file where it belongs, and build its layers. Touches no model.
 
@@ -102,6 +110,8 @@ def plan(
         device: of the adapter; default where each model computes. In page-locked memory if that is the CPU of a machine
             with CUDA.
         for_writing: see `Builder`; such a plan is for writing and not for attaching.
+        tokenizers: by their text encoder; without them, learned tokens cannot be installed.
+        leaving: an adapter that will be gone, with its tokens.
     """
     try:
         format = detect(checkpoint.header)
@@ -114,14 +124,18 @@ def plan(
     faults: list[tuple[str, str]] = []
     ignored: list[tuple[str, str]] = []
     groups: dict[tuple[str, str], Group] = {}
+    learned: dict[str, Vectors] = {}
     for key, verdict in verdicts.items():
-        if wanted is not None and verdict.component is not None and verdict.component not in wanted:
+        if isinstance(verdict, Vectors):
+            learned[key] = verdict
+        elif wanted is not None and verdict.component is not None and verdict.component not in wanted:
             ignored.append((key, f"component {verdict.component} was not asked for"))
         elif isinstance(verdict, Unused):
             (ignored if verdict.harmless else faults).append((key, verdict.reason))
         else:
             _gather(groups, key, verdict, checkpoint.tensors[key], faults)
-    broken = _non_finite(groups.values())
+    vectors = Group("", keys={key: key for key in learned}, tensors={key: checkpoint.tensors[key] for key in learned})
+    broken = _non_finite([*groups.values(), vectors])
     builder = Builder(checkpoint, targets, alphas, settings, dtype, device, for_writing=for_writing)
     layers: dict[str, dict[str, AdapterLayer]] = {}
     used = 0
@@ -140,36 +154,65 @@ def plan(
             continue
         layers.setdefault(component, {}).update(built)
         used += len(group.keys)
+    tokens = textual_inversion.plan(
+        learned,
+        checkpoint,
+        models,
+        tokenizers,
+        wanted=wanted,
+        broken=broken,
+        settled=builder.settled,
+        leaving=leaving,
+    )
+    used, faults, ignored = used + tokens.used, faults + tokens.faults, ignored + tokens.ignored
     family = families.of_models(models) if models is not None else None
     if family is None:
         family = families.of_file((key, tuple(tensor.shape)) for key, tensor in checkpoint.tensors.items())
-    return Plan(checkpoint, format.name, family, layers, used, faults, ignored, targets or {})
+    return Plan(checkpoint, format.name, family, layers, tokens.components, used, faults, ignored, targets or {})
 
 
 def attach_all_(models: Mapping[str, nn.Module], name: str, planned: Plan, *, replacing: bool = False) -> None:
-    """Attach a plan's adapters under `name`: to every component, or, if one refuses, to none.
+    """Attach a plan's adapters and install its tokens under `name`: all, or, if one component refuses, none.
 
     Args:
         replacing: see `attach_`. The adapter of this name is removed from components that the plan has none for.
     """
-    before = {component: bank.adapters.get(name) for component in models if (bank := bank_of(models[component]))}
+    before: dict[str, Adapter] = {}
+    for component, model in models.items():
+        bank = bank_of(model)
+        if bank is not None and name in bank.adapters and replacing:
+            before[component] = bank.adapters[name]
+    tokens = {component: held for component, old in before.items() if (held := textual_inversion.of(old)) is not None}
+    textual_inversion.uninstall_(models, name)
     attached: list[str] = []
     try:
         for component, adapter in planned.adapters.items():
             attach_(models[component], name, adapter, planned.hosts(component), replacing=replacing)
             attached.append(component)
+        textual_inversion.install_(models, name, planned.tokens)
     except BaseException:
+        textual_inversion.uninstall_(models, name)
         for component in attached:
-            old = before.get(component)
-            if old is None:
+            if component not in before:
                 detach_(models[component], name)
             else:
-                hosts = {path: layer.host for path, layer in old.layers.items()}
-                attach_(models[component], name, old, hosts, replacing=True)
+                hosts = {path: layer.host for path, layer in before[component].layers.items()}
+                attach_(models[component], name, before[component], hosts, replacing=True)
+        textual_inversion.install_(models, name, tokens)
         raise
-    for component, old in before.items():
-        if old is not None and component not in attached and replacing:
-            detach_(models[component], name)
+    for component in before.keys() - planned.adapters.keys():
+        detach_(models[component], name)
+
+
+def detach_all_(models: Mapping[str, nn.Module], name: str) -> None:
+    """Remove adapter `name` with its tokens.
+
+    Raises:
+        AdapterError: the tokens cannot be removed. Nothing has changed then.
+    """
+    textual_inversion.uninstall_(models, name)
+    for model in models.values():
+        detach_(model, name)
 
 
 def _targets(models: Mapping[str, nn.Module] | None, wanted: set[str] | None) -> dict[str, Targets] | None:

@@ -3,16 +3,16 @@
 import os
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import nn
 
-from diffadapt import families, scales
+from diffadapt import families, scales, textual_inversion
 from diffadapt.adapter import Adapter, AdapterLayer
-from diffadapt.attach import bank_of, detach_, refresh_, unreserve_
+from diffadapt.attach import bank_of, refresh_, unreserve_
 from diffadapt.combine import Combination, Method, Sign
 from diffadapt.config import AdapterConfig
 from diffadapt.create import new_layers
@@ -21,7 +21,7 @@ from diffadapt.formats import writer
 from diffadapt.hooks import execution_device
 from diffadapt.hotswap import ByComponent, Reserved, arrange, is_prepared, needs_of, reserve_all_
 from diffadapt.io import Checkpoint, Location, Source, read, write
-from diffadapt.load import Plan, attach_all_, plan
+from diffadapt.load import Plan, attach_all_, detach_all_, plan
 from diffadapt.lowrank import Conversion, Maker, Sources, conversion, derive_
 from diffadapt.merge import merge_, refuse_mixture, unmerge_
 from diffadapt.report import Report
@@ -29,6 +29,7 @@ from diffadapt.scales import Strength
 from diffadapt.slots import Arrangement
 from diffadapt.state import AdapterState
 from diffadapt.targets import Targets
+from diffadapt.textual_inversion import LearnedTokens
 
 Chosen: TypeAlias = str | Iterable[str] | Mapping[str, Strength]
 Request: TypeAlias = Source | AdapterConfig | Mapping[str, AdapterConfig]
@@ -45,6 +46,17 @@ class LoadedAdapter:
 
     name: str
     components: Mapping[str, Adapter]
+
+    @property
+    def learned(self) -> tuple[LearnedTokens, ...]:
+        """The tokens it brought, one entry for each text encoder."""
+        found = (textual_inversion.of(adapter) for adapter in self.components.values())
+        return tuple(tokens for tokens in found if tokens is not None)
+
+    @property
+    def tokens(self) -> Mapping[str, int]:
+        """The tokens it brought, with their numbers of vectors."""
+        return textual_inversion.counted(self.learned)
 
     @property
     def types(self) -> tuple[str, ...]:
@@ -95,16 +107,19 @@ class Adapters:
         self,
         models: Callable[[], Mapping[str, nn.Module]],
         *,
+        tokenizers: Callable[[], Mapping[str, Any]] = dict[str, Any],
         qualified: bool = True,
         changed: Callable[[], None] = lambda: None,
     ) -> None:
         """
         Args:
             models: gives the present components.
+            tokenizers: gives those of the text encoders, by component.
             qualified: whether prefixes in `activate` start with a component name.
             changed: called after adapters were loaded or removed.
         """
         self._models = models
+        self._tokenizers = tokenizers
         self._qualified = qualified
         self._changed = changed
 
@@ -169,7 +184,7 @@ class Adapters:
                 raise AdapterError(f"components: no {', '.join(unknown)}; the pipeline has {', '.join(models)}")
         if name is not None:
             self._refuse_name(name)
-        checkpoint, planned = self._planned(source, where, components, dtype, models)
+        checkpoint, planned = self._planned(source, where, components, dtype, models, name=name)
         if name is None:
             name = checkpoint.name or next(n for i in range(len(self) + 1) if (n := f"default_{i}") not in self)
             self._refuse_name(name)
@@ -256,7 +271,7 @@ class Adapters:
         if name in self.merged:
             raise AdapterError(f"adapter {name!r} is merged into the weights; call unmerge() before hotswap()")
         models = self._models()
-        _, planned = self._planned(source, where, None, dtype, models)
+        _, planned = self._planned(source, where, None, dtype, models, name=name, leaving=name)
         strength = next(iter(old.components.values())).strength if scale is None else scale
         scales.check(name, strength)
         planned.refuse_faults(strict)
@@ -282,7 +297,7 @@ class Adapters:
         """
         models = self._models()
         device = torch.device("cpu") if is_prepared(models) else None
-        _, planned = self._planned(source, where, components, dtype, models, device)
+        _, planned = self._planned(source, where, components, dtype, models, device=device)
         planned.refuse_faults(strict)
         for component, adapter in planned.adapters.items():
             adapter.train(models[component].training)
@@ -323,12 +338,15 @@ class Adapters:
                 merge_(self._models(), merged)
 
     def remove(self, name: str) -> None:
-        """Remove an adapter and free its memory. The others stay as they are."""
+        """Remove an adapter, with the tokens it brought, and free its memory. The others stay as they are.
+
+        Raises:
+            AdapterError: no such adapter, it is merged, or someone else added tokens to its tokenizers since.
+        """
         self[name]
         if name in self.merged:
             raise AdapterError(f"adapter {name!r} is merged into the weights; call unmerge() before remove()")
-        for model in self._models().values():
-            detach_(model, name)
+        detach_all_(self._models(), name)
         self._changed()
 
     def clear(self) -> None:
@@ -409,9 +427,12 @@ class Adapters:
         dump = writer(format).dump
         assert dump is not None
         models = self._models()
-        layers = {c: {at: layer.state for at, layer in a.layers.items()} for c, a in loaded.components.items()}
+        layers = {
+            c: {at: layer.state for at, layer in a.layers.items()} for c, a in loaded.components.items() if a.layers
+        }
+        embeddings = {key: vectors for learned in loaded.learned for key, vectors in learned.state.items()}
         layouts = {component: families.layout(Targets(models[component])) for component in layers}
-        return write(path, dump(AdapterState(layers, loaded.metadata, families.of_models(models), layouts)))
+        return write(path, dump(AdapterState(layers, loaded.metadata, families.of_models(models), layouts, embeddings)))
 
     def _planned(
         self,
@@ -420,8 +441,17 @@ class Adapters:
         components: Iterable[str] | None,
         dtype: torch.dtype | None,
         models: Mapping[str, nn.Module],
+        *,
+        name: str | None = None,
         device: torch.device | None = None,
+        leaving: str | None = None,
     ) -> tuple[Checkpoint, Plan]:
+        """A source resolved against the models.
+
+        Args:
+            name: what tokens are called that have no name in the file.
+            leaving: the adapter whose place it will take.
+        """
         if isinstance(source, Plan):
             if components is not None or dtype is not None:
                 raise AdapterError("components and dtype were settled by prefetch(); pass them there")
@@ -432,11 +462,25 @@ class Adapters:
                 held = [name for name, other in bank.adapters.items() if other is adapter] if bank else []
                 if held:
                     raise AdapterError(f"it is loaded already, as {held[0]!r}; remove that first")
-            return source.checkpoint, source
+            if not source.tokens:
+                return source.checkpoint, source
+            # Which tokens are free may have changed.
+            checkpoint = source.checkpoint
+        else:
+            checkpoint = read(source, where or Location())
+            if name is not None:
+                checkpoint = replace(checkpoint, name=name)
         if dtype is not None and dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise AdapterError(f"dtype is {dtype}; adapters compute in float16, bfloat16, float32 or float64")
-        checkpoint = read(source, where or Location())
-        return checkpoint, plan(checkpoint, models, components=components, dtype=dtype, device=device)
+        return checkpoint, plan(
+            checkpoint,
+            models,
+            components=components,
+            dtype=dtype,
+            device=device,
+            tokenizers=self._tokenizers(),
+            leaving=leaving,
+        )
 
     def _bring(
         self,
@@ -519,7 +563,8 @@ class Adapters:
             for component, adapter in self[name].components.items():
                 bank = bank_of(models[component])
                 assert bank is not None
-                if not adapter.beside and (bank.reservation is None or name not in bank.reservation.seated):
+                seated = () if bank.reservation is None else bank.reservation.seated
+                if adapter.layers and not adapter.beside and name not in seated:
                     new.setdefault(name, {})[component] = adapter.layers
         for arrangement in arrange(models, new, {*names, *staying}).values():
             arrangement.carry_out()
@@ -538,7 +583,12 @@ class Adapters:
             if configs is not None:
                 wanted.append({c: new_layers(models[c], config)[0] for c, config in configs.items()})
             else:
-                planned = plan(read(cast(Source, source), headers_only=True), models, components=only)
+                planned = plan(
+                    read(cast(Source, source), headers_only=True),
+                    models,
+                    components=only,
+                    tokenizers=self._tokenizers(),
+                )
                 planned.refuse_faults(strict=True)
                 wanted.append(planned.layers)
         return wanted if only is None else [{c: part for c, part in w.items() if c in only} for w in wanted]
@@ -611,7 +661,7 @@ class Adapters:
         state = "merged" if adapter.name in self.merged else "yes" if adapter.active else "no"
         return (
             adapter.name,
-            ",".join(adapter.types),
+            ",".join([*adapter.types, *(["tokens"] if adapter.learned else [])]),
             ", ".join(f"{name} {len(part.layers)}" for name, part in adapter.components.items()),
             str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}" if ranks else "-",
             ",".join(str(dtype).removeprefix("torch.") for dtype in adapter.dtypes),

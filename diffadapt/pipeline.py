@@ -7,7 +7,7 @@ import inspect
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -22,6 +22,7 @@ from diffadapt.load import Plan
 from diffadapt.manager import Adapters
 from diffadapt.report import Report
 from diffadapt.scales import Strength
+from diffadapt.textual_inversion import is_extended, refresh_
 
 _OWNERS = {
     "diffusers.pipelines.pipeline_utils": "DiffusionPipeline",
@@ -52,7 +53,8 @@ def load_adapter(
     Args:
         source: path of a file or folder, hub id, or a state dict, whose tensors are not changed, and not copied where
             dtype and device fit: do not write into them afterwards. Or what `pipe.adapters.prefetch` returned.
-        name: default: from the file name, or "default_0", ... A name in use raises.
+        name: default: from the file name, or "default_0", ... A name in use raises. Of learned vectors whose file does
+            not say their token, it is the token.
         scale: strength, or strengths by prefix as in `pipe.adapters.activate`.
         components: load into these only, and leave the rest of the file aside.
         weight_name, subfolder, revision, token, cache_dir, local_files_only: as in `huggingface_hub`.
@@ -65,7 +67,8 @@ def load_adapter(
         What was used, and what was not and why.
 
     Raises:
-        AdapterError: the file cannot be read or applied. The pipeline is exactly as before.
+        AdapterError: the file cannot be read or applied, or a tokenizer has one of its tokens already. The pipeline is
+            exactly as before.
     """
     where = Location(weight_name, subfolder, revision, token, cache_dir, local_files_only)
     return adapters_of(pipe).load(
@@ -92,7 +95,11 @@ def adapters_of(owner: Any) -> Adapters:
         # The name under which a saved adapter is loaded again.
         return Adapters(lambda: {role: model}, qualified=False)
     _EncodePrompt.install(owner)
-    return Adapters(lambda: components_of(owner), changed=lambda: _EncodePrompt.install(owner))
+    return Adapters(
+        lambda: components_of(owner),
+        tokenizers=lambda: _tokenizers_of(owner),
+        changed=lambda: _EncodePrompt.install(owner),
+    )
 
 
 def load_adapter_into_model(
@@ -142,6 +149,13 @@ def components_of(pipe: Any) -> dict[str, nn.Module]:
             if all(model is not other for other in found.values()):
                 found[name] = model
     return found
+
+
+def _tokenizers_of(pipe: Any) -> dict[str, Any]:
+    """The tokenizers of a pipeline by their text encoders."""
+    parts: Mapping[str, Any] = pipe.components
+    paired = {name: parts.get(name.replace("text_encoder", "tokenizer")) for name in parts if "text_encoder" in name}
+    return {name: tokenizer for name, tokenizer in paired.items() if hasattr(tokenizer, "add_tokens")}
 
 
 def install() -> None:
@@ -199,7 +213,8 @@ class _Finder(importlib.abc.MetaPathFinder):
 class _EncodePrompt:
     """Stands in for an `encode_prompt` of diffusers and hands its `lora_scale` to the text encoders' adapters.
 
-    diffusers keeps that scale for peft, and without peft it crashes on the text encoders of transformers 5.
+    diffusers keeps that scale for peft, and without peft it crashes on the text encoders of transformers 5. Learned
+    tokens look at their tokenizers here, which diffusers' own textual inversions may have changed in the meantime.
     """
 
     def __init__(self, pipe: Any, owner: Any) -> None:
@@ -209,13 +224,16 @@ class _EncodePrompt:
     @classmethod
     def install(cls, pipe: Any) -> None:
         """Put it on `pipe` while one of its models carries adapters, and take it away afterwards."""
-        adapted = any(bank_of(model) is not None for model in components_of(pipe).values())
+        models = components_of(pipe).values()
+        adapted = any(bank_of(model) is not None for model in models)
+        has_tokens = any(is_extended(model) for model in models)
         for owner in _prompt_encoders(pipe):
             present = owner.__dict__.get("encode_prompt")
             if not adapted and isinstance(present, cls):
                 del owner.__dict__["encode_prompt"]
-            elif adapted and present is None and "lora_scale" in inspect.signature(owner.encode_prompt).parameters:
-                owner.__dict__["encode_prompt"] = cls(pipe, owner)
+            elif adapted and present is None:
+                if has_tokens or "lora_scale" in inspect.signature(owner.encode_prompt).parameters:
+                    owner.__dict__["encode_prompt"] = cls(pipe, owner)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         kind = type(self.owner)
@@ -226,6 +244,9 @@ class _EncodePrompt:
         if scale is not None and not diffusers_scales_with_peft():
             bound.arguments["lora_scale"] = None
         models = components_of(self.pipe).items()
+        for _, model in models:
+            if is_extended(model):
+                refresh_(model)
         banks = [bank for name, model in models if name.startswith("text_encoder") and (bank := bank_of(model))]
         value = None if scale is None else torch.as_tensor(scale, dtype=torch.float32)
         for bank in banks:

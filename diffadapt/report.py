@@ -17,6 +17,8 @@ class Report:
         family: model family ("sd", "sdxl", "flux", ...), `None` where unknown.
         types: layers per adapter type.
         components: layers per component.
+        tokens: words for the prompt that the file brings (textual inversions), with their numbers of vectors. A
+            pipeline that does not spell out a token of several vectors needs all: `token token_1 token_2`.
         used: number of tensors of the file that are in use.
         unused: `(key, reason)` for every other tensor.
         metadata: safetensors header metadata, verbatim.
@@ -30,6 +32,7 @@ class Report:
     used: int
     unused: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])
+    tokens: Mapping[str, int] = field(default_factory=dict[str, int])
 
     def __str__(self) -> str:
         rows = [
@@ -37,6 +40,7 @@ class Report:
             ("format", f"{self.format}, family {self.family or 'unknown'}"),
             ("types", _counted(self.types, "layers")),
             ("components", _counted(self.components, "layers")),
+            *([("tokens", _listed(self.tokens))] if self.tokens else []),
             ("tensors", f"{self.used} used, {len(self.unused)} unused"),
         ]
         lines = [f"{label:<11}{value}" for label, value in rows]
@@ -57,3 +61,7 @@ def explained(faults: list[tuple[str, str]]) -> list[str]:
 
 def _counted(counts: Mapping[str, int], unit: str) -> str:
     return ", ".join(f"{name} {count} {unit}" for name, count in counts.items()) or "none"
+
+
+def _listed(tokens: Mapping[str, int]) -> str:
+    return ", ".join(f"{token} ({count} vectors)" if count > 1 else token for token, count in tokens.items())

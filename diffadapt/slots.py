@@ -388,11 +388,11 @@ class Reservation(LayerTree):
                     starts.append(slot.cells.start + part.start)
                     counts.append(len(part))
                     layers.append(number)
-        cells, count = torch.tensor(starts), torch.tensor(counts)
+        cells, count = (torch.tensor(numbers, dtype=torch.long) for numbers in (starts, counts))
         # Of every stretch its start, and then one more for every row.
         cells = (cells - count.cumsum(0) + count).repeat_interleave(count) + torch.arange(sum(counts))
         device = self._gates.device
-        return Seat(taken, cells.to(device), torch.tensor(layers).repeat_interleave(count).to(device))
+        return Seat(taken, cells.to(device), torch.tensor(layers, dtype=torch.long).repeat_interleave(count).to(device))
 
     def _deal(self, gates: Tensor) -> None:
         self._gates = gates

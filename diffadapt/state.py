@@ -62,9 +62,11 @@ class AdapterState:
 
     Attributes:
         layouts: component -> the original layout of that model, where it has one.
+        embeddings: learned vectors (count, width), by token and by what files call the text encoder.
     """
 
     layers: Mapping[str, Mapping[str, LayerState]]
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])
     family: str | None = None
     layouts: Mapping[str, Layout] = field(default_factory=dict[str, Layout])
+    embeddings: Mapping[tuple[str, str], Tensor] = field(default_factory=dict[tuple[str, str], Tensor])

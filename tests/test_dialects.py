@@ -584,23 +584,13 @@ def test_bookkeeping_is_harmless(key: str) -> None:
     assert report.used == len(tensors)
 
 
-def test_embedded_textual_inversion_is_a_fault() -> None:
-    pipe, tensors = kohya_file()
-    key = "bundle_emb.pixel.string_to_param.*"
-    with pytest.raises(AdapterError, match="textual inversion"):
-        pipe.load_adapter({**tensors, key: torch.ones(2, models.WIDTH)})
-    report = pipe.load_adapter({**tensors, key: torch.ones(2, models.WIDTH)}, strict=False)
-    assert [unused for unused, _ in report.unused] == [key]
-
-
-def test_embedded_textual_inversion_of_cloneofsimo_is_a_fault() -> None:
+def test_embedded_textual_inversion_of_cloneofsimo() -> None:
     pipe = models.sd15()
     orders = {"text_encoder": numbered_clip(pipe.text_encoder)}
-    parts = files.parts_for(pipe, ("text_encoder",))
-    tensors = {**cloneofsimo(parts, orders), "<s1>": torch.ones(models.WIDTH)}
-    with pytest.raises(AdapterError, match="textual inversion"):
-        pipe.load_adapter(tensors)
-    assert pipe.load_adapter(tensors, strict=False).unused[0][0] == "<s1>"
+    tensors = {**cloneofsimo(files.parts_for(pipe, ("text_encoder",)), orders), "<s1>": torch.ones(models.WIDTH)}
+    report = pipe.load_adapter(tensors)
+    assert report.unused == []
+    assert report.tokens == {"<s1>": 1}
 
 
 @pytest.mark.parametrize(

@@ -284,6 +284,36 @@ def test_pipeline_with_text_encoders(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
+def test_tokens_come_and_go_with_a_swap() -> None:
+    pipe = models.sd15()
+    vectors = [torch.randn(2, models.WIDTH, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    layers = files.peft_names({"unet": files.parts_for(pipe)["unet"]})
+    one, two = ({**layers, "bundle_emb.critter.clip_l": part} for part in vectors)
+    pipe.adapters.prepare_hotswap([one])
+    base = models.draw(pipe, prompt="a critter")
+    drawn: list[Tensor] = []
+    for source in (one, two, layers):
+        if not drawn:
+            pipe.load_adapter(source, "a")
+        else:
+            pipe.adapters.hotswap("a", source)
+        drawn.append(models.draw(pipe, prompt="a critter"))
+        assert ("critter_1" in pipe.tokenizer.get_vocab()) == (source is not layers)
+    assert_differs(drawn[0], drawn[1], 1e-3)
+    assert_differs(drawn[1], drawn[2], 1e-3)
+    prefetched = pipe.adapters.prefetch(two)
+    pipe.adapters.hotswap("a", prefetched)
+    assert torch.equal(models.draw(pipe, prompt="a critter"), drawn[1])
+    broken = dict(two)
+    broken.pop(next(iter(layers)))
+    with pytest.raises(diffadapt.AdapterError):
+        pipe.adapters.hotswap("a", broken)
+    assert torch.equal(models.draw(pipe, prompt="a critter"), drawn[1])
+    pipe.adapters.clear()
+    assert torch.equal(models.draw(pipe, prompt="a critter"), base)
+
+
+@torch.no_grad()
 def test_component_without_slots_is_refused() -> None:
     pipe = models.sd15()
     parts = files.parts_for(pipe)

@@ -151,6 +151,11 @@ def test_imports_point_one_way() -> None:
         ("diffadapt.hotswap", {"attach", "slots", "adapter", "targets", "hooks", "layer", "errors"}),
         ("diffadapt.lowrank", {"compose", "adapter", "attach", "hooks", "layer", "types", "errors"}),
         ("diffadapt.combine", {"lowrank", "types", "errors"}),
+        ("diffadapt.vocabulary", set[str]()),
+        (
+            "diffadapt.textual_inversion",
+            {"attach", "adapter", "vocabulary", "formats", "io", "layer", "errors"},
+        ),
         ("diffadapt.merge", {"compose", "attach", "adapter", "hooks", "errors"}),
     ],
 )

@@ -10,6 +10,7 @@ from diffadapt.formats.bfl_control import BFL_CONTROL
 from diffadapt.formats.cloneofsimo import CLONEOFSIMO
 from diffadapt.formats.comfy import COMFY
 from diffadapt.formats.diffusers import DIFFUSERS
+from diffadapt.formats.embeddings import EMBEDDINGS
 from diffadapt.formats.foreign import CONTROL_LORA, CONTROLNET_LLLITE, IP_ADAPTER
 from diffadapt.formats.format import Format, Header
 from diffadapt.formats.kohya import KOHYA, ONETRAINER
@@ -24,7 +25,15 @@ def _is_unmarked(header: Header) -> bool:
     return not any(format.matches(header) for format in _MARKED) and DIFFUSERS.matches(header)
 
 
-FORMATS: tuple[Format, ...] = (*_MARKED, replace(DIFFUSERS, matches=_is_unmarked))
+def _has_no_layer(header: Header) -> bool:
+    return not any(format.matches(header) for format in (*_MARKED, DIFFUSERS)) and EMBEDDINGS.matches(header)
+
+
+FORMATS: tuple[Format, ...] = (
+    *_MARKED,
+    replace(DIFFUSERS, matches=_is_unmarked),
+    replace(EMBEDDINGS, matches=_has_no_layer),
+)
 
 
 def detect(header: Header) -> Format:

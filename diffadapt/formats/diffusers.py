@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from diffadapt.errors import AdapterError
-from diffadapt.formats import peft_config, peft_dump, suffixes
+from diffadapt.formats import embeddings, peft_config, peft_dump, suffixes
 from diffadapt.formats.format import Alphas, Format, Header, Names, Verdict
 from diffadapt.state import AdapterState, Document, LayerState
 
@@ -66,6 +66,7 @@ def _config(text: str | None) -> dict[str, Any]:
 
 
 def _dump(state: AdapterState) -> dict[str, Document]:
+    embeddings.refuse(state, "diffusers")
     tensors: dict[str, Tensor] = {}
     config: dict[str, Any] = {}
     for component, layers in state.layers.items():

@@ -67,7 +67,22 @@ class Unused:
     harmless: bool = False
 
 
-Verdict: TypeAlias = Place | Unused
+@dataclass(frozen=True, slots=True)
+class Vectors:
+    """Learned vectors of a token: a textual inversion.
+
+    Attributes:
+        token: the word for the prompt; `None` where it is the file's name.
+        written: for which text encoder, as files spell it ("clip_l"), or what they spell where they do not say.
+        apart: every row is a token of its own, `<s0>`, `<s1>` and so on.
+    """
+
+    token: str | None
+    written: str
+    apart: bool = False
+
+
+Verdict: TypeAlias = Place | Vectors | Unused
 Alphas: TypeAlias = Callable[[str, str, int], float | None]
 """`(component, path as written, rank) -> alpha` from a file's metadata, `None` where it says nothing."""
 

@@ -11,6 +11,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from diffadapt.errors import AdapterError
+from diffadapt.formats.embeddings import bundled
 from diffadapt.formats.original import original
 from diffadapt.state import AdapterState, Document, LayerState
 from diffadapt.types import named
@@ -97,7 +98,7 @@ def _document(state: AdapterState, name: Callable[[str, str], str], as_original:
     Args:
         name: component and dotted path -> name of the layer in the file.
     """
-    tensors: dict[str, Tensor] = {}
+    tensors = bundled(state)
     for component, layers in state.layers.items():
         if as_original:
             layers = original(layers, state.layouts.get(component, {}))

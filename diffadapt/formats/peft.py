@@ -4,7 +4,7 @@ Files without the config occur too; they have a scale of 1 unless there are alph
 """
 
 from diffadapt.errors import AdapterError
-from diffadapt.formats import peft_config, peft_dump, suffixes
+from diffadapt.formats import embeddings, peft_config, peft_dump, suffixes
 from diffadapt.formats.format import Alphas, Format, Header, Names, Place, Settings, Unused, Verdict
 from diffadapt.layer import LayerSpec
 from diffadapt.state import AdapterState, Document
@@ -57,6 +57,7 @@ def _settings(header: Header) -> Settings:
 
 
 def _dump(state: AdapterState) -> dict[str, Document]:
+    embeddings.refuse(state, "peft")
     documents = {component: peft_dump.document(layers) for component, layers in state.layers.items()}
     # PEFT knows models and not pipelines: one folder for each.
     return documents if len(documents) > 1 else {"": next(iter(documents.values()))}

@@ -7,6 +7,7 @@ OneTrainer 23df383, ComfyUI `comfy/weight_adapter/`.
 import re
 from collections.abc import Callable, Iterable
 
+from diffadapt.formats.embeddings import embedded
 from diffadapt.formats.format import Unused, Verdict
 from diffadapt.types import TYPES
 
@@ -49,7 +50,6 @@ _TEXT_PROJECTIONS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_o
 
 
 _BOOKKEEPING = re.compile(r"_aux\.|sshs_|ss_|modelspec\.")
-_EMBEDDINGS = re.compile(r"bundle_emb\.|<[^<>]*>$")
 _NOT_LOADED = {
     "set_weight": "it is a new weight and not a change of one, which cannot be loaded",
     "reshape_weight": "it gives the layer another shape, which cannot be loaded",
@@ -78,15 +78,12 @@ def located(keys: Iterable[str], place: Callable[[str, str], Verdict]) -> dict[s
     return verdicts
 
 
-def _aside(key: str) -> Unused | None:
+def _aside(key: str) -> Verdict | None:
     """The verdict on what is in adapter files and is no tensor of a layer, or of none that can be loaded."""
     if _BOOKKEEPING.match(key):
         return Unused("bookkeeping of a trainer, without effect", harmless=True)
-    if _EMBEDDINGS.match(key):
-        # Not harmless: a prompt with the token gives another picture without it.
-        return Unused("an embedded textual inversion, which is not loaded; its token stays unknown to the tokenizer")
     reason = _NOT_LOADED.get(key.rpartition(".")[2])
-    return None if reason is None else Unused(reason)
+    return embedded(key) if reason is None else Unused(reason)
 
 
 def split(key: str) -> tuple[str, str] | None:
