@@ -107,6 +107,11 @@ class AdapterLayer(nn.Module):
     """The part of an adapter that belongs to one layer: its tensors, and how they get ready for a call.
 
     What the layer computes with them is in `compose.py`.
+
+    Attributes:
+        inputs: of the layer, as far as its tensors say something of them; fewer than `spec.in_features` where the layer
+            was made wider for another adapter (`widen.py`).
+        widens: whether that is more than the model's layer has by itself.
     """
 
     kind: AdapterType
@@ -115,6 +120,8 @@ class AdapterLayer(nn.Module):
     dropout: Dropout
     settings: Mapping[str, float]
     stages: tuple[Stage, ...]
+    inputs: int
+    widens: bool
     gate: Tensor  # given by the adapter
     call: CallScale  # given when the adapter is attached
     host: nn.Module  # given when the adapter is attached
@@ -130,6 +137,7 @@ class AdapterLayer(nn.Module):
         settings: Mapping[str, float] | None = None,
         trainable: bool = False,
         dropout: Dropout = _NO_DROPOUT,
+        widens: bool = False,
     ) -> None:
         """
         Args:
@@ -146,6 +154,8 @@ class AdapterLayer(nn.Module):
             dropout=dropout,
             settings={**kind.settings, **(settings or {})},
             stages=kind.stages(tensors, spec),
+            inputs=spec.in_features,
+            widens=widens,
             _kept=None,
         )
         for name, tensor in tensors.items():
@@ -155,6 +165,14 @@ class AdapterLayer(nn.Module):
     def tensors(self) -> dict[str, Tensor]:
         """This layer's parameters by the names its type uses."""
         return {name: tensor for name, tensor in self._parameters.items() if tensor is not None}
+
+    @property
+    def own_tensors(self) -> dict[str, Tensor]:
+        """The same without the zeros that only make them as wide as the layer."""
+        if self.inputs == self.spec.in_features:
+            return self.tensors
+        columns = self.kind.columns
+        return {n: t.narrow(columns[n], 0, self.inputs) if n in columns else t for n, t in self.tensors.items()}
 
     @property
     def rank(self) -> int | None:
@@ -177,12 +195,13 @@ class AdapterLayer(nn.Module):
         """What a file would say of this layer."""
         return LayerState(
             type=self.kind.name,
-            tensors=self.tensors,
+            tensors=self.own_tensors,
             alpha=self.alpha,
             rank=self.rank,
             kernel=self.spec.kernel,
             is_embedding=self.spec.kind == "embedding",
             settings=self.settings,
+            widens=self.widens,
         )
 
     def ready(self, device: torch.device) -> Ready:

@@ -5,14 +5,15 @@ What attaching changes, and detaching puts back:
 * the root model gets one child, the bank, that owns all its adapters, and two forward hooks for per-call scales;
 * `layer.__class__` of an adapted layer becomes a cached subclass `(Adapted, type(layer))`. The layer keeps its
   identity: `isinstance`, `.weight`, its path and its state-dict keys are unchanged;
-* the layer's `__dict__` gets one tuple, the adapter layers that are active on it.
+* the layer's `__dict__` gets one tuple, the adapter layers that are active on it;
+* the layer that reads latents may get more inputs (`widen.py`).
 
 `__call__` is overridden and not `forward`: whatever diffusers and accelerate install as the instance's `forward`
 (casting, offloading) runs inside, in whichever order it was installed.
 """
 
 import copyreg
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -24,6 +25,7 @@ from diffadapt.adapter import BANK, Adapter, AdapterLayer, CallScale
 from diffadapt.errors import AdapterError
 from diffadapt.hooks import diffusers_scales_with_peft, is_bypassed
 from diffadapt.slots import Reservation
+from diffadapt.widen import level_
 
 _ACTIVE = "_diffadapt_active"
 # With a dot, which no adapter's name has.
@@ -200,12 +202,19 @@ def attach_(
         replacing: the adapter of this name, if there is one, goes; else the name must be free.
 
     Raises:
-        AdapterError: the name is taken, or the class of a layer cannot be changed. Nothing is changed then.
+        AdapterError: the name is taken, or the class or the inputs of a layer cannot be changed. Nothing is changed
+            then.
     """
     bank = bank_of(model)
     if bank is not None and name in bank._modules and not replacing:
         raise AdapterError(f"adapter {name!r} exists already; remove it first or pass another name")
-    bank = _adapt_(model, {path: hosts[path] for path in adapter.layers})
+    present: dict[str, Adapter] = {} if bank is None else bank.adapters
+    _level_(model, {**present, name: adapter}.values(), bank)
+    try:
+        bank = _adapt_(model, {path: hosts[path] for path in adapter.layers})
+    except AdapterError:
+        _level_(model, present.values(), bank)
+        raise
     for path, layer in adapter.layers.items():
         layer.__dict__["call"] = bank.call
         layer.__dict__["host"] = hosts[path]
@@ -215,10 +224,15 @@ def attach_(
 
 
 def detach_(model: nn.Module, name: str) -> None:
-    """Remove adapter `name`. With the last one the model is what it was before the first, unless it has slots."""
+    """Remove adapter `name`. With the last one the model is what it was before the first, unless it has slots.
+
+    Raises:
+        AdapterError: a layer that was made wider for it cannot be changed back now. Nothing is changed then.
+    """
     bank = bank_of(model)
     if bank is None or name not in bank._modules:
         return
+    _level_(model, [adapter for other, adapter in bank.adapters.items() if other != name], bank)
     del bank._modules[name]
     if bank.reservation is not None and (left := bank.reservation.leave(name)) is not None:
         bank.reservation.wipe([left])
@@ -250,6 +264,7 @@ def unreserve_(model: nn.Module) -> None:
     bank = bank_of(model)
     if bank is None or bank.reservation is None:
         return
+    _level_(model, bank.adapters.values(), bank, reserved=False)
     del bank._modules[_RESERVED]
     bank._beside = None
     refresh_(model)
@@ -311,6 +326,12 @@ def _adapt_(model: nn.Module, hosts: Mapping[str, nn.Module]) -> Bank:
     bank.hosts.update(new)
     bank.attentions.update(_attentions(model, new))
     return bank
+
+
+def _level_(model: nn.Module, adapters: Collection[Adapter], bank: Bank | None, *, reserved: bool = True) -> None:
+    """Make the model's input layer as wide as these adapters, and with `reserved` its slots, need it."""
+    slots = bank.reservation.slots if bank is not None and bank.reservation is not None and reserved else {}
+    level_(model, [*(adapter.layers for adapter in adapters), slots], [] if bank is None else bank.originals)
 
 
 def _release_unused_(model: nn.Module, bank: Bank) -> None:

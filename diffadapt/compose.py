@@ -107,7 +107,7 @@ def _after(ready: Sequence[Ready], output: Tensor, bias: Tensor | None, spec: La
         # Maps are linear: of the bias they need only take out again what they made of it.
         turned = _turned(ready, "output", output, spec.channel_axis)
         if bias is not None:
-            change = spec.along_channels(_turned(ready, "output", bias, 0) - bias)
+            change = spec.along_channels(_turned(ready, "output", bias, 0) - bias, output.ndim)
             turned = turned - change if torch.is_grad_enabled() else turned.sub_(change)
         output = turned
     gains = [(r.gained(), r.layer.kind.gains_bias) for r in ready if "gain" in r.layer.stages]

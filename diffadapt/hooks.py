@@ -113,6 +113,18 @@ def is_bypassed(attention: nn.Module, name: str) -> bool:
     return hasattr(attention, "unfuse_projections") or processor.startswith("Fused")
 
 
+def copies_weights(modules: Sequence[nn.Module]) -> bool:
+    """Whether offloading of a model, given as all its modules, keeps weights in a place of its own: with a stream in
+    pinned memory, or on disk.
+    """
+    for module in modules:
+        for name in ("group_offloading", "lazy_prefetch_group_offloading"):
+            config = getattr(_diffusers_hook(module, name), "config", None)
+            if config is not None and (config.stream is not None or config.offload_to_disk_path is not None):
+                return True
+    return False
+
+
 def diffusers_scales_with_peft() -> bool:
     """Whether diffusers hands per-call scales to peft. If not, it warns that they have no effect."""
     from diffusers import utils

@@ -48,6 +48,8 @@ def needs_of(models: Mapping[str, nn.Module], wanted: Iterable[ByComponent]) -> 
     for adapter in wanted:
         for component, layers in adapter.items():
             for path, layer in layers.items():
+                if layer.widens and LayerSpec.of(models[component].get_submodule(path)) != layer.spec:
+                    raise AdapterError(f"{component}.{path}: it gets more inputs; load that adapter before reserving")
                 need = needs.setdefault(component, {}).setdefault(path, Needs(layer.spec))
                 need.cover(lower(_shapes_of(layer, dtypes[component]), partial(_empty, layer.spec, dtypes[component])))
     return needs
@@ -124,6 +126,11 @@ def _lowered(layers: Mapping[str, AdapterLayer], hosts: Mapping[str, nn.Module],
         for path, layer in layers.items():
             if path not in room.slots:
                 raise AdapterError(f"{path}: no slots are reserved there")
+            here = room.slots[path][0].spec.in_features
+            if layer.spec.in_features != here:
+                raise AdapterError(
+                    f"{path}: {layer.spec.in_features} inputs expected, slots for {here} are reserved there"
+                )
             forms[path] = lower(layer, partial(_weight, layer.spec, hosts[path]), room.device)
     return forms
 
@@ -139,4 +146,4 @@ def _empty(spec: LayerSpec, dtype: torch.dtype) -> Tensor:
 
 def _shapes_of(layer: AdapterLayer, dtype: torch.dtype) -> AdapterLayer:
     tensors = {name: tensor.detach().to("meta", dtype) for name, tensor in layer.tensors.items()}
-    return AdapterLayer(layer.kind, layer.spec, tensors, layer.alpha, settings=layer.settings)
+    return AdapterLayer(layer.kind, layer.spec, tensors, layer.alpha, settings=layer.settings, widens=layer.widens)

@@ -159,6 +159,13 @@ def _temporary(target: Path) -> Path:
 
 
 def _from_state_dict(source: Mapping[Any, Any], headers_only: bool) -> Checkpoint:
+    if isinstance(source.get("ip_adapter"), Mapping):
+        # IP-Adapters are published as a dict of two.
+        flat: dict[Any, Any] = {}
+        for outer, found in source.items():
+            inner = found.items() if isinstance(found, Mapping) else ()
+            flat.update({f"{outer}.{key}": value for key, value in inner} if inner else {outer: found})
+        source = flat
     for key, value in source.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise AdapterError(

@@ -95,6 +95,8 @@ class AdapterType:
         rows: tensors of the layer that has only these rows of the weight, in this order, or `None` where the tensors
             cannot be taken apart so (a sum then becomes a LoRA or a whole change, anything else is refused).
             Arguments: fitted tensors, layer, ranges of rows.
+        columns: tensor -> its axis of the inputs of a linear layer. With zeros added along these axes the tensors fit a
+            layer with more inputs, and do nothing with them.
         turn: `onto + gate * (T - 1) vectors` along an axis of `vectors`, or of `T` transposed, as a new tensor.
             Arguments: tensors, layer, vectors, axis, gate (0-d float32), transposed, onto (or `None`).
         gain: `s - 1`, of shape (out,).
@@ -124,6 +126,7 @@ class AdapterType:
     delta_bias: Callable[[Tensors], Tensor | None] = lambda tensors: None
     as_low_rank: Callable[[Tensors, LayerSpec], tuple[Tensor, Tensor] | None] = lambda tensors, layer: None
     rows: Callable[[Tensors, LayerSpec, Sequence[range]], dict[str, Tensor] | None] = lambda tensors, layer, rows: None
+    columns: Mapping[str, int] = field(default_factory=dict[str, int])
     turn: Callable[[Tensors, LayerSpec, Tensor, int, Tensor, bool, Tensor | None], Tensor] = _missing
     gain: Callable[[Tensors], Tensor] = _missing
     gains_bias: bool = False

@@ -189,9 +189,12 @@ class LayerSpec:
         """Axis of the channels in what the layer takes and gives, counted from the end."""
         return -1 - len(self.kernel)
 
-    def along_channels(self, values: Tensor) -> Tensor:
-        """One value per channel, so that it broadcasts over what the layer takes or gives."""
-        return values.view(-1, *(1,) * len(self.kernel))
+    def along_channels(self, values: Tensor, dimensions: int = 0) -> Tensor:
+        """One value per channel, so that it broadcasts over what the layer takes or gives, which a norm has to know.
+
+        Channels are the second of the `dimensions` that a group norm gives, and the last one that other norms give.
+        """
+        return values.view(-1, *(1,) * (dimensions - 2 if self.norm_groups > 0 else len(self.kernel)))
 
     def _normalised(self, input: Tensor, weight: Tensor) -> Tensor:
         if self.norm_groups > 0:

@@ -140,6 +140,8 @@ class Slot(AdapterLayer):
             free=(range(rows),),
             cells=range(rows),
             dropout=Dropout(),
+            inputs=spec.in_features,
+            widens=False,
             training=False,
             _dtype=dtype,
         )

@@ -16,7 +16,11 @@ from diffadapt.pieces import Piece
 
 @dataclass(frozen=True, slots=True)
 class LayerState:
-    """What a file says of one layer: the type's tensors by name, and the alpha that makes `alpha / rank` its scale."""
+    """What a file says of one layer: the type's tensors by name, and the alpha that makes `alpha / rank` its scale.
+
+    Attributes:
+        widens: the tensors have more inputs than the model's layer by itself, see `widen.py`.
+    """
 
     type: str
     tensors: Mapping[str, Tensor]
@@ -25,6 +29,7 @@ class LayerState:
     kernel: tuple[int, ...] = ()
     is_embedding: bool = False
     settings: Mapping[str, float] = field(default_factory=dict[str, float])
+    widens: bool = False
 
     @property
     def scale(self) -> float:

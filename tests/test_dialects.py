@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FluxTransformer2DModel
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
@@ -19,7 +20,7 @@ from diffadapt.formats.cloneofsimo import CLONEOFSIMO
 from diffadapt.formats.format import Header, Names, Place
 from diffadapt.targets import Targets
 from tests import files, models
-from tests.compare import assert_same
+from tests.compare import assert_differs, assert_same
 from tests.test_loading import clip_l, sd_unet, sdxl_unet
 
 Tensors = dict[str, Tensor]
@@ -306,6 +307,154 @@ def test_bare_changes_beside_factors() -> None:
     assert_same(pipe.transformer.x_embedder.bias, base["bias"] + tensors["img_in.diff_b"])
 
 
+@pytest.mark.parametrize("alpha", [None, 4.0, 1.0])
+def test_change_of_a_bias_beside_factors(alpha: float | None) -> None:
+    """As ComfyUI and lightx2v have it: the change itself, which no alpha scales."""
+    path, stem = "transformer_blocks.1.ff.net.2", "diffusion_model.double_blocks.1.img_mlp.2"
+    tensors = {
+        f"{stem}.lora_A.weight": torch.randn(4, 4 * models.WIDTH),
+        f"{stem}.lora_B.weight": torch.randn(models.WIDTH, 4),
+        f"{stem}.diff_b": torch.randn(models.WIDTH),
+        **({} if alpha is None else {f"{stem}.alpha": torch.tensor(alpha)}),
+    }
+    pipe = models.flux()
+    layer = pipe.transformer.get_submodule(path)
+    weight, bias = layer.weight.clone(), layer.bias.clone()
+    report = pipe.load_adapter(tensors, "a")
+    assert (report.types, report.unused) == ({"lora": 1}, [])
+    pipe.adapters.merge("a")
+    product = tensors[f"{stem}.lora_B.weight"] @ tensors[f"{stem}.lora_A.weight"] * (alpha or 4) / 4
+    assert_same(layer.weight, weight + product)
+    assert_same(layer.bias, bias + tensors[f"{stem}.diff_b"])
+
+
+def test_bias_that_is_there_twice() -> None:
+    stem = "diffusion_model.img_in"
+    tensors = {f"{stem}.lora_A.weight": torch.zeros(2, 16), f"{stem}.lora_B.weight": torch.zeros(models.WIDTH, 2)}
+    biases = {f"{stem}.diff_b": torch.zeros(models.WIDTH), f"{stem}.lora_B.bias": torch.zeros(models.WIDTH)}
+    with pytest.raises(AdapterError, match="there twice"):
+        models.flux().load_adapter({**tensors, **biases})
+
+
+NEW_WEIGHTS = {
+    "conv_in": "linear map",
+    "mid_block.attentions.0.transformer_blocks.0.attn1.to_v": "without a bias",
+    "mid_block.resnets.0.norm1": "group norm",
+    "mid_block.attentions.0.transformer_blocks.0.norm1": "layer norm",
+}
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+@pytest.mark.parametrize("path", NEW_WEIGHTS)
+def test_new_weight_in_place_of_the_old(path: str, strength: float) -> None:
+    """At a strength between, between the two; the bias stays, but for a change of its own."""
+    pipe, expected = models.sd15(), models.sd15()
+    base = models.draw(pipe)
+    layer = expected.unet.get_submodule(path)
+    new, stem = torch.randn(layer.weight.shape), f"lora_unet_{path.replace('.', '_')}"
+    tensors = {f"{stem}.set_weight": new}
+    layer.weight.data.lerp_(new, strength)
+    if layer.bias is not None:
+        tensors[f"{stem}.diff_b"] = torch.randn(layer.bias.shape)
+        layer.bias.data += tensors[f"{stem}.diff_b"] * strength
+    pipe.load_adapter(tensors, "a", scale=strength)
+    assert_same(models.draw(pipe), models.draw(expected))
+    assert_differs(models.draw(pipe), base)
+    pipe.adapters.merge("a")
+    assert_same(pipe.unet.get_submodule(path).weight, layer.weight, 1e-6)
+
+
+def test_new_weight_and_a_change_of_another_adapter() -> None:
+    path, stem = "conv_in", "lora_unet_conv_in"
+    pipe = models.sd15()
+    shape = pipe.unet.conv_in.weight.shape
+    new, diff = torch.randn(shape), torch.randn(shape)
+    pipe.load_adapter({f"{stem}.diff": diff}, "diff")
+    pipe.load_adapter({f"{stem}.set_weight": new}, "new")
+    drawn = models.draw(pipe)
+    pipe.adapters.merge("diff", "new")
+    assert_same(pipe.unet.get_submodule(path).weight, new + diff)
+    assert_same(models.draw(pipe), drawn)
+    pipe.adapters.unmerge()
+    pipe.adapters.activate("diff")
+    pipe.adapters.merge("diff")
+    with pytest.raises(AdapterError, match="merged"):
+        pipe.load_adapter({f"{stem}.set_weight": new}, "again")
+
+
+def test_new_weight_and_its_change_exclude_each_other() -> None:
+    pipe = models.sd15()
+    tensors = {f"lora_unet_conv_in.{name}": torch.zeros(8, 4, 3, 3) for name in ("diff", "set_weight")}
+    with pytest.raises(AdapterError, match="one of diff and set_weight"):
+        pipe.load_adapter(tensors)
+
+
+@pytest.mark.parametrize(("shape", "fits"), [((32, 16), True), ((32, 32), False)])
+def test_shape_that_comfyui_is_told(shape: tuple[int, int], fits: bool) -> None:
+    stem = "diffusion_model.img_in"
+    tensors = {f"{stem}.lora_A.weight": torch.ones(2, 16), f"{stem}.lora_B.weight": torch.ones(models.WIDTH, 2)}
+    tensors[f"{stem}.reshape_weight"] = torch.tensor(shape)
+    if fits:
+        assert models.flux().load_adapter(tensors).unused == []
+    else:
+        with pytest.raises(AdapterError, match=r"reshape_weight is \[32, 32\], expected \[32, 16\]"):
+            models.flux().load_adapter(tensors)
+
+
+def sparse_file(path: str, out: int, columns: int, alpha: float = 2.0) -> tuple[Tensors, Tensor]:
+    """A LoRA as LyCORIS extracts it with `use_bias`, and the change of the flat weight that it stands for."""
+    stem = f"lora_unet_{path.replace('.', '_')}"
+    down, up = torch.randn(4, columns), torch.randn(out, 4)
+    rest = torch.randn(out, columns) * (torch.rand(out, columns) < 0.1)
+    matrix = rest.to_sparse().coalesce()
+    tensors = {
+        f"{stem}.lora_down.weight": down.view(4, -1, 3, 3),
+        f"{stem}.lora_up.weight": up.view(out, 4, 1, 1),
+        f"{stem}.alpha": torch.tensor(alpha),
+        f"{stem}.bias_indices": matrix.indices().to(torch.int16),
+        f"{stem}.bias_values": matrix.values(),
+        f"{stem}.bias_size": torch.tensor(rest.shape).to(torch.int16),
+    }
+    return tensors, (up @ down + rest) * alpha / 4
+
+
+def test_sparse_rest_of_an_extracted_weight() -> None:
+    pipe = models.sd15()
+    path = "mid_block.resnets.0.conv1"
+    layer = pipe.unet.get_submodule(path)
+    weight = layer.weight.clone()
+    tensors, change = sparse_file(path, weight.shape[0], weight[0].numel())
+    report = pipe.load_adapter(tensors, "a")
+    assert (report.types, report.unused) == ({"full": 1}, [])
+    assert diffadapt.inspect(tensors, pipe).types == report.types
+    pipe.adapters.merge("a")
+    assert_same(layer.weight, weight + change.view(weight.shape))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("bias_values", None, "needs all of"),
+        ("bias_size", torch.tensor([1, 2]), r"bias_size is \[1, 2\], expected"),
+        ("bias_indices", torch.full((2, 3), -1), "places in a matrix"),
+        ("bias_indices", torch.tensor([[10**6], [0]]), "places in a matrix"),
+    ],
+)
+def test_damaged_sparse_rest(name: str, value: Tensor | None, reason: str) -> None:
+    pipe = models.sd15()
+    weight = pipe.unet.mid_block.resnets[0].conv1.weight
+    tensors, _ = sparse_file("mid_block.resnets.0.conv1", weight.shape[0], weight[0].numel())
+    key = f"lora_unet_mid_block_resnets_0_conv1.{name}"
+    if value is None:
+        del tensors[key]
+    else:
+        tensors[key] = value
+        if name == "bias_indices":
+            tensors[key.replace(name, "bias_values")] = torch.ones(value.shape[1])
+    with pytest.raises(AdapterError, match=reason):
+        pipe.load_adapter(tensors)
+
+
 # cloneofsimo
 
 
@@ -481,19 +630,6 @@ def test_every_name_of_an_sdxl_lokr_file_resolves() -> None:
     assert all(isinstance(verdict, Place) for verdict in verdicts.values())
 
 
-def test_control_lora_of_flux_is_loaded_but_for_what_no_adapter_can_be() -> None:
-    tensors = files.placeholders("bfl_control_flux")
-    report = diffadapt.inspect(tensors, {"transformer": flux_transformer()})
-    left = dict(report.unused)
-    inputs = [key for key in tensors if key.startswith("img_in.")]
-    norms = [key for key in tensors if key.endswith("_norm.scale")]
-    assert (len(inputs), len(norms)) == (3, 152)
-    assert set(left) == {*inputs, *norms}
-    assert all("FluxControlPipeline" in reason for reason in left.values())
-    widened = diffadapt.inspect(tensors, {"transformer": flux_transformer(in_channels=128, out_channels=64)})
-    assert {key for key, _ in widened.unused} == set(norms)
-
-
 # Which component
 
 
@@ -596,11 +732,10 @@ def test_embedded_textual_inversion_of_cloneofsimo() -> None:
 @pytest.mark.parametrize(
     ("key", "reason"),
     [
-        ("lora_unet_conv_in.set_weight", "new weight"),
-        ("lora_unet_conv_in.reshape_weight", "another shape"),
-        ("lora_unet_conv_in.bias_values", "sparse"),
+        ("lora_unet_conv_in.reshape_weight", "no adapter type"),
+        ("lora_unet_conv_in.bias_values", "no adapter type"),
         ("lora_unet_conv_in.oft_R.scaled_oft", "scaled OFT"),
-        ("lora_unet_conv_in.oft_blocks.0", "share an alpha"),
+        ("lora_unet_conv_in.oft_blocks.1", "parts 1 found, expected 0 to 1"),
         ("oft_unet_conv_in.oft_blocks", "alpha, which is missing"),
         ("conv_in.lora_up.weight", "without the prefix"),
     ],
@@ -615,12 +750,12 @@ def test_tensor_that_cannot_be_loaded_is_named(key: str, reason: str) -> None:
     ("keys", "what"),
     [
         (
-            ("image_proj.proj.0.weight", "ip_adapter.1.to_q_lora.down.weight", "ip_adapter.1.to_q_lora.up.weight"),
+            ("image_proj.proj.0.weight", "ip_adapter.1.to_k_ip.weight"),
             "IP-A",
         ),
         (("double_blocks.0.processor.ip_adapter_double_stream_k_proj.weight",), "IP-Adapter"),
         (("lora_controlnet", "input_blocks.1.1.transformer_blocks.0.attn1.to_q.down"), "Control-LoRA"),
-        (("input_hint_block.0.weight", "input_blocks.0.0.up"), "Control-LoRA"),
+        (("input_hint_block.0.weight", "input_blocks.0.0.down"), "Control-LoRA"),
         (("lllite_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.down.0.weight",), "ControlNet-LLLite"),
     ],
 )
@@ -636,22 +771,103 @@ def test_two_dialects_in_one_file_are_ambiguous() -> None:
         pipe.load_adapter({**tensors, "diffusion_model.conv_in.lora_A.weight": torch.zeros(2, 2)})
 
 
-def test_oft_of_sd_scripts() -> None:
-    """Its alpha is a limit, in parts of the number of outputs, of all blocks together."""
+def rotated_by_sd_scripts(weight: Tensor, blocks: Tensor, alpha: float) -> Tensor:
+    """`networks/oft.py`, `get_weight` and `merge_to`: the norm of all blocks together is limited, always."""
+    skew = blocks - blocks.transpose(1, 2)
+    norm, limit = skew.norm(), torch.tensor(alpha * len(weight))
+    skew = skew * ((torch.minimum(norm, limit) + 1e-8) / (norm + 1e-8))
+    identity = torch.eye(blocks.shape[1])
+    rotation = (identity + skew) @ torch.linalg.inv(identity - skew)
+    rows = weight.reshape(*blocks.shape[:2], -1)
+    return torch.einsum("knm,knp->kmp", rotation, rows).reshape(weight.shape)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.1, 100.0])
+def test_oft_of_sd_scripts(alpha: float, tmp_path: Path) -> None:
+    """Its alpha is a limit, in parts of the number of outputs, of all blocks together, and 0 allows no rotation."""
     pipe = models.sd15()
     path = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     weight = pipe.unet.get_submodule(path).weight.detach().clone()
     blocks = torch.randn(2, 4, 4) * 0.5
+    assert (blocks - blocks.transpose(1, 2)).norm() > 0.8
     stem = f"oft_unet_{path.replace('.', '_')}"
-    report = pipe.load_adapter({f"{stem}.oft_blocks": blocks, f"{stem}.alpha": torch.tensor(0.1)}, "a")
+    tensors = {f"{stem}.oft_blocks": blocks, f"{stem}.alpha": torch.tensor(alpha)}
+    report = pipe.load_adapter(tensors, "a")
     assert (report.format, report.types, report.unused) == ("kohya", {"oft": 1}, [])
+    saved = load_file(pipe.adapters.save("a", tmp_path / "a.safetensors", "kohya"))
+    assert saved.keys() == tensors.keys()
+    assert all(torch.equal(saved[key], tensor) for key, tensor in tensors.items())
     pipe.adapters.merge("a")
-    skew = blocks - blocks.transpose(1, 2)
-    assert skew.norm() > 0.8
-    skew = skew * 0.8 / skew.norm()
-    rotation = (torch.eye(4) + skew) @ torch.linalg.inv(torch.eye(4) - skew)
-    expected = torch.einsum("knm,knp->kmp", rotation, weight.view(2, 4, -1)).reshape(weight.shape)
-    assert_same(pipe.unet.get_submodule(path).weight, expected)
+    expected = rotated_by_sd_scripts(weight, blocks, alpha)
+    assert_same(pipe.unet.get_submodule(path).weight, expected, 1e-6)
+    if alpha:
+        assert_differs(expected, weight)
+    else:
+        assert_same(expected, weight, 1e-6)
+
+
+def test_alpha_of_zero_is_no_limit_for_lycoris() -> None:
+    pipe = models.sd15()
+    weight = pipe.unet.conv_in.weight.detach().clone()
+    blocks = torch.randn(2, 4, 4) * 0.5
+    pipe.load_adapter({"lora_unet_conv_in.oft_blocks": blocks, "lora_unet_conv_in.alpha": torch.tensor(0.0)}, "a")
+    pipe.adapters.merge("a")
+    assert_same(pipe.unet.conv_in.weight, rotated_by_sd_scripts(weight, blocks, 1e6))
+    assert_differs(pipe.unet.conv_in.weight, weight)
+
+
+def oft_of_flux(alpha: float) -> tuple[Tensors, dict[str, Tensor]]:
+    """A file of sd-scripts' `networks/oft_flux.py`, and its blocks by path of the model."""
+    layers = {
+        "double_blocks_0_img_attn_qkv": [f"transformer_blocks.0.attn.to_{part}" for part in "qkv"],
+        "double_blocks_1_txt_mlp_0": ["transformer_blocks.1.ff_context.net.0.proj"],
+        "single_blocks_1_linear1": [
+            *(f"single_transformer_blocks.1.attn.to_{part}" for part in "qkv"),
+            "single_transformer_blocks.1.proj_mlp",
+        ],
+    }
+    tensors: Tensors = {}
+    blocks: dict[str, Tensor] = {}
+    for name, paths in layers.items():
+        tensors[f"oft_unet_{name}.alpha"] = torch.tensor(alpha)
+        for number, path in enumerate(paths):
+            size = models.WIDTH if "to_" in path else 4 * models.WIDTH
+            blocks[path] = tensors[f"oft_unet_{name}.oft_blocks.{number}"] = torch.randn(4, size // 4, size // 4) * 0.3
+    return tensors, blocks
+
+
+@pytest.mark.parametrize("alpha", [0.01, 100.0])
+def test_oft_of_flux(alpha: float, tmp_path: Path) -> None:
+    """Rotations for every part of a fused projection under one alpha, a limit in parts of each part's outputs."""
+    pipe = models.flux()
+    base = {path: module.weight.detach().clone() for path, module in files.layers_of(pipe.transformer, ".*").items()}
+    tensors, blocks = oft_of_flux(alpha)
+    report = pipe.load_adapter(tensors, "a")
+    assert (report.types, report.used, report.unused) == ({"oft": 8}, len(tensors), [])
+    assert diffadapt.inspect(tensors).types == {"oft": 8}
+    saved = load_file(pipe.adapters.save("a", tmp_path / "a.safetensors", "kohya"))
+    assert saved.keys() == tensors.keys()
+    assert all(torch.equal(saved[key], tensor) for key, tensor in tensors.items())
+    pipe.adapters.merge("a")
+    for path, own in blocks.items():
+        expected = rotated_by_sd_scripts(base[path], own, alpha)
+        assert_same(pipe.transformer.get_submodule(path).weight, expected, 1e-6)
+        assert_differs(expected, base[path])
+
+
+@pytest.mark.parametrize(
+    ("key", "reason"),
+    [
+        ("oft_unet_double_blocks_0_img_attn_qkv.oft_blocks.2", "2 parts found, expected 3"),
+        ("oft_unet_double_blocks_0_img_attn_qkv.oft_blocks.1", "parts 0, 2 found, expected 0 to 2"),
+        ("oft_unet_double_blocks_0_img_attn_qkv.alpha", "alpha, which is missing"),
+    ],
+)
+def test_oft_of_flux_with_a_part_missing(key: str, reason: str) -> None:
+    tensors, _ = oft_of_flux(0.1)
+    del tensors[key]
+    with pytest.raises(AdapterError, match=reason):
+        models.flux().load_adapter(tensors)
 
 
 # Hostile names

@@ -651,7 +651,7 @@ def test_registry() -> None:
     assert {family.name for family in FAMILIES} == {
         "sd", "sd2", "sdxl", "sd3", "flux", "flux2", "chroma", "qwen", "qwen21", "zimage", "krea2", "lumina2", "sana",
         "pixart", "auraflow", "hunyuan-video", "hunyuan-video15", "hunyuan-image", "wan", "ltx", "ltx2", "cogview4",
-        "hidream", "ideogram4", "anima", "cascade",
+        "hidream", "ideogram4", "anima", "cascade", "controlnet",
     }  # fmt: skip
     classes = [kind for family in FAMILIES for kind in family.models if kind != "UNet2DConditionModel"]
     assert len(classes) == len(set(classes))

@@ -21,7 +21,7 @@ from diffadapt.families.lumina import IDEOGRAM4, LUMINA2, ZIMAGE
 from diffadapt.families.pixart import PIXART, SANA
 from diffadapt.families.plain import COGVIEW4, HIDREAM, QWEN, QWEN21
 from diffadapt.families.recognise import pattern, recognise
-from diffadapt.families.sd import SD, SD2, SDXL
+from diffadapt.families.sd import CONTROLNET, SD, SD2, SDXL
 from diffadapt.families.sd3 import SD3
 from diffadapt.families.wan import WAN
 from diffadapt.layer import LayerSpec
@@ -32,6 +32,7 @@ FAMILIES: tuple[Family, ...] = (
     SD,
     SD2,
     SDXL,
+    CONTROLNET,
     CASCADE,
     SD3,
     CHROMA,

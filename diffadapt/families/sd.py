@@ -16,4 +16,22 @@ def _aliases(targets: Targets) -> Aliases:
     return {found[path]: (Piece(path),) for path in weighted(targets) if path in found}
 
 
+def _controlnet(targets: Targets) -> Aliases:
+    """The UNet's first half, and what a ControlNet has beside it."""
+    hints = [path for path in targets.modules if path.startswith("controlnet_cond_embedding.blocks.")]
+    own = {
+        "controlnet_mid_block": "middle_block_out.0",
+        "controlnet_cond_embedding.conv_in": "input_hint_block.0",
+        "controlnet_cond_embedding.conv_out": f"input_hint_block.{2 * len(hints) + 2}",
+    }
+    for path in targets.modules:
+        number = path.rpartition(".")[2]
+        if path in hints:
+            own[path] = f"input_hint_block.{2 * int(number) + 2}"
+        elif path == f"controlnet_down_blocks.{number}":
+            own[path] = f"zero_convs.{number}.0"
+    return {**_aliases(targets), **{name: (Piece(path),) for path, name in own.items() if path in targets.modules}}
+
+
+CONTROLNET = Family("controlnet", ("ControlNetModel",), aliases=_controlnet)
 SD, SD2, SDXL = (Family(name, ("UNet2DConditionModel",), aliases=_aliases) for name in ("sd", "sd2", "sdxl"))

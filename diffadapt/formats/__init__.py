@@ -9,15 +9,31 @@ from diffadapt.errors import AdapterError
 from diffadapt.formats.bfl_control import BFL_CONTROL
 from diffadapt.formats.cloneofsimo import CLONEOFSIMO
 from diffadapt.formats.comfy import COMFY
+from diffadapt.formats.control_lora import CONTROL_LORA
 from diffadapt.formats.diffusers import DIFFUSERS
 from diffadapt.formats.embeddings import EMBEDDINGS
-from diffadapt.formats.foreign import CONTROL_LORA, CONTROLNET_LLLITE, IP_ADAPTER
+from diffadapt.formats.faceid import FACEID
+from diffadapt.formats.foreign import CONTROLNET_LLLITE, IP_ADAPTER
 from diffadapt.formats.format import Format, Header
 from diffadapt.formats.kohya import KOHYA, ONETRAINER
 from diffadapt.formats.peft import PEFT
 from diffadapt.formats.xlabs import XLABS
 
-_MARKED = (KOHYA, COMFY, PEFT, CLONEOFSIMO, XLABS, BFL_CONTROL, IP_ADAPTER, CONTROL_LORA, CONTROLNET_LLLITE)
+_PLAIN_IP_ADAPTER = replace(
+    IP_ADAPTER, matches=lambda header: IP_ADAPTER.matches(header) and not FACEID.matches(header)
+)
+_MARKED = (
+    KOHYA,
+    COMFY,
+    PEFT,
+    CLONEOFSIMO,
+    XLABS,
+    BFL_CONTROL,
+    CONTROL_LORA,
+    FACEID,
+    _PLAIN_IP_ADAPTER,
+    CONTROLNET_LLLITE,
+)
 """Formats whose names nobody else writes."""
 
 

@@ -4,6 +4,9 @@
 `text_encoder.<path>.lora_linear_layer.up.weight` all occur, also mixed in one file. Alpha is in the safetensors header
 (`lora_adapter_metadata`) since diffusers 0.34; older files have none, which means a scale of 1. Other programs leave
 the component out, take names of the model's original layout, or add alpha tensors (OneTrainer, DiffSynth, lightx2v).
+
+Control LoRAs for Flux.1 have the new weights of norms, under the names of the parameters (diffusers 0.42.1
+`loaders/lora_pipeline.py`; its trainer writes the component twice in front of them).
 """
 
 import json
@@ -21,6 +24,8 @@ _METADATA = "lora_adapter_metadata"
 _COMPONENT = re.compile(r"unet|transformer(_\d|_ref)?|text_encoder(_\d)?|prior|decoder|connectors|text_conditioner")
 _ORIGINAL_LEVEL = "net."
 _CLIP_LAYERS = "encoder.layers."
+_NORM_PATH = r".+\.norm_(?:added_)?[qk]"
+_NORM = re.compile(rf"transformer\.(?:transformer\.)?({_NORM_PATH})\.weight")
 
 
 def _matches(header: Header) -> bool:
@@ -35,7 +40,12 @@ def _locate(header: Header, names: Names) -> dict[str, Verdict]:
             return names.dotted("transformer" if component == "transformer_1" else component, rest, name)
         return names.bare(path.removeprefix(_ORIGINAL_LEVEL), name)
 
-    return suffixes.located(header.keys, place)
+    verdicts = suffixes.located(header.keys, place)
+    for key in header.keys:
+        norm = _NORM.fullmatch(key)
+        if norm:
+            verdicts[key] = names.dotted("transformer", norm[1], "set_weight")
+    return verdicts
 
 
 def _alphas(header: Header) -> Alphas:
@@ -69,9 +79,12 @@ def _dump(state: AdapterState) -> dict[str, Document]:
     embeddings.refuse(state, "diffusers")
     tensors: dict[str, Tensor] = {}
     config: dict[str, Any] = {}
-    for component, layers in state.layers.items():
-        layers = peft_dump.evened(layers)
-        options = peft_config.dump(layers)
+    for component, every in state.layers.items():
+        norms = {path: layer for path, layer in every.items() if _is_norm(state.family, component, path, layer)}
+        for path, layer in norms.items():
+            tensors[f"{component}.{path}.weight"] = layer.tensors["set_weight"]
+        layers = peft_dump.evened({path: layer for path, layer in every.items() if path not in norms})
+        options = peft_config.dump(layers) if layers else {}
         config.update({f"{component}.{option}": value for option, value in options.items()})
         for path, layer in layers.items():
             # Old readers know CLIP only with the level that transformers 5 dropped; new ones strip it.
@@ -80,6 +93,12 @@ def _dump(state: AdapterState) -> dict[str, Document]:
                 tensors[f"{component}.{level}{path}.{name}"] = tensor
     metadata = {**state.metadata, "format": "pt", _METADATA: json.dumps(config, indent=2, sort_keys=True)}
     return {"": Document(tensors, metadata)}
+
+
+def _is_norm(family: str | None, component: str, path: str, layer: LayerState) -> bool:
+    """Whether diffusers takes the new weight of this layer: of these norms in control LoRAs, and of no others."""
+    known = family in ("flux", "chroma") and component == "transformer" and re.fullmatch(_NORM_PATH, path)
+    return bool(known) and set(layer.tensors) == {"set_weight"}
 
 
 def _spelled(component: str, path: str, layer: LayerState) -> dict[str, Tensor]:

@@ -28,12 +28,6 @@ IP_ADAPTER = _foreign(
     "this is an IP-Adapter, which adds attention to an image and is no adapter of weights; use pipe.load_ip_adapter(). "
     "The LoRA that FaceID needs beside it is a file of its own",
 )
-CONTROL_LORA = _foreign(
-    "control-lora",
-    r"lora_controlnet$|input_hint_block\.|zero_convs\.",
-    "this is a Control-LoRA, a ControlNet stored as its difference from the UNet; load it with "
-    "diffusers.ControlNetModel.from_unet() and its load_lora_adapter()",
-)
 CONTROLNET_LLLITE = _foreign(
     "controlnet-lllite",
     r"lllite_",

@@ -15,6 +15,10 @@ from diffadapt.targets import Targets
 DENOISERS = ("unet", "transformer", "prior", "decoder")
 """Component names that adapters without a component prefix are meant for, in this order."""
 
+BESIDE = ("alpha", "reshape_weight", "set_bias", "bias_indices", "bias_values", "bias_size")
+"""What files have beside a type's tensors: alpha; ComfyUI's word for the shape that the weight is filled up to; a new
+bias; the rest of the weight's change that LyCORIS keeps as a sparse matrix when it extracts a LoRA from a model."""
+
 _LEVELS = re.compile(r"(?:(?:model|language_model|text_model|transformer)[._])*")
 """Levels above the layers of a text encoder, which come and go with versions of transformers and with programs."""
 
@@ -40,7 +44,8 @@ class Place:
     Attributes:
         component: of the pipeline.
         path: of the layer in that component (as the file spells it when there is no model to ask).
-        name: canonical tensor name, or "alpha".
+        name: canonical tensor name, or one of `BESIDE`; with a number at the end (`oft_blocks.0`) where the file has
+            one for each of the `pieces`.
         written: the path before it was resolved against the model; what patterns in the file's metadata speak of.
         pieces: the model's layers that the file's layer consists of, in the order of its outputs; none where `path` is
             a layer of the model.

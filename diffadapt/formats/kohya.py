@@ -3,16 +3,18 @@
 `lora_unet_<path with "_" for ".">.lora_down.weight`; text encoders under `lora_te_`, or `lora_te1_`, `lora_te2_` and so
 on where there are several. Names are those of diffusers or of the model's original layout. Other prefixes are
 `lora_transformer_` (OneTrainer), `lycoris_` (LyCORIS by itself), `oft_unet_` (sd-scripts' OFT, whose alpha is always a
-limit) and `lora_prior_` (Stable Cascade). Flattening loses information, so names are looked up in a table built from
-the model's own paths. Source: sd-scripts 48d368f `networks/lora.py`, `networks/oft.py`; OneTrainer 23df383.
+limit) and `lora_prior_` (Stable Cascade). sd-scripts' OFT for Flux has `oft_blocks.0` and so on, one for each part of a
+fused projection, under one alpha. Flattening loses information, so names are looked up in a table built from
+the model's own paths. Source: sd-scripts 48d368f `networks/lora.py`, `networks/oft.py`, `networks/oft_flux.py`;
+OneTrainer 23df383.
 """
 
 import re
 from collections.abc import Sequence
 
 from diffadapt.formats import suffixes
-from diffadapt.formats.format import Alphas, Format, Header, Names, Unused, Verdict
-from diffadapt.formats.lycoris_dump import dump_kohya, dump_onetrainer, is_original
+from diffadapt.formats.format import Alphas, Format, Header, Names, Settings, Unused, Verdict
+from diffadapt.formats.lycoris_dump import ALWAYS_LIMITED, dump_kohya, dump_onetrainer, is_original
 
 _PREFIX = re.compile(r"(lora_(?:unet|transformer|te\d?|prior_unet|prior_te)|oft_(?:unet|te\d?)|lycoris)_")
 _TEXT_ENCODERS = {
@@ -22,7 +24,7 @@ _TEXT_ENCODERS = {
     # The T5 of SD3; sd-scripts counts that of Flux so too.
     "3": ("text_encoder_3", "text_encoder_2"),
 }
-_SPLIT_OFT = re.compile(r"\.oft_blocks\.\d+$")
+_SPLIT_OFT = re.compile(r"(.+)\.(oft_blocks\.\d{1,3})")
 
 
 def _matches(header: Header) -> bool:
@@ -42,8 +44,9 @@ def _locate(header: Header, names: Names) -> dict[str, Verdict]:
 
     verdicts = suffixes.located(header.keys, place)
     for key in header.keys:
-        if _SPLIT_OFT.search(key):
-            verdicts[key] = Unused("one of several rotations of a layer that share an alpha, which cannot be loaded")
+        part = _SPLIT_OFT.fullmatch(key)
+        if part:
+            verdicts[key] = place(part[1], part[2])
     return verdicts
 
 
@@ -64,6 +67,11 @@ def _alphas(header: Header) -> Alphas:
     return lambda component, path, rank: None
 
 
-KOHYA = Format("kohya", _matches, _locate, _alphas, dump_kohya, original=is_original)
+def _settings(header: Header) -> Settings:
+    limited = any(key.startswith("oft_") for key in header.keys)
+    return lambda component, path, type: ALWAYS_LIMITED if limited and type == "oft" else {}
+
+
+KOHYA = Format("kohya", _matches, _locate, _alphas, dump_kohya, _settings, original=is_original)
 ONETRAINER = Format("onetrainer", lambda header: False, _locate, _alphas, dump_onetrainer)
 """Only written under this name; read, it is one of the prefixes above."""

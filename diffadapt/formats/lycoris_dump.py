@@ -4,7 +4,7 @@ They differ in the names of layers: flattened or dotted, of the model's original
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from safetensors.torch import save
@@ -39,6 +39,9 @@ _COMFY_TEXT_ENCODERS = {
     "chroma": {"text_encoder": "t5xxl"},
     "pixart": {"text_encoder": "t5xxl"},
 }
+ALWAYS_LIMITED = {"constraint_eps": 1e-8}
+"""Settings of sd-scripts' own OFT, which its files have by the name of their layers."""
+
 _HASH_OFFSET, _HASH_BYTES = 0x100000, 0x10000
 
 
@@ -48,7 +51,7 @@ def is_original(family: str | None) -> bool:
 
 
 def dump_kohya(state: AdapterState) -> dict[str, Document]:
-    """sd-scripts: `lora_unet_`, and `lora_te_` or numbers for several text encoders."""
+    """sd-scripts: `lora_unet_`, and `lora_te_` or numbers for several text encoders; `oft_` for its own OFT."""
     numbered = len(_text_encoders(state)) > 1 or state.family not in ("sd", "sd2", None)
     # sd-scripts' T5 is the third, also where there is no second CLIP.
     t5 = {"text_encoder_2": "3"} if state.family == "flux" else {}
@@ -57,7 +60,16 @@ def dump_kohya(state: AdapterState) -> dict[str, Document]:
         number = t5.get(component) or component.removeprefix("text_encoder").lstrip("_") or "1"
         return f"lora_te{number if numbered else ''}" if component.startswith("text_encoder") else "lora_unet"
 
-    return _hashed(_document(state, lambda c, path: f"{prefix(c)}_{path}".replace(".", "_"), is_original(state.family)))
+    layers = [layer for found in state.layers.values() for layer in found.values()]
+    limited = {_is_limited(layer) for layer in layers}
+    if len(limited) > 1:
+        raise AdapterError("an OFT of sd-scripts is a file of its own; save with format='peft', or to_lora() first")
+
+    def name(component: str, path: str) -> str:
+        flat = f"{prefix(component)}_{path}".replace(".", "_")
+        return flat.replace("lora_", "oft_", 1) if True in limited else flat
+
+    return _hashed(_document(state, name, is_original(state.family), limited=True in limited))
 
 
 def dump_onetrainer(state: AdapterState) -> dict[str, Document]:
@@ -89,14 +101,23 @@ def dump_comfy(state: AdapterState) -> dict[str, Document]:
             raise AdapterError(f"{component}: its name in ComfyUI is not known for {state.family} models")
         return f"text_encoders.{text_encoders[component]}.transformer.{path}"
 
-    return _document(state, name, True)
+    return _document(state, name, True, biases=True)
 
 
-def _document(state: AdapterState, name: Callable[[str, str], str], as_original: bool) -> dict[str, Document]:
+def _document(
+    state: AdapterState,
+    name: Callable[[str, str], str],
+    as_original: bool,
+    *,
+    biases: bool = False,
+    limited: bool = False,
+) -> dict[str, Document]:
     """Everything in one file.
 
     Args:
         name: component and dotted path -> name of the layer in the file.
+        biases: a LoRA's bias becomes a change of the layer's, which is all that ComfyUI reads.
+        limited: it is sd-scripts' own OFT.
     """
     tensors = bundled(state)
     for component, layers in state.layers.items():
@@ -107,8 +128,16 @@ def _document(state: AdapterState, name: Callable[[str, str], str], as_original:
             level = "text_model." if path.startswith("encoder.layers.") else ""
             module, where = name(component, level + path), f"{component}.{path}"
             for spelling, tensor in _spelled(where, layer):
+                if biases and spelling == _SPELLINGS["lora_bias"]:
+                    spelling, tensor = "diff_b", tensor * layer.scale
+                if limited and as_original and spelling == "oft_blocks":
+                    # sd-scripts numbers them for Flux, also those of a layer with one part.
+                    spelling = "oft_blocks.0"
                 tensors[f"{module}.{spelling}"] = tensor
-            alpha = _alpha(where, layer)
+            if layer.widens:
+                shape = named(layer.type).geometry(layer.tensors).weight_shape
+                tensors[f"{module}.reshape_weight"] = torch.tensor(shape)
+            alpha = _alpha(where, layer, ALWAYS_LIMITED if limited else {})
             if alpha is not None:
                 tensors[f"{module}.alpha"] = torch.tensor(alpha)
     every = [layer for layers in state.layers.values() for layer in layers.values()]
@@ -165,11 +194,19 @@ def _spelled(where: str, layer: LayerState) -> Iterator[tuple[str, Tensor]]:
         yield spelling, tensor
 
 
-def _alpha(where: str, layer: LayerState) -> float | None:
-    """The alpha tensor of a layer, which some types use for a setting of theirs. Others have no place here."""
+def _is_limited(layer: LayerState) -> bool:
+    return ALWAYS_LIMITED.items() <= layer.settings.items()
+
+
+def _alpha(where: str, layer: LayerState, implied: Mapping[str, float]) -> float | None:
+    """The alpha tensor of a layer, which some types use for a setting of theirs. Others have no place here.
+
+    Args:
+        implied: settings that the name of the layer says.
+    """
     kind = named(layer.type)
     for name, value in layer.settings.items():
-        if name not in (kind.alpha_is, "rank") and value != kind.settings[name]:
+        if name not in (kind.alpha_is, "rank") and value != implied.get(name, kind.settings[name]):
             raise AdapterError(f"{where}: format='kohya' has no place for {name}={value:g}; use 'peft', or to_lora()")
     if kind.alpha_is is not None:
         return float(layer.settings[kind.alpha_is])

@@ -44,16 +44,26 @@ def original(layers: Mapping[str, LayerState], layout: Layout) -> dict[str, Laye
 def _joined(name: str, parts: Sequence[tuple[LayerState | None, int]], swapped: bool) -> LayerState:
     present = [layer for layer, _ in parts if layer is not None]
     types = sorted({layer.type for layer in present})
+    if types == ["oft"] and len(present) == len(parts) and not swapped and _is_of_sd_scripts(present):
+        blocks = {f"oft_blocks.{number}": layer.tensors["oft_blocks"] for number, layer in enumerate(present)}
+        return replace(present[0], tensors=blocks)
     if len(types) > 1 or types[0] not in _JOINED:
         raise AdapterError(
             f"{name}: {' and '.join(types)} of {len(present)} layers cannot become the one layer that they are in this "
             "format; use format='diffusers' or 'peft', or to_lora() first"
         )
     if len(parts) > 1:
-        joined = _whole(parts) if types[0] == "full" else _factors(name, parts, types[0])
+        joined = _whole(name, parts) if types[0] == "full" else _factors(name, parts, types[0])
     else:
         joined = present[0]
     return _swapped(joined, sum(size for _, size in parts)) if swapped else joined
+
+
+def _is_of_sd_scripts(layers: Sequence[LayerState]) -> bool:
+    """Rotations that share a limit, which sd-scripts keeps by number for the parts of a fused projection."""
+    limits = {tuple(sorted(layer.settings.items())) for layer in layers}
+    blocks = all(set(layer.tensors) == {"oft_blocks"} for layer in layers)
+    return blocks and len(limits) == 1 and layers[0].settings["constraint_eps"] > 0
 
 
 def _factors(name: str, parts: Sequence[tuple[LayerState | None, int]], type: str) -> LayerState:
@@ -92,19 +102,21 @@ def _factors(name: str, parts: Sequence[tuple[LayerState | None, int]], type: st
     return replace(present[0], tensors=tensors, rank=ranks, alpha=common * ranks)
 
 
-def _whole(parts: Sequence[tuple[LayerState | None, int]]) -> LayerState:
+def _whole(name: str, parts: Sequence[tuple[LayerState | None, int]]) -> LayerState:
     """One change of the weight, and of the bias, with zeros where there is none."""
     present = [layer for layer, _ in parts if layer is not None]
+    if sum("set_weight" in layer.tensors for layer in present) not in (0, len(parts)):
+        raise AdapterError(f"{name}: new weights can be joined if all of them are there")
     tensors: dict[str, Tensor] = {}
-    for name in sorted({name for layer in present for name in layer.tensors}):
-        like = next(layer.tensors[name] for layer in present if name in layer.tensors)
+    for tensor in sorted({tensor for layer in present for tensor in layer.tensors}):
+        like = next(layer.tensors[tensor] for layer in present if tensor in layer.tensors)
         rows = [
-            layer.tensors[name]
-            if layer is not None and name in layer.tensors
+            layer.tensors[tensor]
+            if layer is not None and tensor in layer.tensors
             else like.new_zeros(size, *like.shape[1:])
             for layer, size in parts
         ]
-        tensors[name] = torch.cat(rows)
+        tensors[tensor] = torch.cat(rows)
     return replace(present[0], tensors=tensors)
 
 
@@ -113,7 +125,7 @@ def _swapped(layer: LayerState, size: int) -> LayerState:
     if layer.type == "dora" and _by_input(layer):
         rows = ("lora_up",)
     else:
-        rows = ("lora_up", "lora_bias", "dora_scale", "diff", "diff_b")
+        rows = ("lora_up", "lora_bias", "dora_scale", "diff", "set_weight", "diff_b")
     halves = (range(size // 2, size), range(size // 2))
     return replace(
         layer,

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable
 
 from diffadapt.formats.embeddings import embedded
-from diffadapt.formats.format import Unused, Verdict
+from diffadapt.formats.format import BESIDE, Unused, Verdict
 from diffadapt.types import TYPES
 
 # A type's tensors are spelled as they are called, unless an ecosystem has another name for them.
@@ -40,6 +40,7 @@ _SPELLINGS = {
     "b2.weight": "glora_b2",
     "w_norm": "diff",
     "b_norm": "diff_b",
+    **{name: name for name in BESIDE if name not in ("alpha", "set_bias")},
 }
 
 _PARAMETERS = frozenset(
@@ -51,11 +52,6 @@ _TEXT_PROJECTIONS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_o
 
 _BOOKKEEPING = re.compile(r"_aux\.|sshs_|ss_|modelspec\.")
 _NOT_LOADED = {
-    "set_weight": "it is a new weight and not a change of one, which cannot be loaded",
-    "reshape_weight": "it gives the layer another shape, which cannot be loaded",
-    "bias_indices": "it belongs to a sparse change of a bias, which cannot be loaded",
-    "bias_values": "it belongs to a sparse change of a bias, which cannot be loaded",
-    "bias_size": "it belongs to a sparse change of a bias, which cannot be loaded",
     "scaled_oft": "it marks OneTrainer's scaled OFT, which cannot be loaded",
 }
 

@@ -3,12 +3,17 @@
 No factors, no alpha, scale 1; norm layers too. Files of that kind are what is left of a finetuned model after the base
 model is subtracted. Tensor layout: KohakuBlueleaf/LyCORIS f49d30d `lycoris/modules/full.py` and `norms.py`.
 
+Some files have the new weight instead of its change, `W' = V` (ComfyUI `comfy/lora.py`, and the norms of Black Forest
+Labs' control LoRAs). It is kept as it is: the layer's own output gives way, `W + m (0 - W) + m V`, so that no base
+weight is read and `V` comes out exactly, also of a file that is only written again.
+
 | tensor | shape | in files |
 |---|---|---|
 | `diff` | as the layer stores its weight | `diff`; of a norm also `w_norm` |
+| `set_weight` | as the layer stores its weight | `set_weight`; in place of `diff` |
 | `diff_b` | (out) | `diff_b`; of a norm also `b_norm` |
 
-Either may be there alone.
+Any may be there alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,8 +24,10 @@ from torch import Tensor
 
 from diffadapt.config import AdapterConfig
 from diffadapt.errors import AdapterError
-from diffadapt.kind import AdapterType, Tensors
+from diffadapt.kind import AdapterType, Stage, Tensors
 from diffadapt.layer import LayerSpec, layer_of, pick, scaled, shape_of
+
+_WEIGHTS = frozenset({"diff", "set_weight"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +44,14 @@ class FullConfig(AdapterConfig):
 def fit(tensors: Tensors, layer: LayerSpec) -> dict[str, Tensor]:
     """Tensors of a file, checked; 2-d and 4-d spellings of a 1 x 1 kernel both occur."""
     fitted: dict[str, Tensor] = {}
-    if "diff" in tensors:
-        shape, expected = shape_of(tensors["diff"]), _stored_shape(layer)
+    for name in sorted(tensors.keys() & _WEIGHTS):
+        shape, expected = shape_of(tensors[name]), _stored_shape(layer)
         same_kernel = shape[2:] == expected[2:] or {1}.issuperset(shape[2:] + expected[2:])
         if shape[:2] != expected[:2] or not same_kernel:
-            raise AdapterError(f"diff has shape {shape}, expected {expected}")
-        fitted["diff"] = tensors["diff"].reshape(expected)
+            raise AdapterError(f"{name} has shape {shape}, expected {expected}")
+        fitted[name] = tensors[name].reshape(expected)
+    if len(fitted) > 1:
+        raise AdapterError("a new weight and a change of the weight found, expected one of diff and set_weight")
     if "diff_b" in tensors:
         _refuse_bias(layer)
         if shape_of(tensors["diff_b"]) != (layer.out_features,):
@@ -53,9 +62,9 @@ def fit(tensors: Tensors, layer: LayerSpec) -> dict[str, Tensor]:
 
 def geometry(tensors: Tensors) -> LayerSpec:
     """The layer with a weight of the shape of `diff`; with one axis that is a norm."""
-    diff = tensors.get("diff")
-    if diff is not None and diff.ndim > 1:
-        return layer_of(diff.shape[0], diff.shape[1], tuple(diff.shape[2:]))
+    weight = _weight(tensors)
+    if weight is not None and weight.ndim > 1:
+        return layer_of(weight.shape[0], weight.shape[1], tuple(weight.shape[2:]))
     size = next(iter(tensors.values())).numel()
     return LayerSpec("norm", size, size)
 
@@ -72,11 +81,25 @@ def init(
     return tensors
 
 
+def stages(tensors: Tensors, layer: LayerSpec) -> tuple[Stage, ...]:
+    """A new weight takes the place of the old one, which is an output map to nothing."""
+    return ("output", "add") if "set_weight" in tensors else ("add",)
+
+
+def turn(
+    tensors: Tensors, layer: LayerSpec, vectors: Tensor, axis: int, gate: Tensor, transposed: bool, onto: Tensor | None
+) -> Tensor:
+    """`onto + gate * (0 - 1) vectors`."""
+    change = scaled(vectors, -gate)
+    return change if onto is None else onto + change
+
+
 def delta_weight(tensors: Tensors, layer: LayerSpec) -> Tensor:
-    """`diff`, or zeros where only the bias changes."""
-    if "diff" not in tensors:
+    """`diff` or `set_weight`, or zeros where only the bias changes."""
+    weight = _weight(tensors)
+    if weight is None:
         return tensors["diff_b"].new_zeros(()).expand(layer.weight_shape)
-    return layer.to_stored(tensors["diff"])
+    return layer.to_stored(weight)
 
 
 def delta_bias(tensors: Tensors) -> Tensor | None:
@@ -87,24 +110,26 @@ def delta_bias(tensors: Tensors) -> Tensor | None:
 def delta_output(tensors: Tensors, layer: LayerSpec, input: Tensor, gate: Tensor, onto: Tensor | None = None) -> Tensor:
     """`onto + gate * op(input, diff)`, and the bias."""
     output = onto
-    if output is None or "diff" in tensors:
+    if output is None or _weight(tensors) is not None:
         output = layer.dense(input, delta_weight(tensors, layer), gate, onto)
     if "diff_b" not in tensors:
         return output
     change = scaled(tensors["diff_b"], gate).to(output.dtype)
-    # Channels are the second axis of what a group norm gives, and the last one of what other norms give.
-    spread = output.ndim - 2 if layer.norm_groups > 0 else len(layer.kernel)
-    return output + change.view(-1, *(1,) * spread)
+    return output + layer.along_channels(change, output.ndim)
 
 
 def rows(tensors: Tensors, layer: LayerSpec, rows: Sequence[range]) -> dict[str, Tensor]:
     """Rows of `diff`, in the orientation in which the layer stores its weight, and of `diff_b`."""
     cut: dict[str, Tensor] = {}
-    if "diff" in tensors:
-        cut["diff"] = layer.to_stored(pick(layer.to_stored(tensors["diff"]), rows))
+    for name in tensors.keys() & _WEIGHTS:
+        cut[name] = layer.to_stored(pick(layer.to_stored(tensors[name]), rows))
     if "diff_b" in tensors:
         cut["diff_b"] = pick(tensors["diff_b"], rows)
     return cut
+
+
+def _weight(tensors: Tensors) -> Tensor | None:
+    return tensors.get("diff", tensors.get("set_weight"))
 
 
 def _stored_shape(layer: LayerSpec) -> tuple[int, ...]:
@@ -118,15 +143,18 @@ def _refuse_bias(layer: LayerSpec) -> None:
 
 FULL = AdapterType(
     name="full",
-    tensors=("diff", "diff_b"),
-    identified_by=frozenset({"diff", "diff_b"}),
+    tensors=("diff", "set_weight", "diff_b"),
+    identified_by=frozenset({"diff", "set_weight", "diff_b"}),
     config=FullConfig,
     fit=fit,
     init=init,
     geometry=geometry,
+    stages=stages,
+    turn=turn,
     delta_weight=delta_weight,
     delta_bias=delta_bias,
     delta_output=delta_output,
     rows=rows,
+    columns={"diff": 1},
     layers=frozenset({"linear", "conv", "embedding", "norm"}),
 )

@@ -154,5 +154,6 @@ LOHA = AdapterType(
     delta_output=delta_output,
     as_low_rank=as_low_rank,
     rows=rows,
+    columns={"hada_w1_b": 1, "hada_w2_b": 1},
     masked={"hada_w1_b": 0},
 )

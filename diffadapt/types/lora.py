@@ -185,5 +185,6 @@ LORA = AdapterType(
     delta_output=delta_output,
     as_low_rank=as_low_rank,
     rows=rows,
+    columns={"lora_down": 1},
     masked={"lora_up": 1},
 )

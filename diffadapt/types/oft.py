@@ -17,6 +17,9 @@ With a skew-symmetric Q per block (`oft_R` as the upper triangle, or `B - B'` of
     (I + Q) (I - Q)^-1                            oft_blocks
 
 Which of the first two a file means is in its config; the tensors are the same.
+
+An alpha beside `oft_blocks` is a limit, in parts of the number of outputs, for the norm of all blocks of a layer
+together. For LyCORIS 0 is no limit; sd-scripts limits always, `Q (min(|Q|, c) + e) / (|Q| + e)`: its `constraint_eps`.
 """
 
 import math
@@ -194,7 +197,8 @@ def prepare(tensors: Tensors, layer: LayerSpec, surroundings: Surroundings) -> T
         return {_TURN: turn.expand(channels // size, size, size)}
     blocks = _widened(tensors["oft_blocks"])
     skew = blocks - blocks.transpose(-1, -2)
-    return {_TURN: rescaled(cayley(constrained(skew, settings["constraint"], layer)), tensors.get("rescale"))}
+    limited = constrained(skew, settings["constraint"], layer, settings["constraint_eps"])
+    return {_TURN: rescaled(cayley(limited), tensors.get("rescale"))}
 
 
 def turn(
@@ -228,9 +232,10 @@ def cayley(skew: Tensor) -> Tensor:
     return torch.linalg.solve(identity - skew, 2 * skew, left=False)
 
 
-def constrained(skew: Tensor, constraint: float, layer: LayerSpec) -> Tensor:
-    """All blocks of a layer together within the radius `constraint * out`; 0 for no limit."""
-    return _within(skew, constraint * layer.out_features, None) if constraint > 0 else skew
+def constrained(skew: Tensor, constraint: float, layer: LayerSpec, eps: float = 0.0) -> Tensor:
+    """All blocks of a layer together within the radius `constraint * out + eps`; 0 for no limit."""
+    radius = constraint * layer.out_features + eps
+    return _within(skew, radius, None) if radius > 0 else skew
 
 
 def rescaled(turn: Tensor, rescale: Tensor | None) -> Tensor:
@@ -294,7 +299,7 @@ OFT = AdapterType(
     prepare=prepare,
     rows=rows,
     turn=turn,
-    settings={"neumann_terms": 5, "coft_eps": 0.0, "constraint": 0.0},
+    settings={"neumann_terms": 5, "coft_eps": 0.0, "constraint": 0.0, "constraint_eps": 0.0},
     alpha_is="constraint",
     blocks={_TURN: 0},
 )
