@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffadapt.errors import AdapterError
 from diffadapt.hooks import FLOAT8, decoded, resting_tensor
 from diffadapt.kind import AdapterType, Stage, Surroundings, Tensors
-from diffadapt.layer import LayerSpec
+from diffadapt.layer import LayerSpec, add
 from diffadapt.state import LayerState
 
 BANK = "diffadapt"
@@ -29,17 +30,47 @@ PATCH_DELTA = "patch_delta"
 """Name of the prepared tensor that a type at the stage "patch" runs as: `W (R - I)`, in the shape of the weight."""
 
 
-class CallScale:
-    """The per-call scale of one model, a 0-d tensor, or `None` when no caller asked for one.
+class CallState:
+    """What the adapter layers of one model have to know of a call.
 
     Attributes:
-        value: what layers read.
+        value: the per-call scale, a 0-d tensor, or `None` when no caller asked for one.
         outer: what `value` falls back to between two calls of the model (set while a pipeline encodes its prompt).
+        samples: how many samples have a mix of adapters of their own; 0 if all have the same.
+        images: of every sample, next to one another in the batch (`num_images_per_prompt`).
+        asks_images: that number is what the pipeline says when it encodes its prompts.
+        batch: rows of the model's input in this call; guidance makes it a multiple of `samples * images`.
     """
 
     def __init__(self) -> None:
         self.value: Tensor | None = None
         self.outer: Tensor | None = None
+        self.samples = 0
+        self.images = 1
+        self.asks_images = True
+        self.batch = 0
+
+    def spread(self, gate: Tensor, rows: int) -> Tensor:
+        """One gate, or one row of gates, for every row of a layer's input, from one for every sample.
+
+        A batch is made of copies of all samples (for guidance), each sample of its images, and a layer may split every
+        row of the batch into several (frames, windows).
+
+        Raises:
+            AdapterError: so many rows cannot be told apart by samples.
+        """
+        count, batch = len(gate), self.batch or rows
+        if rows % batch or batch % (count * self.images):
+            if self.samples:
+                raise AdapterError(
+                    f"{count} samples have adapters of their own, but a batch of {batch} ({rows} in a layer) is no "
+                    f"multiple of {count} x {self.images} images; pass as many prompts and negative prompts as samples"
+                )
+            # Room for samples is reserved, and they are all alike.
+            return gate[0]
+        copies = batch // (count * self.images)
+        each = gate.unsqueeze(1).unsqueeze(0).expand(copies, -1, rows // batch * self.images, *gate.shape[1:])
+        return each.flatten(0, 2)
 
 
 @dataclass(frozen=True)
@@ -67,22 +98,37 @@ class Ready(NamedTuple):
     def turned(self, vectors: Tensor, axis: int, transposed: bool = False, onto: Tensor | None = None) -> Tensor:
         """`onto + gate * (T - 1) vectors`, the latter in the adapter's dtype."""
         layer, own = self.layer, vectors.to(self.dtype)
+        if self.gate.ndim:
+            change = layer.kind.turn(self.tensors, layer.spec, own, axis, _one(own), transposed, None)
+            change = change * _leading(self.gate, change)
+            return change if onto is None else onto + change
         if onto is not None and onto.dtype != own.dtype:
             return onto + layer.kind.turn(self.tensors, layer.spec, own, axis, self.gate, transposed, None)
         return layer.kind.turn(self.tensors, layer.spec, own, axis, self.gate, transposed, onto)
 
     def gained(self) -> Tensor:
-        """`gate * (s - 1)`, in float32 or wider."""
+        """`gate * (s - 1)` in float32 or wider: (out,), or (samples, out)."""
         gain = self.layer.kind.gain(self.tensors)
-        return gain.to(torch.promote_types(gain.dtype, torch.float32)) * self.gate
+        return gain.to(torch.promote_types(gain.dtype, torch.float32)) * self.gate.unsqueeze(-1)
 
     def added(self, output: Tensor, input: Tensor) -> Tensor:
         """`output` plus the additive change for `input`. `output` may be overwritten."""
         layer = self.layer
         input = self.dropped(input)
+        if self.gate.ndim and not layer.gates_ranks:
+            change = self._change(input, _one(input), None)
+            return add(change * _leading(self.gate, change).to(change.dtype), output)
+        return self._change(input, self.gate, output)
+
+    def _change(self, input: Tensor, gate: Tensor, onto: Tensor | None) -> Tensor:
+        layer = self.layer
         if "patch" in layer.stages:
-            return layer.spec.dense(input, self.tensors[PATCH_DELTA], self.gate, output)
-        return layer.kind.delta_output(self.tensors, layer.spec, input, self.gate, output)
+            return layer.spec.dense(input, self.tensors[PATCH_DELTA], gate, onto)
+        return layer.kind.delta_output(self.tensors, layer.spec, input, gate, onto)
+
+    def rank_gates(self, rank: int) -> Tensor:
+        """The gate of each rank: (rank,), or (samples, rank)."""
+        return self.gate if self.layer.gates_ranks else self.gate.unsqueeze(-1).expand(*self.gate.shape, rank)
 
     def dropped(self, input: Tensor) -> Tensor:
         """The input as the additive change sees it."""
@@ -112,8 +158,10 @@ class AdapterLayer(nn.Module):
         inputs: of the layer, as far as its tensors say something of them; fewer than `spec.in_features` where the layer
             was made wider for another adapter (`widen.py`).
         widens: whether that is more than the model's layer has by itself.
+        gates_ranks: the gate is one number for every rank.
     """
 
+    gates_ranks = False
     kind: AdapterType
     spec: LayerSpec
     alpha: float | None
@@ -123,7 +171,7 @@ class AdapterLayer(nn.Module):
     inputs: int
     widens: bool
     gate: Tensor  # given by the adapter
-    call: CallScale  # given when the adapter is attached
+    call: CallState  # given when the adapter is attached
     host: nn.Module  # given when the adapter is attached
     _kept: "_Kept | None"
 
@@ -204,14 +252,16 @@ class AdapterLayer(nn.Module):
             widens=self.widens,
         )
 
-    def ready(self, device: torch.device) -> Ready:
-        """Tensors and gate for one call on `device`."""
+    def ready(self, device: torch.device, rows: int) -> Ready:
+        """Tensors and gate for one call on `device`, with an input of so many rows."""
         tensors, gate = self._prepared(), self.gate
         if next(iter(tensors.values())).device != device:
             # The layer's weights come and go by someone's offloading; ours follow for this call.
             tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
         if gate.device != device:
             gate = gate.to(device)
+        if gate.ndim > self.gates_ranks:
+            gate = self.call.spread(gate, rows)
         if self.call.value is not None:
             gate = gate * self.call.value.to(device)
         if self.training:
@@ -324,6 +374,15 @@ class _Kept:
         return tuple(sources)
 
 
+def _one(like: Tensor) -> Tensor:
+    return torch.ones((), device=like.device)
+
+
+def _leading(gates: Tensor, values: Tensor) -> Tensor:
+    """One number per row of `values`."""
+    return gates.view(-1, *(1,) * (values.ndim - 1))
+
+
 def _slices(tensor: Tensor, axis: int, probability: float) -> Tensor:
     """Ones, and zeros for the slices along `axis` that are dropped; they broadcast over `tensor`."""
     shape = [1] * tensor.ndim
@@ -395,17 +454,27 @@ class Adapter(LayerTree):
         self._deal(torch.zeros(len(self.layers), device=device))
         self.set_strengths(1.0)
 
-    def set_strengths(self, strengths: float | Sequence[float]) -> None:
-        """A strength, or one per layer in the order of `layers`: a single write to the tensor the layers read."""
+    def set_strengths(self, strengths: float | Sequence[float] | Sequence[Sequence[float]]) -> None:
+        """A strength, or one per layer in the order of `layers`, or for every sample one per layer.
+
+        A single write to the tensor the layers read.
+        """
         factor = strengths if isinstance(strengths, float) else torch.tensor(strengths, dtype=torch.float64)
-        self._gates.copy_(self._scales * factor)
+        self.set_gates(self._scales * factor)
+
+    def set_gates(self, gates: Tensor) -> None:
+        """What `gates` has to be from now on."""
+        if gates.shape != self._gates.shape:
+            self._deal(gates.to(self._gates))
+        else:
+            self._gates.copy_(gates)
 
     @property
     def gates(self) -> Tensor:
-        """What multiplies the change of each layer, in the order of `layers`."""
+        """What multiplies the change of each layer: (layers,), in the order of `layers`, or (samples, layers)."""
         return self._gates
 
     def _deal(self, gates: Tensor) -> None:
         self._gates = gates
-        for layer, gate in zip(self.layers.values(), gates.unbind(), strict=True):
+        for layer, gate in zip(self.layers.values(), gates.unbind(-1), strict=True):
             layer.__dict__["gate"] = gate

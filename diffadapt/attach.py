@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from diffadapt import compose
-from diffadapt.adapter import BANK, Adapter, AdapterLayer, CallScale
+from diffadapt.adapter import BANK, Adapter, AdapterLayer, CallState
 from diffadapt.errors import AdapterError
 from diffadapt.hooks import diffusers_scales_with_peft, is_bypassed
 from diffadapt.slots import Reservation
@@ -31,6 +31,7 @@ _ACTIVE = "_diffadapt_active"
 # With a dot, which no adapter's name has.
 _RESERVED = "reserved.slots"
 _TOKENS = "_diffadapt_tokens"
+_INPUTS = ("sample", "hidden_states", "x", "input_ids", "inputs_embeds")
 _SCALE_KWARGS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
 
 
@@ -96,7 +97,7 @@ class Bank(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.call = CallScale()
+        self.call = CallState()
         self.hosts: dict[str, nn.Module] = {}
         self.attentions: dict[str, nn.Module] = {}
         self.originals: list[tuple[Tensor, Tensor]] = []
@@ -158,6 +159,7 @@ class Bank(nn.Module):
                 if not diffusers_scales_with_peft():
                     kwargs[name] = {key: option for key, option in options.items() if key != "scale"}
         self.call.value = value
+        self.call.batch = _batch_of(args, kwargs)
         if value is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._carry_through_checkpointing(model, value)
         return args, kwargs
@@ -166,6 +168,7 @@ class Bank(nn.Module):
         """Forward hook of the model: the scale was for this call only."""
         self._restore_checkpointing()
         self.call.value = self.call.outer
+        self.call.batch = 0
 
     def _carry_through_checkpointing(self, model: nn.Module, value: Tensor) -> None:
         """Make blocks that are recomputed during backward see the scale of the call they belong to.
@@ -386,6 +389,15 @@ def _attentions(model: nn.Module, paths: Iterable[str]) -> Iterator[tuple[str, n
             yield path, parents[parent_path]
 
 
+def _batch_of(args: Any, kwargs: Mapping[str, Any]) -> int:
+    """Rows of the batch that a model is called with; some models take it as a list."""
+    named = (kwargs.get(name) for name in _INPUTS)
+    for value in (*args, *named, *kwargs.values()):
+        if isinstance(value, list) or (isinstance(value, Tensor) and value.ndim):
+            return len(value)
+    return 0
+
+
 def _release_(host: nn.Module) -> None:
     host.__dict__.pop(_ACTIVE, None)
     base = getattr(type(host), "_diffadapt_base", None)
@@ -393,7 +405,7 @@ def _release_(host: nn.Module) -> None:
         host.__class__ = base
 
 
-def _carrying(checkpoint: Callable[..., Any], call: CallScale, value: Tensor) -> Callable[..., Any]:
+def _carrying(checkpoint: Callable[..., Any], call: CallState, value: Tensor) -> Callable[..., Any]:
     def carry(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         def scoped(*inner: Any, **options: Any) -> Any:
             before, call.value = call.value, value

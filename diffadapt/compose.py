@@ -28,9 +28,9 @@ def run(layers: Sequence[AdapterLayer], host: nn.Module, call: Callable[..., Any
     input: Tensor = args[0] if args else next(iter(kwargs.values()))
     if all(layer.is_additive for layer in layers):
         output = _own(host, call(*args, **kwargs))
-        return _plus([layer.ready(output.device) for layer in layers], output, input)
+        return _plus([layer.ready(output.device, len(input)) for layer in layers], output, input)
     spec = layers[0].spec
-    ready = [layer.ready(input.device) for layer in layers]
+    ready = [layer.ready(input.device, len(input)) for layer in layers]
     turned = _turned(ready, "input", input, spec.channel_axis)
     if turned is not input:
         args, kwargs = ((turned, *args[1:]), kwargs) if args else ((), {**kwargs, next(iter(kwargs)): turned})
@@ -107,21 +107,29 @@ def _after(ready: Sequence[Ready], output: Tensor, bias: Tensor | None, spec: La
         # Maps are linear: of the bias they need only take out again what they made of it.
         turned = _turned(ready, "output", output, spec.channel_axis)
         if bias is not None:
-            change = spec.along_channels(_turned(ready, "output", bias, 0) - bias, output.ndim)
+            each = bias.expand(len(output), -1) if any(r.gate.ndim for r in ready) else bias
+            change = spec.along_channels(_turned(ready, "output", each, -1) - each, output.ndim)
             turned = turned - change if torch.is_grad_enabled() else turned.sub_(change)
         output = turned
     gains = [(r.gained(), r.layer.kind.gains_bias) for r in ready if "gain" in r.layer.stages]
     if not gains:
         return output
-    total = torch.stack([gain for gain, _ in gains]).sum(0)
+    total = _sum([gain for gain, _ in gains])
     unscaled = [gain for gain, gains_bias in gains if not gains_bias]
-    back = torch.stack(unscaled).sum(0) * -bias if bias is not None and unscaled else torch.zeros_like(total)
-    total, back = (spec.along_channels(vector.to(output.dtype)) for vector in (total, back))
+    back = _sum(unscaled) * -bias if bias is not None and unscaled else torch.zeros_like(total)
+    total, back = (spec.along_channels(vector.to(output.dtype), output.ndim) for vector in (total, back))
     if output.dtype in (torch.float32, torch.float64):
         return torch.addcmul(back, output, 1 + total)
     # In half precision small gains would be lost beside the one.
     output = torch.addcmul(output, output, total)
     return output.add_(back) if bias is not None and unscaled else output
+
+
+def _sum(vectors: Sequence[Tensor]) -> Tensor:
+    total = vectors[0]
+    for vector in vectors[1:]:
+        total = total + vector
+    return total
 
 
 def _plus(ready: Sequence[Ready], output: Tensor, input: Tensor) -> Tensor:
@@ -130,11 +138,13 @@ def _plus(ready: Sequence[Ready], output: Tensor, input: Tensor) -> Tensor:
         factors = [(r, r.as_low_rank()) for r in ready]
         shared = [(r, low) for r, low in factors if low is not None and r.dtype == ready[0].dtype]
         if len(shared) > 1:
-            downs, ups, gates = zip(
-                *((down, up, r.gate.expand(down.shape[0])) for r, (down, up) in shared), strict=True
-            )
+            downs, ups, gates = zip(*((down, up, r.rank_gates(down.shape[0])) for r, (down, up) in shared), strict=True)
+            # Of adapters with and without samples of their own, side by side.
+            samples = max((len(gate) for gate in gates if gate.ndim > 1), default=0)
+            if samples:
+                gates = tuple(gate.expand(samples, -1) for gate in gates)
             output = ready[0].layer.spec.low_rank(
-                ready[0].dropped(input), torch.cat(downs), torch.cat(ups, dim=1), torch.cat(gates), output
+                ready[0].dropped(input), torch.cat(downs), torch.cat(ups, dim=1), torch.cat(gates, -1), output
             )
             ready = [r for r in ready if all(r is not taken for taken, _ in shared)]
     for r in ready:

@@ -56,12 +56,18 @@ def needs_of(models: Mapping[str, nn.Module], wanted: Iterable[ByComponent]) -> 
 
 
 def reserve_all_(
-    models: Mapping[str, nn.Module], needs: Mapping[str, Mapping[str, Needs]], slots: int, rank: int
+    models: Mapping[str, nn.Module],
+    needs: Mapping[str, Mapping[str, Needs]],
+    slots: int,
+    *,
+    rank: int = 0,
+    samples: int = 0,
 ) -> Reserved:
     """Reserve what is needed `slots` times over, in the place of what was reserved.
 
     Args:
         rank: rows that layers with low-rank changes get for each adapter, if that is more than they need.
+        samples: see `Reservation`.
     """
     made: dict[str, tuple[Reservation, dict[str, nn.Module]]] = {}
     for component, layers in needs.items():
@@ -69,7 +75,7 @@ def reserve_all_(
         for need in layers.values():
             need.rows = max(need.rows, rank) if need.rows else 0
         with torch.inference_mode(False):
-            reservation = Reservation(layers, slots, compute_dtype(modules), execution_device(modules))
+            reservation = Reservation(layers, slots, compute_dtype(modules), execution_device(modules), samples)
         hosts = Targets(models[component]).modules
         made[component] = reservation, {path: hosts[path] for path in layers}
     for component, (reservation, hosts) in made.items():

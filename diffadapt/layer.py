@@ -163,11 +163,11 @@ class LayerSpec:
         Args:
             down: `(rank, in / groups, *kernel)`.
             up: `(out, rank)`, or `(out, rank / groups)` if every group has its own part of `down`.
-            gate: 0-d, or one number per rank.
+            gate: 0-d, or one number per rank, or (samples, rank) for as many samples as `input` has.
             onto: see `expand`.
         """
         hidden = self.op(input, self._per_group(down, up))
-        gate = gate if gate.ndim == 0 else self.along_channels(gate)
+        gate = gate if gate.ndim == 0 else self.along_channels(gate, hidden.ndim)
         return self.expand(scaled(hidden, gate), up, onto)
 
     def dense(self, input: Tensor, weight: Tensor, gate: Tensor, onto: Tensor | None = None) -> Tensor:
@@ -190,11 +190,18 @@ class LayerSpec:
         return -1 - len(self.kernel)
 
     def along_channels(self, values: Tensor, dimensions: int = 0) -> Tensor:
-        """One value per channel, so that it broadcasts over what the layer takes or gives, which a norm has to know.
+        """One value per channel, so that it broadcasts over what the layer takes or gives.
 
-        Channels are the second of the `dimensions` that a group norm gives, and the last one that other norms give.
+        Args:
+            values: (channels,), or (samples, channels).
+            dimensions: of what the layer takes or gives, which has to be known for a norm and for samples. Channels are
+                the second of those that a group norm gives, and the last one that other norms give.
         """
-        return values.view(-1, *(1,) * (dimensions - 2 if self.norm_groups > 0 else len(self.kernel)))
+        after = (1,) * (dimensions - 2 if self.norm_groups > 0 else len(self.kernel))
+        if values.ndim == 1:
+            return values.view(-1, *after)
+        samples, channels = values.shape
+        return values.view(samples, *(1,) * (dimensions - 2 - len(after)), channels, *after)
 
     def _normalised(self, input: Tensor, weight: Tensor) -> Tensor:
         if self.norm_groups > 0:

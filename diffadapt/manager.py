@@ -1,14 +1,14 @@
 """The object behind `pipe.adapters`: everything that can be done with loaded adapters."""
 
 import os
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffadapt import families, scales, textual_inversion
 from diffadapt.adapter import Adapter, AdapterLayer
@@ -199,6 +199,7 @@ class Adapters:
         *,
         slots: int | None = None,
         rank: int = 0,
+        samples: int = 0,
         components: Iterable[str] | None = None,
     ) -> Reserved:
         """Reserve room for adapters, so that a compiled pipeline takes them without a recompile. Call before compiling.
@@ -214,6 +215,7 @@ class Adapters:
                 them has there.
             slots: how many adapters of that size have room at once; default: one, or as many as are active.
             rank: room for at least this rank wherever low-rank changes go.
+            samples: how many prompts `per_sample` will be used with; without it `per_sample` is refused.
             components: reserve on these only.
 
         Raises:
@@ -228,7 +230,7 @@ class Adapters:
         wanted = self._requested(sources, models, None if components is None else set(components))
         if not wanted:
             raise AdapterError("nothing to reserve for: pass files, folders or settings, or load an adapter first")
-        reserved = reserve_all_(models, needs_of(models, wanted), count, rank)
+        reserved = reserve_all_(models, needs_of(models, wanted), count, rank=rank, samples=samples)
         self._seat(active)
         for name in self.names:
             if name not in active:
@@ -325,17 +327,103 @@ class Adapters:
         self._set_active(wanted)
 
     @contextmanager
+    def activated(self, adapters: Chosen) -> Generator[None, None, None]:
+        """`activate(adapters)` inside; on leaving, also by an exception, exactly what was active before."""
+        with self._restored():
+            self.activate(adapters)
+            yield
+
+    @contextmanager
+    def per_sample(self, mixes: Sequence[Chosen], *, images: int | None = None) -> Generator[None, None, None]:
+        """Inside, every prompt of a batch has a mix of adapters of its own: `{"a": 1.0}`, `["a", "b"]`, `{}`, ...
+
+        Row i of the result is what a run with prompt i and mix i alone gives. The batch may be repeated for guidance,
+        and in every prompt for its images. A pipeline has to get as many prompts (and negative prompts, if any) as
+        there are mixes. After `prepare_hotswap(..., samples=len(mixes))` nothing is compiled anew for other mixes.
+
+        Args:
+            mixes: for every prompt what `activate` takes.
+            images: per prompt; default: what the pipeline is called with (`num_images_per_prompt`).
+
+        Raises:
+            AdapterError: as `activate`; or the slots are not for so many samples.
+        """
+        self._refuse_merged("per_sample")
+        if not mixes:
+            raise AdapterError("per_sample: no mixes, expected one for every prompt")
+        resolved = [self._resolved(mix)[1] for mix in mixes]
+        models = self._models()
+        for component, model in models.items():
+            bank = bank_of(model)
+            room = None if bank is None else bank.reservation
+            if room is not None and room.samples != len(mixes):
+                raise AdapterError(
+                    f"per_sample: {len(mixes)} mixes, but the slots of {component} are for {room.samples or 'no'} "
+                    f"samples; call prepare_hotswap(..., samples={len(mixes)}) before compiling"
+                )
+        names = list(dict.fromkeys(name for mix in resolved for name in mix))
+        with self._restored():
+            self._seat(names)
+            for name in names:
+                for component, adapter in self[name].components.items():
+                    strengths = [mix[name][component] if name in mix else 0.0 for mix in resolved]
+                    count = len(adapter.layers)
+                    adapter.set_strengths([[s] * count if isinstance(s, (int, float)) else s for s in strengths])
+            for component, model in models.items():
+                bank = bank_of(model)
+                if bank is not None:
+                    # A text encoder sees every prompt once.
+                    encodes = component.startswith("text_encoder")
+                    bank.call.samples, bank.call.images = len(mixes), 1 if encodes else images or 1
+                    bank.call.asks_images = images is None and not encodes
+            self._set_active(names)
+            yield
+
+    @contextmanager
     def disabled(self) -> Generator[None, None, None]:
         """The base model inside; on leaving, also by an exception, the state before."""
-        merged, active = self.merged, list(self.active)
+        merged = self.merged
         self.unmerge()
-        self._set_active(())
+        try:
+            with self._restored():
+                self._set_active(())
+                yield
+        finally:
+            if merged:
+                merge_(self._models(), merged)
+
+    @contextmanager
+    def _restored(self) -> Generator[None, None, None]:
+        """On leaving, every adapter is as active and as strong as before, and new ones are not active."""
+        states: dict[tuple[str, str], tuple[Adapter, bool, Strength, Tensor]] = {}
+        calls: dict[str, tuple[int, int, bool]] = {}
+        for component, model in self._models().items():
+            bank = bank_of(model)
+            if bank is not None:
+                calls[component] = bank.call.samples, bank.call.images, bank.call.asks_images
+                for name, adapter in bank.adapters.items():
+                    states[component, name] = adapter, adapter.active, adapter.strength, adapter.gates.clone()
         try:
             yield
         finally:
-            self._set_active(active)
-            if merged:
-                merge_(self._models(), merged)
+            for component, model in self._models().items():
+                bank = bank_of(model)
+                if bank is not None:
+                    bank.call.samples, bank.call.images, bank.call.asks_images = calls.get(component, (0, 1, True))
+                    for name, adapter in bank.adapters.items():
+                        state = states.get((component, name))
+                        adapter.active = state is not None and state[1]
+                        if state is not None and adapter is state[0]:
+                            adapter.strength = state[2]
+                            adapter.set_gates(state[3])
+                        elif state is not None:
+                            # Another one took its place meanwhile.
+                            adapter.strength = state[2]
+                            strengths = self._strengths(name, state[2], {component: adapter}, strict=False)
+                            adapter.set_strengths(strengths[component])
+            self._seat(name for name in self.active if name not in self.merged)
+            for model in self._models().values():
+                refresh_(model)
 
     def remove(self, name: str) -> None:
         """Remove an adapter, with the tokens it brought, and free its memory. The others stay as they are.
@@ -364,6 +452,8 @@ class Adapters:
             AdapterError: unknown or already merged, or nothing to merge; quantised or unreachable weights; a result
                 that is not finite. Nothing has been written then.
         """
+        if any((bank := bank_of(model)) and bank.call.samples for model in self._models().values()):
+            raise AdapterError("merge: inside per_sample every sample has weights of its own; leave it first")
         chosen = names or tuple(name for name in self.active if name not in self.merged)
         if not chosen:
             raise AdapterError("nothing to merge: no adapter is active that is not merged already")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffadapt.attach import bank_of
+from diffadapt.attach import Bank, bank_of
 from diffadapt.errors import AdapterError
 from diffadapt.hooks import diffusers_scales_with_peft
 from diffadapt.io import Location, Source
@@ -210,8 +210,13 @@ class _Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
+_IMAGES = ("num_images_per_prompt", "num_videos_per_prompt")
+_HANDED = frozenset({"lora_scale", *_IMAGES})
+
+
 class _EncodePrompt:
-    """Stands in for an `encode_prompt` of diffusers and hands its `lora_scale` to the text encoders' adapters.
+    """Stands in for an `encode_prompt` of diffusers and hands its `lora_scale` to the text encoders' adapters, and the
+    number of images per prompt to all others.
 
     diffusers keeps that scale for peft, and without peft it crashes on the text encoders of transformers 5. Learned
     tokens look at their tokenizers here, which diffusers' own textual inversions may have changed in the meantime.
@@ -232,7 +237,7 @@ class _EncodePrompt:
             if not adapted and isinstance(present, cls):
                 del owner.__dict__["encode_prompt"]
             elif adapted and present is None:
-                if has_tokens or "lora_scale" in inspect.signature(owner.encode_prompt).parameters:
+                if has_tokens or _HANDED.intersection(inspect.signature(owner.encode_prompt).parameters):
                     owner.__dict__["encode_prompt"] = cls(pipe, owner)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -247,7 +252,14 @@ class _EncodePrompt:
         for _, model in models:
             if is_extended(model):
                 refresh_(model)
-        banks = [bank for name, model in models if name.startswith("text_encoder") and (bank := bank_of(model))]
+        images = next((number for name in _IMAGES if (number := bound.arguments.get(name)) is not None), 1)
+        banks: list[Bank] = []
+        for name, model in models:
+            bank = bank_of(model)
+            if bank is not None and name.startswith("text_encoder"):
+                banks.append(bank)
+            elif bank is not None and bank.call.asks_images:
+                bank.call.images = images
         value = None if scale is None else torch.as_tensor(scale, dtype=torch.float32)
         for bank in banks:
             bank.call.outer = bank.call.value = value

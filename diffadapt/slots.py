@@ -139,6 +139,7 @@ class Slot(AdapterLayer):
             key=form.key,
             free=(range(rows),),
             cells=range(rows),
+            gates_ranks=form.key == _ROWS,
             dropout=Dropout(),
             inputs=spec.in_features,
             widens=False,
@@ -248,7 +249,13 @@ class Reservation(LayerTree):
         seated: adapter name -> its seat.
     """
 
-    def __init__(self, needs: Mapping[str, Needs], count: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, needs: Mapping[str, Needs], count: int, dtype: torch.dtype, device: torch.device, samples: int = 0
+    ) -> None:
+        """
+        Args:
+            samples: how many samples of a batch can have gates of their own; 0 for one gate for all.
+        """
         super().__init__()
         self.count = count
         self.seated: dict[str, Seat] = {}
@@ -269,7 +276,7 @@ class Reservation(LayerTree):
                 node._modules[str(i)] = slot
             self._graft(path, node)
             self.slots[path] = tuple(made)
-        self._deal(torch.zeros(cells, device=device))
+        self._deal(torch.zeros((samples, cells) if samples else (cells,), device=device))
 
     @property
     def device(self) -> torch.device:
@@ -331,7 +338,7 @@ class Reservation(LayerTree):
         """Free the seat of an adapter, and return it; see `wipe`."""
         seat = self.seated.pop(name, None)
         if seat is not None:
-            self._gates.index_fill_(0, seat.cells, 0.0)
+            self._gates.index_fill_(-1, seat.cells, 0.0)
             for slot, rows in seat.taken:
                 slot.__dict__["free"] = _joined(slot.free, rows)
         return seat
@@ -352,12 +359,18 @@ class Reservation(LayerTree):
 
     @torch.no_grad()
     def open(self, gates: Mapping[str, Tensor]) -> None:
-        """Let exactly these adapters act: name -> one number per adapter layer."""
+        """Let exactly these adapters act: name -> one number per adapter layer, or for every sample one per layer."""
         flat = torch.zeros_like(self._gates)
         for name, values in gates.items():
             seat = self.seated[name]
-            flat.index_copy_(0, seat.cells, values.to(flat).index_select(0, seat.layers))
+            values = values.to(flat).index_select(-1, seat.layers)
+            flat.index_copy_(-1, seat.cells, values.expand(*flat.shape[:-1], -1))
         self._gates.copy_(flat)
+
+    @property
+    def samples(self) -> int:
+        """How many samples of a batch can have gates of their own; 0 for none."""
+        return len(self._gates) if self._gates.ndim > 1 else 0
 
     def _free_without(self, names: Iterable[str]) -> dict[Slot, Rows]:
         """Free rows of every slot when these adapters have left."""
@@ -400,8 +413,8 @@ class Reservation(LayerTree):
         self._gates = gates
         for slots in self.slots.values():
             for slot in slots:
-                cells = gates[slot.cells.start : slot.cells.stop]
-                slot.__dict__["gate"] = cells if slot.key == _ROWS else cells[0]
+                cells = gates[..., slot.cells.start : slot.cells.stop]
+                slot.__dict__["gate"] = cells if slot.gates_ranks else cells[..., 0]
 
     def _no_room(self, path: str, form: Form, free: Mapping[Slot, Rows]) -> str:
         slots = [slot for slot in self.slots.get(path, ()) if slot.key == form.key]

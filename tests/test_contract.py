@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from diffadapt import compose
 from diffadapt.adapter import Adapter, AdapterLayer
-from diffadapt.attach import attach_, detach_, refresh_, unreserve_
+from diffadapt.attach import attach_, bank_of, detach_, refresh_, unreserve_
 from diffadapt.errors import AdapterError
 from diffadapt.hotswap import arrange, needs_of, reserve_all_
 from diffadapt.kind import AdapterType
@@ -256,7 +256,7 @@ def test_slots_compute_the_same(variant: Variant, layer: str) -> None:
         adapters = {name: case.attach(case.random(), name) for name in ("a", "b")}
         both = case.root(case.input).clone()
         wanted = [{"model": adapter.layers} for adapter in adapters.values()]
-        reserve_all_(models, needs_of(models, wanted), slots=2, rank=0)
+        reserve_all_(models, needs_of(models, wanted), slots=2)
         for name, adapter in adapters.items():
             for arrangement in arrange(models, {name: {"model": adapter.layers}}, adapters).values():
                 arrangement.carry_out()
@@ -273,6 +273,41 @@ def test_slots_compute_the_same(variant: Variant, layer: str) -> None:
         torch.testing.assert_close(case.root(case.input), one, **case.close)
     assert (one - both).abs().max() > 0.02
     assert (one - base).abs().max() > 0.02
+
+
+@pytest.mark.parametrize("prepared", [False, True], ids=["plain", "slots"])
+def test_samples_with_strengths_of_their_own(variant: Variant, layer: str, prepared: bool) -> None:
+    case = Case(variant, layer)
+    if case.input.ndim < 2:
+        pytest.skip("one vector is no batch")
+    models, strengths = {"model": case.root}, {"a": (0.5, 0.0, -1.0), "b": (0.0, 0.25, 1.0)}
+    # Guidance doubles the batch, and every sample has two images.
+    samples = [torch.roll(case.input, number, 0)[:1] for number in range(3)]
+    batch = torch.cat([samples[number] for _ in range(2) for number in range(3) for _ in range(2)])
+    with torch.no_grad():
+        adapters = {name: case.attach(case.random(), name) for name in ("a", "b")}
+        if prepared:
+            wanted = [{"model": adapter.layers} for adapter in adapters.values()]
+            reserve_all_(models, needs_of(models, wanted), slots=2, samples=3)
+            for arrangement in arrange(models, {n: {"model": a.layers} for n, a in adapters.items()}, ()).values():
+                arrangement.carry_out()
+        alone: list[Tensor] = []
+        for number, sample in enumerate(samples):
+            for name, adapter in adapters.items():
+                adapter.set_strengths(strengths[name][number])
+            refresh_(case.root)
+            alone.append(case.root(sample))
+        for name, adapter in adapters.items():
+            adapter.set_strengths([[strength] for strength in strengths[name]])
+        refresh_(case.root)
+        bank = bank_of(case.root)
+        bank.call.samples, bank.call.images = 3, 2
+        together = case.root(batch)
+        with pytest.raises(AdapterError, match="no multiple of 3 x 2 images"):
+            case.root(batch[:-1])
+    expected = torch.cat([alone[number] for _ in range(2) for number in range(3) for _ in range(2)])
+    torch.testing.assert_close(together, expected, **case.close)
+    assert (together[0] - together[2]).abs().max() > 0.02
 
 
 def test_gradients(variant: Variant, layer: str) -> None:
