@@ -24,6 +24,7 @@ from diffadapt import compose
 from diffadapt.adapter import BANK, Adapter, AdapterLayer, CallState
 from diffadapt.errors import AdapterError
 from diffadapt.hooks import diffusers_scales_with_peft, is_bypassed
+from diffadapt.locks import refuse_other_threads
 from diffadapt.slots import Reservation
 from diffadapt.widen import level_
 
@@ -141,8 +142,10 @@ class Bank(nn.Module):
         """Forward pre-hook of the model: pick up the scale that diffusers' pipelines pass with a call.
 
         Raises:
-            AdapterError: a layer would not be called, because its projections were fused after loading.
+            AdapterError: a layer would not be called, because its projections were fused after loading; or another
+                thread holds the model.
         """
+        refuse_other_threads(model)
         for path, attention in self.attentions.items():
             fused = attention.fused_projections and is_bypassed(attention, path.rpartition(".")[2])
             if fused and self.hosts[path].__dict__[_ACTIVE]:

@@ -4,8 +4,9 @@ import os
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import wraps
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from diffadapt.hooks import execution_device
 from diffadapt.hotswap import ByComponent, Reserved, arrange, is_prepared, needs_of, reserve_all_
 from diffadapt.io import Checkpoint, Location, Source, read, write
 from diffadapt.load import Plan, attach_all_, detach_all_, plan
+from diffadapt.locks import held
 from diffadapt.lowrank import Conversion, Maker, Sources, conversion, derive_
 from diffadapt.merge import merge_, refuse_mixture, unmerge_
 from diffadapt.report import Report
@@ -30,6 +32,21 @@ from diffadapt.slots import Arrangement
 from diffadapt.state import AdapterState
 from diffadapt.targets import Targets
 from diffadapt.textual_inversion import LearnedTokens
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _exclusive(method: Callable[Concatenate["Adapters", P], R]) -> Callable[Concatenate["Adapters", P], R]:
+    """A method that waits until no other thread holds the models."""
+
+    @wraps(method)
+    def alone(self: "Adapters", /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with held(self._models().values()):
+            return method(self, *args, **kwargs)
+
+    return alone
+
 
 Chosen: TypeAlias = str | Iterable[str] | Mapping[str, Strength]
 Request: TypeAlias = Source | AdapterConfig | Mapping[str, AdapterConfig]
@@ -162,6 +179,7 @@ class Adapters:
         widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
         return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
+    @_exclusive
     def load(
         self,
         source: Source | Plan,
@@ -193,6 +211,7 @@ class Adapters:
         self._bring(name, planned, scale, activate, allow_recompile)
         return planned.report(name)
 
+    @_exclusive
     def prepare_hotswap(
         self,
         sources: Requests = (),
@@ -239,12 +258,14 @@ class Adapters:
         self._changed()
         return reserved
 
+    @_exclusive
     def release_slots(self) -> None:
         """Give up what `prepare_hotswap` reserved. A compiled model notices."""
         for model in self._models().values():
             unreserve_(model)
         self._changed()
 
+    @_exclusive
     def hotswap(
         self,
         name: str,
@@ -305,6 +326,7 @@ class Adapters:
             adapter.train(models[component].training)
         return planned
 
+    @_exclusive
     def activate(self, adapters: Chosen) -> None:
         """Make exactly these adapters active.
 
@@ -328,7 +350,10 @@ class Adapters:
 
     @contextmanager
     def activated(self, adapters: Chosen) -> Generator[None, None, None]:
-        """`activate(adapters)` inside; on leaving, also by an exception, exactly what was active before."""
+        """`activate(adapters)` inside; on leaving, also by an exception, exactly what was active before.
+
+        Other threads that ask for adapters of the same models wait meanwhile, see `locks`.
+        """
         with self._restored():
             self.activate(adapters)
             yield
@@ -382,19 +407,26 @@ class Adapters:
     @contextmanager
     def disabled(self) -> Generator[None, None, None]:
         """The base model inside; on leaving, also by an exception, the state before."""
-        merged = self.merged
-        self.unmerge()
-        try:
-            with self._restored():
-                self._set_active(())
-                yield
-        finally:
-            if merged:
-                merge_(self._models(), merged)
+        with held(self._models().values()):
+            merged = self.merged
+            self.unmerge()
+            try:
+                with self._restored():
+                    self._set_active(())
+                    yield
+            finally:
+                if merged:
+                    merge_(self._models(), merged)
 
     @contextmanager
     def _restored(self) -> Generator[None, None, None]:
-        """On leaving, every adapter is as active and as strong as before, and new ones are not active."""
+        """Have the models to oneself; on leaving, every adapter is as active and as strong as before, and new ones are
+        not active.
+        """
+        with held(self._models().values()):
+            yield from self._restoring()
+
+    def _restoring(self) -> Generator[None, None, None]:
         states: dict[tuple[str, str], tuple[Adapter, bool, Strength, Tensor]] = {}
         calls: dict[str, tuple[int, int, bool]] = {}
         for component, model in self._models().items():
@@ -425,6 +457,7 @@ class Adapters:
             for model in self._models().values():
                 refresh_(model)
 
+    @_exclusive
     def remove(self, name: str) -> None:
         """Remove an adapter, with the tokens it brought, and free its memory. The others stay as they are.
 
@@ -437,12 +470,14 @@ class Adapters:
         detach_all_(self._models(), name)
         self._changed()
 
+    @_exclusive
     def clear(self) -> None:
         """Remove every adapter, merged ones too: the models are bit for bit what they were before the first."""
         self.unmerge()
         for name in self.names:
             self.remove(name)
 
+    @_exclusive
     def merge(self, *names: str) -> None:
         """Add adapters into the weights, at their present strengths; without names, all that are active.
 
@@ -466,11 +501,13 @@ class Adapters:
             for adapter in self[name].components.values():
                 adapter.active = True
 
+    @_exclusive
     def unmerge(self) -> None:
         """Undo every merge: all weights as they were, bit for bit, and the adapters active beside them."""
         for model in self._models().values():
             unmerge_(model)
 
+    @_exclusive
     def to_lora(self, adapters: Chosen, name: str, rank: int | None = None, energy: float | None = None) -> Conversion:
         """Add a plain LoRA, inactive, that does what `activate(adapters)` would do.
 
@@ -483,6 +520,7 @@ class Adapters:
         """
         return self._derive(adapters, name, lambda sources: conversion(rank, energy))
 
+    @_exclusive
     def combine(
         self,
         adapters: Mapping[str, Strength],
