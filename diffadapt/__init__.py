@@ -11,6 +11,7 @@ from diffadapt.manager import Adapters, LoadedAdapter
 from diffadapt.pipeline import adapters_of as adapters
 from diffadapt.pipeline import install
 from diffadapt.pipeline import load_adapter_into_model as load_adapter
+from diffadapt.pool import AdapterPool
 from diffadapt.report import Report
 from diffadapt.types.boft import BOFTConfig
 from diffadapt.types.full import FullConfig
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdapterConfig",
     "AdapterError",
+    "AdapterPool",
     "Adapters",
     "BOFTConfig",
     "Conversion",

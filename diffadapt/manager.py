@@ -312,15 +312,14 @@ class Adapters:
     ) -> Plan:
         """Read, check and convert an adapter for these models without loading it.
 
-        `load` and `hotswap` take the result as their source, any number of times, with little left to do. On a pipeline
-        with slots it stays in CPU memory, page-locked if there is CUDA.
+        `load` and `hotswap` take the result as their source, any number of times, with little left to do. It is in CPU
+        memory, page-locked if there is CUDA, and stays there on a pipeline with slots.
 
         Raises:
             AdapterError: as `load`.
         """
         models = self._models()
-        device = torch.device("cpu") if is_prepared(models) else None
-        _, planned = self._planned(source, where, components, dtype, models, device=device)
+        _, planned = self._planned(source, where, components, dtype, models, device=torch.device("cpu"))
         planned.refuse_faults(strict)
         for component, adapter in planned.adapters.items():
             adapter.train(models[component].training)
@@ -561,6 +560,10 @@ class Adapters:
         embeddings = {key: vectors for learned in loaded.learned for key, vectors in learned.state.items()}
         layouts = {component: families.layout(Targets(models[component])) for component in layers}
         return write(path, dump(AdapterState(layers, loaded.metadata, families.of_models(models), layouts, embeddings)))
+
+    def models(self) -> list[nn.Module]:
+        """The models of the pipeline."""
+        return list(self._models().values())
 
     def _planned(
         self,
