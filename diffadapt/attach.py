@@ -93,6 +93,7 @@ class Bank(nn.Module):
         hosts: module path -> the layer of the model that carries adapter layers.
         attentions: module path of a host -> its parent, where diffusers can fuse that and then bypass the host.
         originals: `(tensor, its content before merging)` for every base tensor that `merge.py` changed.
+        compact: what restores the other tensors that it changed, `merge.Compact`.
         merged: names of the adapters that are merged into the weights.
     """
 
@@ -102,6 +103,7 @@ class Bank(nn.Module):
         self.hosts: dict[str, nn.Module] = {}
         self.attentions: dict[str, nn.Module] = {}
         self.originals: list[tuple[Tensor, Tensor]] = []
+        self.compact: list[Any] = []
         self.merged: tuple[str, ...] = ()
         self._carriers: list[tuple[nn.Module, Any]] = []
         self._beside: tuple[Adapter, ...] | None = ()

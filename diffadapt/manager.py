@@ -25,7 +25,7 @@ from diffadapt.io import Checkpoint, Location, Source, read, write
 from diffadapt.load import Plan, attach_all_, detach_all_, plan
 from diffadapt.locks import held
 from diffadapt.lowrank import Conversion, Maker, Sources, conversion, derive_
-from diffadapt.merge import merge_, refuse_mixture, unmerge_
+from diffadapt.merge import expand_, merge_, refuse_mixture, undo_bytes, unmerge_
 from diffadapt.report import Report
 from diffadapt.scales import Strength
 from diffadapt.slots import Arrangement
@@ -466,6 +466,7 @@ class Adapters:
         self[name]
         if name in self.merged:
             raise AdapterError(f"adapter {name!r} is merged into the weights; call unmerge() before remove()")
+        self._expand_before_widening(self[name].components)
         detach_all_(self._models(), name)
         self._changed()
 
@@ -477,10 +478,14 @@ class Adapters:
             self.remove(name)
 
     @_exclusive
-    def merge(self, *names: str) -> None:
+    def merge(self, *names: str, compact: bool = False) -> None:
         """Add adapters into the weights, at their present strengths; without names, all that are active.
 
         A merged adapter costs nothing at run time. `unmerge` undoes all merges, bit for bit.
+
+        Args:
+            compact: do not keep the changed weights for that, but what rounding lost, a few percent of them; merging
+                and unmerging take longer. `undo_bytes` says what is kept.
 
         Raises:
             AdapterError: unknown or already merged, or nothing to merge; quantised or unreachable weights; a result
@@ -495,10 +500,17 @@ class Adapters:
             self[name]
             if name in self.merged:
                 raise AdapterError(f"adapter {name!r} is merged already; call unmerge() first")
-        merge_(self._models(), chosen)
+        merge_(self._models(), chosen, compact=compact)
         for name in chosen:
             for adapter in self[name].components.values():
                 adapter.active = True
+
+    @property
+    def undo_bytes(self) -> int:
+        """Memory that is kept to undo merges."""
+        banks = [bank for model in self._models().values() if (bank := bank_of(model))]
+        copies = sum(original.nbytes for bank in banks for _, original in bank.originals)
+        return copies + sum(undo_bytes(small) for bank in banks for small in bank.compact)
 
     @_exclusive
     def unmerge(self) -> None:
@@ -638,6 +650,7 @@ class Adapters:
                 adapter.active = True
                 refuse_mixture(component, {**bank.adapters, name: adapter}, bank.merged)
         arrangements, beside = self._room(name, planned.layers, activate, allow_recompile, replacing=old is not None)
+        self._expand_before_widening(adapters)
         attach_all_(models, name, planned, replacing=old is not None)
         for component, model in models.items():
             if component in arrangements:
@@ -654,6 +667,13 @@ class Adapters:
         for model in models.values():
             refresh_(model)
         self._changed()
+
+    def _expand_before_widening(self, adapters: Mapping[str, Adapter]) -> None:
+        """Keep originals of merged weights as copies where a layer gets, or loses, inputs."""
+        for component, adapter in adapters.items():
+            bank = bank_of(self._models()[component])
+            if bank is not None and any(layer.widens for layer in adapter.layers.values()):
+                expand_(bank)
 
     def _room(
         self, name: str, layers: ByComponent, activate: bool, allow_recompile: bool, *, replacing: bool
@@ -734,6 +754,9 @@ class Adapters:
 
     def _derive(self, adapters: Chosen, name: str, maker: Callable[[Sources], Maker]) -> Conversion:
         self._refuse_name(name)
+        for model in self._models().values():
+            if (bank := bank_of(model)) is not None:
+                expand_(bank)
         report = derive_(self._models(), name, self._resolved(adapters)[1], maker)
         self._changed()
         return report
