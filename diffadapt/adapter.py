@@ -21,6 +21,7 @@ from diffadapt.errors import AdapterError
 from diffadapt.hooks import FLOAT8, decoded, resting_tensor
 from diffadapt.kind import AdapterType, Stage, Surroundings, Tensors
 from diffadapt.layer import LayerSpec, add
+from diffadapt.scales import Strength
 from diffadapt.state import LayerState
 
 BANK = "diffadapt"
@@ -434,7 +435,7 @@ class Adapter(LayerTree):
     Attributes:
         layers: module path of the model -> adapter layer.
         metadata: of the file it came from, verbatim.
-        strength: what the user set: a number, or numbers by module-path prefix of this model.
+        strength: what the user set: a number or a schedule, or these by prefix.
         active: whether it takes part in the forward.
         beside: on a model with slots, whether it runs beside them, which costs a recompile: it has no room there, or is
             being trained.
@@ -444,7 +445,7 @@ class Adapter(LayerTree):
         super().__init__()
         self.layers = {path: layers[path] for path in sorted(layers)}
         self.metadata = dict(metadata or {})
-        self.strength: float | Mapping[str, float] = 1.0
+        self.strength: Strength = 1.0
         self.active = False
         self.beside = False
         for path, layer in self.layers.items():

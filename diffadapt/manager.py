@@ -4,14 +4,14 @@ import os
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from diffadapt import families, scales, textual_inversion
+from diffadapt import clock, families, scales, textual_inversion
 from diffadapt.adapter import Adapter, AdapterLayer
 from diffadapt.attach import bank_of, refresh_, unreserve_
 from diffadapt.combine import Combination, Method, Sign
@@ -27,7 +27,8 @@ from diffadapt.locks import held
 from diffadapt.lowrank import Conversion, Maker, Sources, conversion, derive_
 from diffadapt.merge import expand_, merge_, refuse_mixture, undo_bytes, unmerge_
 from diffadapt.report import Report
-from diffadapt.scales import Strength
+from diffadapt.scales import SharedStrengths, Strength
+from diffadapt.schedules import START, Moment
 from diffadapt.slots import Arrangement
 from diffadapt.state import AdapterState
 from diffadapt.targets import Targets
@@ -51,6 +52,7 @@ def _exclusive(method: Callable[Concatenate["Adapters", P], R]) -> Callable[Conc
 Chosen: TypeAlias = str | Iterable[str] | Mapping[str, Strength]
 Request: TypeAlias = Source | AdapterConfig | Mapping[str, AdapterConfig]
 Requests: TypeAlias = Request | Iterable[Request]
+Follow: TypeAlias = Callable[[clock.Listener | None], None]
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,7 @@ class Adapters:
         tokenizers: Callable[[], Mapping[str, Any]] = dict[str, Any],
         qualified: bool = True,
         changed: Callable[[], None] = lambda: None,
+        follow: Follow | None = None,
     ) -> None:
         """
         Args:
@@ -134,11 +137,13 @@ class Adapters:
             tokenizers: gives those of the text encoders, by component.
             qualified: whether prefixes in `activate` start with a component name.
             changed: called after adapters were loaded or removed.
+            follow: makes the schedulers tell a listener of their steps, or nobody any more, if there are schedulers.
         """
         self._models = models
         self._tokenizers = tokenizers
         self._qualified = qualified
         self._changed = changed
+        self._follow = follow
 
     @property
     def names(self) -> list[str]:
@@ -331,21 +336,32 @@ class Adapters:
 
         Args:
             adapters: name -> strength. A strength is a number, or numbers by prefix ("unet", "unet.up_blocks.1"): the
-                longest matching prefix wins, what no prefix names has the strength 1. A name alone means 1.
+                longest matching prefix wins, what no prefix names has the strength 1. A name alone means 1. In the
+                place of a number, a schedule (`Linear`, `Cosine`, `Piecewise`) sets the strength at every step of
+                the runs that follow. Text encoders run before them and have the strength of the start.
 
         Raises:
             AdapterError: an unknown name, a prefix that matches no layer of the adapter, a strength that is not a
-                finite number, an adapter is merged, or the slots have no room for all of them at once. Nothing has
-                changed then.
+                finite number, an adapter is merged, the slots have no room for all of them at once, or a schedule
+                with no scheduler to follow. Nothing has changed then.
         """
-        self._refuse_merged("activate")
-        wanted, strengths = self._resolved(adapters)
-        self._seat(wanted)
-        for name, strength in wanted.items():
-            for component, adapter in self[name].components.items():
-                adapter.strength = strength
-                adapter.set_strengths(strengths[name][component])
-        self._set_active(wanted)
+        self._activate(adapters, self._follow)
+
+    @contextmanager
+    def scheduled(self, adapters: Chosen, scheduler: Any = None) -> Generator[None, None, None]:
+        """`activate` inside; on leaving, also by an exception, the state before.
+
+        Args:
+            scheduler: whose steps schedules follow in a loop of your own; default those of the pipeline.
+        """
+        owner = next(iter(self._models().values()))
+        follow = self._follow if scheduler is None else partial(clock.follow, scheduler, owner)
+        try:
+            with self._restored():
+                self._activate(adapters, follow)
+                yield
+        finally:
+            self._keep_time(follow)
 
     @contextmanager
     def activated(self, adapters: Chosen) -> Generator[None, None, None]:
@@ -375,7 +391,12 @@ class Adapters:
         self._refuse_merged("per_sample")
         if not mixes:
             raise AdapterError("per_sample: no mixes, expected one for every prompt")
-        resolved = [self._resolved(mix)[1] for mix in mixes]
+        resolved: list[dict[str, dict[str, float | list[float]]]] = []
+        for mix in mixes:
+            wanted, strengths = self._resolved(mix)
+            for name, strength in wanted.items():
+                self._refuse_schedule("per_sample", name, strength)
+            resolved.append(strengths)
         models = self._models()
         for component, model in models.items():
             bank = bank_of(model)
@@ -455,6 +476,7 @@ class Adapters:
             self._seat(name for name in self.active if name not in self.merged)
             for model in self._models().values():
                 refresh_(model)
+            self._keep_time(self._follow)
 
     @_exclusive
     def remove(self, name: str) -> None:
@@ -468,6 +490,7 @@ class Adapters:
             raise AdapterError(f"adapter {name!r} is merged into the weights; call unmerge() before remove()")
         self._expand_before_widening(self[name].components)
         detach_all_(self._models(), name)
+        self._keep_time(self._follow)
         self._changed()
 
     @_exclusive
@@ -500,6 +523,7 @@ class Adapters:
             self[name]
             if name in self.merged:
                 raise AdapterError(f"adapter {name!r} is merged already; call unmerge() first")
+            self._refuse_schedule("merge", name, self[name].strength)
         merge_(self._models(), chosen, compact=compact)
         for name in chosen:
             for adapter in self[name].components.values():
@@ -666,6 +690,7 @@ class Adapters:
             adapter.beside = component in beside
         for model in models.values():
             refresh_(model)
+        self._keep_time(self._follow)
         self._changed()
 
     def _expand_before_widening(self, adapters: Mapping[str, Adapter]) -> None:
@@ -757,7 +782,10 @@ class Adapters:
         for model in self._models().values():
             if (bank := bank_of(model)) is not None:
                 expand_(bank)
-        report = derive_(self._models(), name, self._resolved(adapters)[1], maker)
+        wanted, strengths = self._resolved(adapters)
+        for source, strength in wanted.items():
+            self._refuse_schedule(name, source, strength)
+        report = derive_(self._models(), name, strengths, maker)
         self._changed()
         return report
 
@@ -768,25 +796,73 @@ class Adapters:
         return wanted, {name: self._strengths(name, amount, self[name].components) for name, amount in wanted.items()}
 
     def _strengths(
-        self, name: str, strength: Strength, components: Mapping[str, Adapter], *, strict: bool = True
+        self,
+        name: str,
+        strength: Strength,
+        components: Mapping[str, Adapter],
+        *,
+        strict: bool = True,
+        moment: Moment = START,
     ) -> dict[str, float | list[float]]:
         """By component, one number for all layers or one for each; `strict` for prefixes that have to match."""
         scales.check(name, strength)
-        if not isinstance(strength, Mapping):
-            return dict.fromkeys(components, float(strength))
+        numbers = scales.at(strength, moment)
+        if not isinstance(numbers, Mapping):
+            return dict.fromkeys(components, numbers)
         strengths: dict[str, float | list[float]] = {}
         matched: set[str] = set()
         for component, adapter in components.items():
             paths = [f"{component}.{path}" for path in adapter.layers] if self._qualified else list(adapter.layers)
-            strengths[component], hits = scales.resolve(strength, paths)
+            strengths[component], hits = scales.resolve(numbers, paths)
             matched |= hits
-        missed = sorted(set(strength) - matched)
-        if missed and strict:
+        missed = sorted(set(numbers) - matched)
+        if missed and strict and not (isinstance(strength, SharedStrengths) and self._suits(strength, matched)):
+            names = [*map(repr, missed[:4]), *(["..."] if len(missed) > 4 else [])]
             raise AdapterError(
-                f"adapter {name!r} has no layer under {', '.join(map(repr, missed))}; "
+                f"adapter {name!r} has no layer under {', '.join(names)}; "
                 f"it has layers under {', '.join(self._prefixes(components))}"
             )
         return strengths
+
+    def _suits(self, strength: SharedStrengths[Any], matched: set[str]) -> bool:
+        """Whether some of the prefixes match, and the others may be missing: not if they are of another denoiser."""
+        others = (prefix for prefix in strength if prefix and not prefix.startswith("text_encoder"))
+        return bool(matched or "" in strength) and {prefix.partition(".")[0] for prefix in others} <= set(
+            self._models()
+        )
+
+    def _activate(self, adapters: Chosen, follow: Follow | None) -> None:
+        self._refuse_merged("activate")
+        wanted, strengths = self._resolved(adapters)
+        if follow is None and any(map(scales.is_scheduled, wanted.values())):
+            raise AdapterError(
+                "a schedule follows the steps of a scheduler, which a single model does not have; "
+                "use `with adapters.scheduled(..., scheduler=...)`"
+            )
+        self._seat(wanted)
+        for name, strength in wanted.items():
+            for component, adapter in self[name].components.items():
+                adapter.strength = strength
+                adapter.set_strengths(strengths[name][component])
+        self._set_active(wanted)
+        self._keep_time(follow)
+
+    def _keep_time(self, follow: Follow | None) -> None:
+        """Hear of the steps of a run for as long as one of the active adapters has a schedule."""
+        if follow is not None:
+            follow(self._advance if any(map(scales.is_scheduled, self.active.values())) else None)
+
+    def _advance(self, moment: Moment) -> None:
+        """Set the strengths that schedules have at `moment`."""
+        for name, loaded in self._loaded().items():
+            if scales.is_scheduled(loaded.strength):
+                strengths = self._strengths(name, loaded.strength, loaded.components, strict=False, moment=moment)
+                for component, adapter in loaded.components.items():
+                    # Prompts are encoded before a run, and perhaps again before the next one.
+                    if not component.startswith("text_encoder"):
+                        adapter.set_strengths(strengths[component])
+        for model in self._models().values():
+            refresh_(model)
 
     def _prefixes(self, components: Mapping[str, Adapter]) -> list[str]:
         tops = {f"{component}.{path.split('.')[0]}" for component, a in components.items() for path in a.layers}
@@ -805,6 +881,10 @@ class Adapters:
             raise AdapterError(f"{name!r} is no name for an adapter: it must not be empty or contain a dot")
         if name in self:
             raise AdapterError(f"adapter {name!r} exists already; remove it first or pass another name=")
+
+    def _refuse_schedule(self, action: str, name: str, strength: Strength) -> None:
+        if scales.is_scheduled(strength):
+            raise AdapterError(f"{action}: the strength of {name!r} is a schedule; a number is expected here")
 
     def _refuse_merged(self, action: str) -> None:
         if self.merged:

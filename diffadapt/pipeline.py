@@ -1,4 +1,6 @@
-"""Adapters on diffusers pipelines: the two names pipelines get, and the scale they pass to their text encoders."""
+"""Adapters on diffusers pipelines: the two names pipelines get, the scale they pass to their text encoders, and whom
+their schedulers tell of their steps.
+"""
 
 import importlib.abc
 import importlib.machinery
@@ -15,6 +17,7 @@ import torch
 from torch import nn
 
 from diffadapt.attach import Bank, bank_of
+from diffadapt.clock import Listener, follow, is_scheduler
 from diffadapt.errors import AdapterError
 from diffadapt.hooks import diffusers_scales_with_peft
 from diffadapt.io import Location, Source
@@ -99,6 +102,7 @@ def adapters_of(owner: Any) -> Adapters:
         lambda: components_of(owner),
         tokenizers=lambda: _tokenizers_of(owner),
         changed=lambda: _EncodePrompt.install(owner),
+        follow=lambda listener: _ProgressBar.install(owner, listener),
     )
 
 
@@ -268,6 +272,32 @@ class _EncodePrompt:
         finally:
             for bank in banks:
                 bank.call.outer = bank.call.value = None
+
+
+class _ProgressBar:
+    """Stands in for the `progress_bar` of a pipeline, which it calls right before its loop: by then it may have got
+    another scheduler.
+    """
+
+    def __init__(self, pipe: Any, listener: Listener) -> None:
+        self.pipe = pipe
+        self.listener = listener
+
+    @classmethod
+    def install(cls, pipe: Any, listener: Listener | None) -> None:
+        """Make the schedulers of `pipe` tell `listener` of every step; `None`: nobody any more."""
+        for scheduler in filter(is_scheduler, pipe.components.values()):
+            follow(scheduler, pipe, listener)
+        present = pipe.__dict__.get("progress_bar")
+        if listener is None and isinstance(present, cls):
+            del pipe.__dict__["progress_bar"]
+        elif listener is not None and present is None and hasattr(type(pipe), "progress_bar"):
+            pipe.__dict__["progress_bar"] = cls(pipe, listener)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for scheduler in filter(is_scheduler, self.pipe.components.values()):
+            follow(scheduler, self.pipe, self.listener, running=True)
+        return type(self.pipe).progress_bar(self.pipe, *args, **kwargs)
 
 
 def _prompt_encoders(pipe: Any) -> Iterator[Any]:

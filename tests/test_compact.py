@@ -62,23 +62,21 @@ def test_every_type_is_undone_bit_for_bit_for_less_than_a_copy(name: str, dtype:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "name", ["lora", "dora", "dora by input", "loha", "lokr whole", "oft", "boft on outputs", "ia3"]
-)
+@pytest.mark.parametrize("name", ["lora", "dora", "dora by input", "loha", "lokr whole", "oft", "boft on outputs"])
 def test_a_fraction_of_a_copy_is_kept_of_layers_of_usual_size(name: str) -> None:
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(320, 640, bias=False)).bfloat16()
-    before = net[0].weight.clone()
+    layer = nn.Linear(320, 640, bias=False).bfloat16()
+    net, before = nn.Sequential(layer), layer.weight.clone()
     adapter = diffadapt.add_adapter(net, replace(CONFIGS[name], target_modules=["0"]), "a")
     # As strong as usual: the weight changes by a few percent.
-    diffadapt.adapters(net).activate({"a": 1e-3 if name in ("ia3", "dora", "dora by input") else 1e-2})
+    diffadapt.adapters(net).activate({"a": 1e-3 if "dora" in name else 1e-2})
     adapter.requires_grad_(False)
     diffadapt.adapters(net).merge("a", compact=True)
-    change = (net[0].weight.float() - before.float()).norm() / before.float().norm()
+    change = (layer.weight.float() - before.float()).norm() / before.float().norm()
     assert 1e-4 < change < 0.2
     assert 0 < diffadapt.adapters(net).undo_bytes < 0.3 * before.nbytes
     diffadapt.adapters(net).unmerge()
-    assert torch.equal(net[0].weight, before)
+    assert torch.equal(layer.weight, before)
 
 
 @torch.no_grad()

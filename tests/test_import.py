@@ -94,6 +94,7 @@ def test_name_that_diffusers_owns_is_left_alone(owner: type, name: str, monkeypa
 
 def test_public_names_exist() -> None:
     expected = {"AdapterError", "LoraConfig", "adapters", "add_adapter", "convert", "inspect", "load_adapter"}
+    expected |= {"Cosine", "Linear", "Piecewise", "block_weights", "parse_prompt"}
     assert expected <= set(diffadapt.__all__)
     assert all(hasattr(diffadapt, name) for name in diffadapt.__all__)
     assert issubclass(diffadapt.AdapterError, ValueError)
@@ -145,6 +146,11 @@ def test_imports_point_one_way() -> None:
         ("diffadapt.config", {"patterns", "layer", "errors"}),
         ("diffadapt.compose", {"adapter", "hooks", "layer"}),
         ("diffadapt.layer", set[str]()),
+        ("diffadapt.schedules", {"errors"}),
+        ("diffadapt.scales", {"schedules", "errors"}),
+        ("diffadapt.clock", {"schedules", "errors"}),
+        ("diffadapt.block_weights", {"scales", "errors"}),
+        ("diffadapt.prompt_tags", {"block_weights", "scales", "schedules", "errors"}),
         ("diffadapt.io", {"formats", "state", "errors"}),
         ("diffadapt.attach", {"compose", "adapter", "hooks", "locks", "slots", "widen", "errors"}),
         ("diffadapt.locks", {"errors"}),
@@ -158,7 +164,9 @@ def test_imports_point_one_way() -> None:
             "diffadapt.textual_inversion",
             {"attach", "adapter", "vocabulary", "formats", "io", "layer", "errors"},
         ),
-        ("diffadapt.merge", {"compose", "attach", "adapter", "hooks", "errors"}),
+        ("diffadapt.merge", {"compose", "attach", "adapter", "corrections", "kind", "hooks", "errors"}),
+        ("diffadapt.corrections", set[str]()),
+        ("diffadapt.pool", {"manager", "load", "io", "locks", "errors"}),
     ],
 )
 def test_who_may_import_whom(package: str, allowed: set[str]) -> None:
