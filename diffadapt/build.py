@@ -1,7 +1,7 @@
 """From the tensors that a file has for one layer to adapter layers of the model."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, TypeAlias
@@ -17,12 +17,17 @@ from diffadapt.formats.format import BESIDE, Alphas, Settings
 from diffadapt.hooks import compute_dtype, decoded, execution_device, resting_tensor
 from diffadapt.io import Checkpoint
 from diffadapt.kind import AdapterType, Tensors
-from diffadapt.layer import LayerSpec
+from diffadapt.layer import LayerSpec, shape_of
 from diffadapt.pieces import Piece
 from diffadapt.targets import Targets
 from diffadapt.types import identify, named
 
 ForWriting: TypeAlias = Literal["whole", "split"]
+
+_MOST_PER_CHANNEL = 2**15
+"""Numbers in a tensor for every input and output of its layer: a rank that nobody trains, the widest of blocks."""
+_MOST_IN_A_WEIGHT = 2**40
+"""Numbers in the weight of a layer; without a model, a file may say that it is for any layer."""
 
 
 @dataclass
@@ -39,40 +44,72 @@ class Group:
     keys: dict[str, str] = field(default_factory=dict[str, str])
     tensors: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
+    @property
+    def values(self) -> Iterator[tuple[str, Tensor]]:
+        """Key and tensor for all but alpha."""
+        return ((self.keys[name], tensor) for name, tensor in self.tensors.items() if name != "alpha")
+
 
 @dataclass(frozen=True)
-class _Content:
-    """What a file says of one of its layers, checked.
+class Content:
+    """What a file says of one of its layers, checked by shapes and dtypes.
 
     Attributes:
+        path: of the layer.
+        pieces: see `Place.pieces`.
         layer: that the tensors have the shapes for.
+        bias: what the file has in the place of the type's own change of the bias: a change that no alpha scales, or a
+            new bias. It is among the tensors already, as it is.
+        rest: places (2, count) in the flat weight and values (count) of a sparse change to be added, at the same scale.
     """
 
+    path: str
+    pieces: tuple[Piece, ...]
     kind: AdapterType
     layer: LayerSpec
     tensors: Tensors
     alpha: float | None
     settings: Mapping[str, float]
+    bias: Literal["change", "new"] | None = None
+    rest: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Of the model's layers that it is for."""
+        return tuple(piece.path for piece in self.pieces) or (self.path,)
 
     @cached_property
-    def plain(self) -> "_Content":
+    def plain(self) -> "Content":
         """The same additive change as a LoRA or, where that is no saving, as the matrix; in float32 or wider."""
-        kind, layer, scale, wide = self.kind, self.layer, self.scale, self._wide
+        kind, layer, wide = self.kind, self.layer, self._wide
         bias = kind.delta_bias(wide)
         factors = kind.as_low_rank(wide, layer) if layer.groups == 1 else None
-        if factors is not None:
-            lora = {"lora_down": factors[0], "lora_up": factors[1], **({} if bias is None else {"lora_bias": bias})}
-            return _Content(named("lora"), layer, lora, scale * factors[0].shape[0], {})
-        return self.with_rest(torch.zeros(()))
+        if factors is None:
+            return self.with_rest(torch.zeros(()))
+        lora = {"lora_down": factors[0], "lora_up": factors[1], **({} if bias is None else {"lora_bias": bias})}
+        return replace(self, kind=named("lora"), tensors=lora, alpha=self.scale * factors[0].shape[0], settings={})
 
-    def with_rest(self, rest: Tensor) -> "_Content":
+    def with_rest(self, rest: Tensor) -> "Content":
         """The same additive change plus another, canonical one at the same scale, as the matrix."""
         kind, layer, scale, wide = self.kind, self.layer, self.scale, self._wide
         bias = kind.delta_bias(wide)
         full = {"diff": layer.to_stored((kind.delta_weight(wide, layer) + rest) * scale)}
         if bias is not None:
             full["diff_b"] = bias * scale
-        return _Content(named("full"), layer, full, None, {})
+        return replace(self, kind=named("full"), tensors=full, alpha=None, settings={}, rest=None)
+
+    def with_bias(self, own: Tensor | None) -> "Content":
+        """With the type's own change of the bias, which is scaled like its factors.
+
+        Args:
+            own: the model's bias, if the tensor is a new one.
+        """
+        name = _bias_of(self.kind)
+        given = self.tensors[name]
+        change = given if own is None else given.to(own) - own
+        if self.scale != 1:
+            change = change.double().div(self.scale).to(change.dtype)
+        return replace(self, tensors={**self.tensors, name: change}, bias=None)
 
     @property
     def scale(self) -> float:
@@ -114,101 +151,34 @@ class Builder:
         self._for_writing = for_writing
         self._homes: dict[str, tuple[torch.dtype, torch.device]] = {}
 
-    def build(self, component: str, path: str, group: Group) -> dict[str, AdapterLayer]:
-        """The adapter layers, by path of the model: one, or one for every piece.
+    def contents(self, component: str, path: str, group: Group) -> list[Content]:
+        """What the tensors of a group say, checked by their shapes and dtypes: nothing large is read or allocated.
+
+        Returns:
+            One, or one for each of its parts where the group has numbered tensors.
 
         Raises:
-            AdapterError: the tensors are of no type, do not belong to the layer, or cannot be taken apart.
+            AdapterError: the tensors are of no type, or do not belong to the layer.
         """
         parts = _numbered(group)
-        if parts:
-            return self._parts(component, path, group, parts)
-        if "set_bias" in group.tensors:
-            group = replace(group, tensors=self._with_change_of_bias(component, path, group))
-        kind = _identified(group)
-        if not group.pieces:
-            spec = self._spec(component, path, _of_type(group), kind)
-            return {path: self._layer(component, path, spec, self._content(component, kind, spec, group))}
-        assert self._targets is not None
-        specs = [self._targets[component].spec(piece.path, kind.layers) for piece in group.pieces]
-        whole = replace(specs[0], out_features=sum(spec.out_features for spec in specs))
-        content = self._content(component, kind, whole, group)
-        if self._for_writing == "whole" and path in families.aliases(self._targets[component]):
-            return {path: self._layer(component, path, whole, content)}
+        if not parts:
+            return [self._content(component, path, group)]
+        paths = self._paths_of_parts(path, group, len(parts))
+        return [self._content(component, at, part) for at, part in zip(paths, parts, strict=True)]
+
+    def build(self, component: str, contents: Sequence[Content]) -> dict[str, AdapterLayer]:
+        """The adapter layers, by path of the model: for each content one, or one for every piece.
+
+        Raises:
+            AdapterError: the tensors cannot be taken apart, or do not have the values they should.
+        """
         built: dict[str, AdapterLayer] = {}
-        start = 0
-        for piece, spec in zip(group.pieces, specs, strict=True):
-            part = _part(content, piece.rows(start, spec.out_features))
-            built[piece.path] = self._layer(component, piece.path, spec, part)
-            start += spec.out_features
+        for content in contents:
+            for path, spec, part in self._cut(component, self._read(component, content)):
+                if self._for_writing is not None:
+                    part = _narrowed(part, {tensor.dtype for tensor in content.tensors.values()})
+                built[path] = self._layer(component, path, spec, part)
         return built
-
-    def _with_change_of_bias(self, component: str, path: str, group: Group) -> dict[str, Tensor]:
-        """The tensors with the change of the model's own bias in place of a new one."""
-        tensors = {name: tensor for name, tensor in group.tensors.items() if name != "set_bias"}
-        new = group.tensors["set_bias"]
-        if self._targets is None or new.is_meta:
-            return {**tensors, "diff_b": new}
-        targets = self._targets[component]
-        host, bank = targets.modules.get(path), bank_of(targets.model)
-        if host is None or resting_tensor(host, "bias") is None:
-            raise AdapterError("the file has a new bias for a layer that has none")
-        if bank is not None and bank.merged:
-            raise AdapterError(f"its change of the bias cannot be told while {', '.join(bank.merged)} is merged")
-        own = decoded(host, "bias")
-        if own.shape != new.shape:
-            raise AdapterError(f"the new bias has shape {tuple(new.shape)}, expected {tuple(own.shape)}")
-        return {**tensors, "diff_b": new.to(own) - own}
-
-    def _parts(self, component: str, path: str, group: Group, parts: Sequence[Group]) -> dict[str, AdapterLayer]:
-        """A layer of the file with tensors of their own for all of its pieces."""
-        paths = [piece.path for piece in group.pieces]
-        if self._targets is None:
-            paths = [f"{path}.{number}" for number in range(len(parts))]
-        elif not paths and len(parts) == 1:
-            paths = [path]
-        if len(paths) != len(parts) or any(piece.swapped for piece in group.pieces):
-            raise AdapterError(f"{len(parts)} parts found, expected {len(paths) or 1} as in the model")
-        built: dict[str, AdapterLayer] = {}
-        for at, part in zip(paths, parts, strict=True):
-            built.update(self.build(component, at, part))
-        return built
-
-    def _content(self, component: str, kind: AdapterType, spec: LayerSpec, group: Group) -> _Content:
-        """The tensors, shaped for `spec`, with the alpha and the settings that the file means for them."""
-        tensors = _of_type(group)
-        change = None if "diff_b" in kind.tensors else tensors.pop("diff_b", None)
-        if change is not None and tensors.setdefault("lora_bias", change) is not change:
-            raise AdapterError("the change of its bias is there twice, as diff_b and beside lora_up")
-        fitted = kind.fit(tensors, spec)
-        _check_shape(group, spec)
-        # Not before: a type may read a flag.
-        for name, tensor in fitted.items():
-            if not tensor.is_floating_point():
-                raise AdapterError(f"{name} has dtype {tensor.dtype}, expected a floating-point one")
-        rank = kind.rank(fitted)
-        settings = dict(self._settings(component, group.written, kind.name))
-        alpha = _alpha(group.tensors["alpha"], rank) if "alpha" in group.tensors else None
-        if alpha is None and (rank is not None or "rank" in settings):
-            alpha = self._alphas(component, group.written, rank or int(settings["rank"]))
-        if alpha is not None and kind.alpha_is is not None:
-            settings[kind.alpha_is], alpha = alpha, None
-        content = _Content(kind, spec, fitted, alpha, settings)
-        if change is not None and content.scale != 1:
-            # It is the change itself, while a LoRA's bias is scaled like its factors.
-            fitted["lora_bias"] = fitted["lora_bias"].double().div(content.scale).to(change.dtype)
-        rest = _rest(group, spec)
-        if rest is None:
-            return content
-        if kind.stages(fitted, spec) != ("add",):
-            raise AdapterError(f"the rest of a weight's change (bias_values) cannot be added to a {kind.name}")
-        return content.with_rest(rest)
-
-    def _layer(self, component: str, path: str, spec: LayerSpec, content: _Content) -> AdapterLayer:
-        tensors = {name: self.settled(component, tensor) for name, tensor in content.tensors.items()}
-        own = None if self._targets is None else widen.own_inputs(self._targets[component].model, path)
-        widens = own is not None and spec.in_features > own
-        return AdapterLayer(content.kind, spec, tensors, content.alpha, settings=content.settings, widens=widens)
 
     def settled(self, component: str, tensor: Tensor) -> Tensor:
         """A tensor of the file in the dtype and on the device in which an adapter of `component` keeps it."""
@@ -219,11 +189,106 @@ class Builder:
         own = tensor.detach().to(device=device, dtype=dtype, copy=self._checkpoint.mapped).contiguous()
         return own.pin_memory() if self._pinned else own
 
-    def _spec(self, component: str, path: str, tensors: Mapping[str, Tensor], kind: AdapterType) -> LayerSpec:
+    def _paths_of_parts(self, path: str, group: Group, count: int) -> list[str]:
+        """The layers of the model that the numbered parts of a layer are for, one each."""
+        paths = [piece.path for piece in group.pieces]
+        if self._targets is None:
+            paths = [f"{path}.{number}" for number in range(count)]
+        elif not paths and count == 1:
+            paths = [path]
+        if len(paths) != count or any(piece.swapped for piece in group.pieces):
+            raise AdapterError(f"{count} parts found, expected {len(paths) or 1} as in the model")
+        return paths
+
+    def _content(self, component: str, path: str, group: Group) -> Content:
+        """The tensors, shaped for their layer, with the alpha and the settings that the file means for them."""
+        tensors = _of_type(group)
+        kind = _identified(tensors)
+        spec = self._spec(component, path, group.pieces, tensors, kind)
+        bias = self._bias_beside(component, path, group, kind)
+        if "diff_b" in tensors and _bias_of(kind) != "diff_b":
+            if _bias_of(kind) in tensors:
+                raise AdapterError("the change of its bias is there twice, as diff_b and beside lora_up")
+            tensors[_bias_of(kind)] = tensors.pop("diff_b")
+        fitted = kind.fit(tensors, spec)
+        _refuse_unusable(fitted, spec)
+        _refuse_shape(group, "reshape_weight", spec.weight_shape)
+        rank = kind.rank(fitted)
+        settings = dict(self._settings(component, group.written, kind.name))
+        alpha = _number(group.tensors["alpha"]) if "alpha" in group.tensors else None
+        if alpha is None and (rank is not None or "rank" in settings):
+            alpha = self._alphas(component, group.written, rank or int(settings["rank"]))
+        if alpha is not None:
+            _refuse_alpha(alpha, is_scale=rank is not None or "rank" in settings, is_setting=kind.alpha_is is not None)
+        if alpha is not None and kind.alpha_is is not None:
+            settings[kind.alpha_is], alpha = alpha, None
+        rest = _rest(group, spec)
+        if rest is not None and kind.stages(fitted, spec) != ("add",):
+            raise AdapterError(f"the rest of a weight's change (bias_values) cannot be added to a {kind.name}")
+        return Content(path, group.pieces, kind, spec, fitted, alpha, settings, bias, rest)
+
+    def _bias_beside(
+        self, component: str, path: str, group: Group, kind: AdapterType
+    ) -> Literal["change", "new"] | None:
+        """See `Content.bias`."""
+        new = group.tensors.get("set_bias")
+        if new is None:
+            return "change" if "diff_b" in group.tensors and _bias_of(kind) != "diff_b" else None
+        if self._targets is None:
+            return "change"
+        targets = self._targets[component]
+        host, bank = targets.modules.get(path), bank_of(targets.model)
+        own = None if host is None else resting_tensor(host, "bias")
+        if own is None:
+            raise AdapterError("the file has a new bias for a layer that has none")
+        if bank is not None and bank.merged:
+            raise AdapterError(f"its change of the bias cannot be told while {', '.join(bank.merged)} is merged")
+        if own.shape != new.shape:
+            raise AdapterError(f"the new bias has shape {shape_of(new)}, expected {shape_of(own)}")
+        return "change" if new.is_meta else "new"
+
+    def _read(self, component: str, content: Content) -> Content:
+        """With what takes values to tell: the change that a new bias is, and the sum with a sparse rest."""
+        if content.bias == "new":
+            assert self._targets is not None
+            content = content.with_bias(decoded(self._targets[component].modules[content.path], "bias"))
+        elif content.bias == "change":
+            content = content.with_bias(None)
+        return content if content.rest is None else content.with_rest(_dense(*content.rest, content.layer))
+
+    def _cut(self, component: str, content: Content) -> Iterator[tuple[str, LayerSpec, Content]]:
+        """Path, layer and content for every layer of the model that a content is for."""
+        if not content.pieces:
+            yield content.path, content.layer, content
+            return
+        assert self._targets is not None
+        targets = self._targets[component]
+        if self._for_writing == "whole" and content.path in families.aliases(targets):
+            yield content.path, content.layer, content
+            return
+        start = 0
+        for piece in content.pieces:
+            spec = targets.spec(piece.path, content.kind.layers)
+            yield piece.path, spec, _part(content, piece.rows(start, spec.out_features))
+            start += spec.out_features
+
+    def _layer(self, component: str, path: str, spec: LayerSpec, content: Content) -> AdapterLayer:
+        tensors = {name: self.settled(component, tensor) for name, tensor in content.tensors.items()}
+        own = None if self._targets is None else widen.own_inputs(self._targets[component].model, path)
+        widens = own is not None and spec.in_features > own
+        return AdapterLayer(content.kind, spec, tensors, content.alpha, settings=content.settings, widens=widens)
+
+    def _spec(
+        self, component: str, path: str, pieces: Sequence[Piece], tensors: Tensors, kind: AdapterType
+    ) -> LayerSpec:
+        """The layer of the file: of a model one of its layers, or several with all their outputs."""
         if self._targets is None:
             return kind.geometry(tensors)
         targets = self._targets[component]
-        return widen.spec_for(targets.model, path, targets.spec(path, kind.layers), kind.columns, tensors)
+        if not pieces:
+            return widen.spec_for(targets.model, path, targets.spec(path, kind.layers), kind.columns, tensors)
+        specs = [targets.spec(piece.path, kind.layers) for piece in pieces]
+        return replace(specs[0], out_features=sum(spec.out_features for spec in specs))
 
     def _home(self, component: str) -> tuple[torch.dtype, torch.device]:
         if component not in self._homes:
@@ -234,28 +299,20 @@ class Builder:
         return self._homes[component]
 
 
-def _identified(group: Group) -> AdapterType:
-    tensors = _of_type(group)
-    kind = identify(tensors)
-    # The change of a bias may stand beside the factors for the weight, which have a place for it.
-    known = {*kind.tensors, *({"diff_b"} if "lora_bias" in kind.tensors else ())} if kind else set[str]()
-    if kind is None or not set(tensors) <= known:
-        unknown = ", ".join(sorted(set(tensors) - set(kind.tensors if kind else ()))) or "only an alpha"
-        raise AdapterError(f"{unknown}: no adapter type that can be loaded has these tensors")
-    return kind
-
-
 def _numbered(group: Group) -> list[Group]:
     """For a group with numbered tensors: one without numbers for every part, with what all have in common.
 
     Raises:
-        AdapterError: a number is missing.
+        AdapterError: a number is missing, or there is a tensor without one, too.
     """
     split = {name: name.rpartition(".") for name in group.tensors if "." in name}
     numbers = {int(number) for _, _, number in split.values()}
     if numbers != set(range(len(numbers))):
         raise AdapterError(f"parts {', '.join(map(str, sorted(numbers)))} found, expected 0 to {max(numbers)}")
     common = {name: tensor for name, tensor in group.tensors.items() if name not in split}
+    twice = sorted(common.keys() & {name for name, _, _ in split.values()})
+    if twice:
+        raise AdapterError(f"{', '.join(twice)} is there whole and in parts")
     return [
         Group(
             group.written,
@@ -266,18 +323,29 @@ def _numbered(group: Group) -> list[Group]:
 
 
 def _of_type(group: Group) -> dict[str, Tensor]:
-    """The tensors that a type has names for."""
-    return {name: tensor for name, tensor in group.tensors.items() if name not in BESIDE}
+    """The tensors that a type has names for; a new bias by the name of its change."""
+    tensors = {name: tensor for name, tensor in group.tensors.items() if name not in BESIDE}
+    if "set_bias" in group.tensors:
+        tensors["diff_b"] = group.tensors["set_bias"]
+    return tensors
 
 
-def _check_shape(group: Group, layer: LayerSpec) -> None:
-    """ComfyUI's word for the shape that a weight has to be filled up to, which the other tensors have anyway."""
-    shape = group.tensors.get("reshape_weight")
-    if shape is not None and not shape.is_meta and shape.flatten().tolist() != list(layer.weight_shape):
-        raise AdapterError(f"reshape_weight is {shape.flatten().tolist()}, expected {list(layer.weight_shape)}")
+def _bias_of(kind: AdapterType) -> str:
+    """The name of the change of a bias, for types that have one."""
+    return "lora_bias" if "lora_bias" in kind.tensors else "diff_b"
 
 
-def _rest(group: Group, layer: LayerSpec) -> Tensor | None:
+def _identified(tensors: Tensors) -> AdapterType:
+    kind = identify(tensors)
+    # The change of a bias may stand beside the factors for the weight, which have a place for it.
+    known = {*kind.tensors, *({"diff_b"} if _bias_of(kind) in kind.tensors else ())} if kind else set[str]()
+    if kind is None or not set(tensors) <= known:
+        unknown = ", ".join(sorted(set(tensors) - set(kind.tensors if kind else ()))) or "only an alpha"
+        raise AdapterError(f"{unknown}: no adapter type that can be loaded has these tensors")
+    return kind
+
+
+def _rest(group: Group, layer: LayerSpec) -> tuple[Tensor, Tensor] | None:
     """What LyCORIS' extraction keeps of a weight's change beside the factors, or `None`: a sparse matrix.
 
     Source: KohakuBlueleaf/LyCORIS f49d30d `lycoris/utils/__init__.py` (`use_bias`).
@@ -289,19 +357,52 @@ def _rest(group: Group, layer: LayerSpec) -> Tensor | None:
     if indices is None or values is None or size is None:
         raise AdapterError("a sparse change needs all of bias_indices, bias_values and bias_size")
     shape = (layer.out_features, layer.fan_in)
-    if indices.is_meta or values.is_meta or size.is_meta:
+    _refuse_shape(group, "bias_size", shape)
+    _refuse_unusable({"bias_values": values}, layer)
+    if math.prod(shape) > _MOST_IN_A_WEIGHT:
+        raise AdapterError(f"a sparse change of a weight of shape {shape}, which no layer has")
+    if indices.is_complex() or shape_of(indices) != (2, values.numel()) or values.numel() > math.prod(shape):
+        raise AdapterError(
+            f"bias_indices ({indices.dtype}) have shape {shape_of(indices)}, expected {values.numel()} places in a "
+            f"matrix of shape {shape}"
+        )
+    return indices, values
+
+
+def _refuse_shape(group: Group, name: str, shape: tuple[int, ...]) -> None:
+    """Raise if the file has a tensor of this name, which is the shape of something, and it is another one."""
+    said = group.tensors.get(name)
+    if said is None:
+        return
+    if said.numel() != len(shape):
+        raise AdapterError(f"{name} has shape {shape_of(said)}, expected {len(shape)} numbers")
+    if not said.is_meta and said.flatten().tolist() != list(shape):
+        raise AdapterError(f"{name} is {said.flatten().tolist()}, expected {list(shape)}")
+
+
+def _refuse_unusable(tensors: Tensors, layer: LayerSpec) -> None:
+    """Raise for tensors that are no numbers of a weight, or more of them than any adapter has."""
+    most = _MOST_PER_CHANNEL * (layer.out_features + layer.fan_in)
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise AdapterError(f"{name} has dtype {tensor.dtype}, expected a floating-point one")
+        if tensor.numel() > most:
+            raise AdapterError(f"{name} has shape {shape_of(tensor)}, expected at most {most} numbers in all")
+
+
+def _dense(indices: Tensor, values: Tensor, layer: LayerSpec) -> Tensor:
+    """A sparse change of the flat weight as a canonical one."""
+    if indices.is_meta or values.is_meta:
         return torch.empty(layer.weight_shape, device="meta")
-    if tuple(size.flatten().tolist()) != shape:
-        raise AdapterError(f"bias_size is {size.flatten().tolist()}, expected {list(shape)}")
+    shape = (layer.out_features, layer.fan_in)
     places = indices.long()
-    inside = places.ndim == 2 and places.shape == (2, values.numel()) and not (places < 0).any()
-    if not inside or (places >= torch.tensor(shape, device=places.device).view(2, 1)).any():
-        raise AdapterError(f"bias_indices are no {values.numel()} places in a matrix of shape {shape}")
+    if (places < 0).any() or (places >= torch.tensor(shape, device=places.device).view(2, 1)).any():
+        raise AdapterError(f"bias_indices are not all places in a matrix of shape {shape}")
     rest = torch.zeros(shape, device=values.device)
     return rest.index_put((places[0], places[1]), values.flatten().float(), accumulate=True).view(layer.weight_shape)
 
 
-def _part(content: _Content, rows: Sequence[range]) -> _Content:
+def _part(content: Content, rows: Sequence[range]) -> Content:
     """What belongs to some rows of the layer; as a plain change of them where the tensors cannot be taken apart."""
     kind, tensors, layer = content.kind, content.tensors, content.layer
     stages = kind.stages(tensors, layer)
@@ -323,10 +424,34 @@ def _part(content: _Content, rows: Sequence[range]) -> _Content:
     return replace(content, tensors=own, alpha=alpha)
 
 
-def _alpha(tensor: Tensor, rank: int | None) -> float | None:
-    if tensor.numel() != 1 or tensor.device.type == "meta":
-        raise AdapterError(f"alpha has shape {tuple(tensor.shape)}, expected a single number")
-    alpha = float(tensor)
-    if rank is not None and (alpha == 0 or not math.isfinite(alpha)):
+def _narrowed(part: Content, dtypes: set[torch.dtype]) -> Content:
+    """What had to be computed in a wider dtype, in the one of the file; not where more than rounding would be lost."""
+    if len(dtypes) != 1:
+        return part
+    (dtype,) = dtypes
+    tensors: dict[str, Tensor] = {}
+    for name, wide in part.tensors.items():
+        if wide.dtype == dtype:
+            tensors[name] = wide
+            continue
+        narrow = wide.to(dtype)
+        # Below the smallest normal number rounding is no longer relative: products of small numbers become zero.
+        lost = torch.linalg.vector_norm(narrow.to(wide.dtype) - wide)
+        tensors[name] = narrow if lost <= torch.finfo(dtype).eps * torch.linalg.vector_norm(wide) else wide
+    return replace(part, tensors=tensors)
+
+
+def _number(tensor: Tensor) -> float:
+    if tensor.numel() != 1 or tensor.is_meta:
+        raise AdapterError(f"alpha has shape {shape_of(tensor)}, expected a single number")
+    if tensor.is_complex():
+        raise AdapterError(f"alpha has dtype {tensor.dtype}, expected a number")
+    return float(tensor)
+
+
+def _refuse_alpha(alpha: float, *, is_scale: bool, is_setting: bool) -> None:
+    """Where an alpha means nothing it may be anything; ai-toolkit writes ten thousand million there, in any dtype."""
+    if is_scale and (alpha == 0 or not math.isfinite(alpha)):
         raise AdapterError(f"alpha is {alpha}, expected a finite number other than 0")
-    return alpha
+    if math.isnan(alpha) or (is_setting and math.isinf(alpha)):
+        raise AdapterError(f"alpha is {alpha}, expected a finite number")

@@ -4,13 +4,13 @@ import os
 from pathlib import Path
 
 from diffadapt import families
+from diffadapt.build import ForWriting
 from diffadapt.errors import AdapterError
-from diffadapt.families.published import models_of
+from diffadapt.families.published import published
 from diffadapt.formats import writer
-from diffadapt.io import Location, Source, read, write
-from diffadapt.load import plan
+from diffadapt.io import Checkpoint, Location, Source, read, write
+from diffadapt.load import Plan, plan
 from diffadapt.state import AdapterState
-from diffadapt.targets import Targets
 
 
 def convert(
@@ -21,7 +21,11 @@ def convert(
     weight_name: str | None = None,
     subfolder: str | None = None,
 ) -> Path:
-    """Write what is in a file in another format. Tensors keep their dtype; names are those of the family's models.
+    """Write what is in a file in another format; names are those of the family's models.
+
+    Tensors keep their dtype. A change that has to be multiplied out, as a LoKr on a layer that is three of the model,
+    is computed in float32 and rounded to the file's dtype, as a trainer that saves in it would have done; it stays
+    float32 where that loses more than rounding, since products of small numbers vanish in float16.
 
     Args:
         source: as for `pipe.load_adapter`.
@@ -43,14 +47,30 @@ def convert(
             f"{checkpoint.origin}: its names do not tell for which models it is; load it into a pipeline and save it "
             "from there"
         )
-    models = models_of(family)
-    planned = plan(checkpoint, models, for_writing="whole" if chosen.original(family) else "split")
-    planned.refuse_faults(strict=True)
+    planned = _planned(checkpoint, family, "whole" if chosen.original(family) else "split")
     layers = {
         component: {path: layer.state for path, layer in found.items()} for component, found in planned.layers.items()
     }
-    layouts = {component: families.layout(Targets(models[component])) for component in layers}
+    layouts = {component: families.layout(planned.targets[component]) for component in layers}
     embeddings = {key: vectors for tokens in planned.tokens.values() for key, vectors in tokens.state.items()}
     assert chosen.dump is not None
     state = AdapterState(layers, checkpoint.header.metadata, family, layouts, embeddings)
     return write(target, chosen.dump(state))
+
+
+def _planned(checkpoint: Checkpoint, family: str, for_writing: ForWriting) -> Plan:
+    """The file on the first of the family's models that has all its layers.
+
+    Raises:
+        LoadError: none has; what is wrong with the one that has most of them.
+    """
+    best: Plan | None = None
+    for models in published(family):
+        planned = plan(checkpoint, models, for_writing=for_writing)
+        if (planned.layers or planned.tokens) and not planned.faults:
+            return planned
+        if best is None or len(planned.faults) < len(best.faults):
+            best = planned
+    assert best is not None
+    best.refuse_faults(strict=True)
+    return best

@@ -3,12 +3,18 @@
 from collections.abc import Generator
 from contextlib import contextmanager
 
+_LONGEST_LINE = 2000
+
 
 class AdapterError(ValueError):
     """Base of every error this library raises on purpose.
 
-    A `ValueError`, so that code written against other loaders keeps catching it.
+    A `ValueError`, so that code written against other loaders keeps catching it. Lines that a file made very long are
+    shortened.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("\n".join(map(_shortened, message.split("\n"))))
 
 
 class LoadError(AdapterError):
@@ -30,3 +36,8 @@ def naming(where: str) -> Generator[None, None, None]:
         yield
     except AdapterError as error:
         raise AdapterError(f"{where}: {error}") from error
+
+
+def _shortened(line: str) -> str:
+    half = _LONGEST_LINE // 2
+    return line if len(line) <= _LONGEST_LINE else f"{line[:half]} ... {line[-half:]}"

@@ -6,9 +6,10 @@ safetensors by default. Pickles are never unpickled here unless `read_pickle` is
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeAlias
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from diffadapt.errors import AdapterError
 from diffadapt.formats.format import Header
+from diffadapt.formats.metadata import MAX_JSON, parsed
 from diffadapt.state import Document
 
 Source: TypeAlias = str | os.PathLike[str] | Mapping[str, Tensor]
@@ -28,7 +30,33 @@ Source: TypeAlias = str | os.PathLike[str] | Mapping[str, Tensor]
 CONFIG_NAME = "adapter_config.json"
 _USUAL_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_MAX_CONFIG_BYTES = 16 * 2**20
+# Limits that no adapter comes near: the largest have some ten thousand tensors, and metadata of a few megabytes.
+_MAX_HEADER_BYTES = 32 * 2**20
+_MAX_TENSORS = 100_000
+_MAX_NAME = 1000
+_DTYPES: dict[str, torch.dtype] = {
+    spelled: getattr(torch, name)
+    for spelled, name in {
+        "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "C64": "complex64", "BOOL": "bool",
+        "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+        "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
+        "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64",
+        "U8": "uint8", "U16": "uint16", "U32": "uint32", "U64": "uint64",
+    }.items()
+    if hasattr(torch, name)
+}  # fmt: skip
+"""safetensors' names of the dtypes that have an element for every number, so far as this torch has them."""
+_KNOWN = frozenset(_DTYPES.values())
+_EVERY_ENTRY = b'"data_offsets"'
+"""What the header has once for every tensor, unless it spells it with escapes."""
+_BEGINNINGS = {
+    b"PK\x03\x04": "a zip file, as torch.save writes; convert it to safetensors",
+    b"\x80": "a pickle; convert it to safetensors",
+    b"version ": "the pointer that Git LFS leaves instead of a file; fetch the file with git lfs pull",
+    b"<": "a web page; download the file itself",
+    b"{": "JSON, perhaps the index of several files; pass one of those",
+}
+"""What files that end in `.safetensors` sometimes are, by their first bytes."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +105,12 @@ def read(source: Source, where: Location = Location(), *, headers_only: bool = F
     text = os.fspath(source)
     path = Path(text).expanduser()
     if path.is_dir():
-        file = _in_folder(path / (where.subfolder or ""), where.weight_name)
+        file = _in_folder(_within(path, where.subfolder or ""), where.weight_name)
     elif path.is_file():
         file = path
     else:
         file = _from_hub(text, where)
-    config = _read_config(file.parent / CONFIG_NAME)
+    config = _read_config(_within(file.parent, CONFIG_NAME))
     generic = file.name in _USUAL_NAMES
     named_after = (path if path.is_dir() else Path(text)) if generic and path != file else file.with_suffix("")
     return _from_file(file, named_after.name.replace(".", "_"), config, headers_only)
@@ -101,6 +129,8 @@ def read_pickle(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     except Exception as error:
         raise AdapterError(f"{os.fspath(path)}: cannot be unpickled with weights_only=True ({error})") from error
     content = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(content, Mapping):
+        raise AdapterError(f"{os.fspath(path)}: holds a {type(content).__name__}, expected a state dict")
     return dict(_from_state_dict(content, headers_only=False).tensors)
 
 
@@ -171,6 +201,13 @@ def _from_state_dict(source: Mapping[Any, Any], headers_only: bool) -> Checkpoin
             raise AdapterError(
                 f"a state dict maps str to Tensor; found {type(key).__name__} -> {type(value).__name__} at {key!r}"
             )
+        if value.layout != torch.strided or value.dtype not in _KNOWN:
+            raise AdapterError(f"the state dict: {key} is {value.layout} of {value.dtype}, expected an ordinary tensor")
+        if value.is_meta and not headers_only:
+            raise AdapterError(f"the state dict: {key} is on the meta device, where it has no values")
+        if not (value.is_contiguous() or value.is_meta) and value.nbytes > value.untyped_storage().nbytes():
+            raise AdapterError(f"the state dict: {key} is larger than its memory; pass {key}.contiguous()")
+    _refuse_names("the state dict", source)
     tensors = {key: _placeholder(value) if headers_only else value for key, value in source.items()}
     return Checkpoint("the state dict", None, tensors, Header(tuple(tensors), shapes=_shapes(tensors)), headers_only)
 
@@ -186,9 +223,19 @@ def _from_file(file: Path, name: str, config: Mapping[str, Any] | None, headers_
             f"pass diffadapt.read_pickle({file.name!r}) as the source"
         )
     try:
+        header = _read_header(file)
+        count = header.count(_EVERY_ENTRY)
+        if count > _MAX_TENSORS:
+            raise AdapterError(f"{file}: {count} tensors, expected at most {_MAX_TENSORS} in an adapter")
         with safe_open(file, framework="pt") as opened:
-            tensors = {key: _read_tensor(opened, key, headers_only) for key in opened.keys()}
+            names: list[str] = list(opened.keys())
+            _refuse_names(str(file), names)
+            if count != len(names) or b"\\u" in header:
+                _refuse_twins(file, header)
+            tensors = {key: _read_tensor(file, opened, key, headers_only) for key in names}
             metadata = opened.metadata() or {}
+    except AdapterError:
+        raise
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise AdapterError(f"{file}: not a readable safetensors file ({error}); download or export it again") from error
     return Checkpoint(
@@ -196,13 +243,51 @@ def _from_file(file: Path, name: str, config: Mapping[str, Any] | None, headers_
     )
 
 
-def _read_tensor(opened: Any, key: str, headers_only: bool) -> Tensor:
+def _read_header(file: Path) -> bytes:
+    """The JSON that a safetensors file begins with, if its length, which comes first, can be that of an adapter's."""
+    with file.open("rb") as opened:
+        start = opened.read(8)
+        size, rest = int.from_bytes(start, "little"), os.fstat(opened.fileno()).st_size - 8
+        if len(start) < 8 or size > rest:
+            cut = f"cut off: its header should have {size} bytes, and {max(rest, 0)} follow; download it again"
+            what = next((what for begin, what in _BEGINNINGS.items() if start.startswith(begin)), cut)
+            raise AdapterError(f"{file}: no safetensors file but {what}")
+        if size > _MAX_HEADER_BYTES:
+            raise AdapterError(f"{file}: a header of {size} bytes, expected at most {_MAX_HEADER_BYTES} in an adapter")
+        header = opened.read(size)
+    return header
+
+
+def _refuse_names(origin: str, names: Collection[str]) -> None:
+    """Raise if there are more names, or longer ones, than an adapter has."""
+    if len(names) > _MAX_TENSORS:
+        raise AdapterError(f"{origin}: {len(names)} tensors, expected at most {_MAX_TENSORS} in an adapter")
+    longest = max(names, key=len, default="")
+    if len(longest) > _MAX_NAME:
+        raise AdapterError(f"{origin}: the name {longest[:50]}... has {len(longest)} characters, expected {_MAX_NAME}")
+
+
+def _refuse_twins(file: Path, header: bytes) -> None:
+    """Raise if two tensors have one name: of those, readers of JSON keep the last one and say nothing."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> None:
+        names = Counter(name for name, _ in pairs)
+        if len(names) < len(pairs):
+            raise AdapterError(f"{file}: {names.most_common(1)[0][0]!r} is there twice; export the file again")
+
+    json.loads(header, object_pairs_hook=unique)
+
+
+def _read_tensor(file: Path, opened: Any, key: str, headers_only: bool) -> Tensor:
     if headers_only:
         view = opened.get_slice(key)
-        shape = view.get_shape()
-        if shape:
-            return torch.empty(shape, device="meta")
-    return opened.get_tensor(key)
+        shape, dtype = view.get_shape(), _DTYPES.get(view.get_dtype())
+        if shape and dtype is not None:
+            return torch.empty(shape, dtype=dtype, device="meta")
+    tensor = opened.get_tensor(key)
+    if tensor.dtype not in _KNOWN:
+        raise AdapterError(f"{file}: {key} has dtype {tensor.dtype}, expected one of {', '.join(_DTYPES)}")
+    return tensor
 
 
 def _placeholder(tensor: Tensor) -> Tensor:
@@ -212,12 +297,13 @@ def _placeholder(tensor: Tensor) -> Tensor:
 def _read_config(path: Path) -> Mapping[str, Any] | None:
     if not path.is_file():
         return None
-    if path.stat().st_size > _MAX_CONFIG_BYTES:
-        raise AdapterError(f"{path}: {path.stat().st_size} bytes, expected a small JSON file")
+    if path.stat().st_size > MAX_JSON:
+        raise AdapterError(f"{path}: {path.stat().st_size} bytes, expected a JSON file of {MAX_JSON} at most")
     try:
-        config = json.loads(path.read_text("utf-8"))
+        text = path.read_text("utf-8")
     except (ValueError, OSError) as error:
-        raise AdapterError(f"{path}: not readable as JSON ({error})") from error
+        raise AdapterError(f"{path}: not readable as text ({error})") from error
+    config = parsed(text, str(path))
     if not isinstance(config, dict):
         raise AdapterError(f"{path}: holds a {type(config).__name__}, expected an object")
     return config  # type: ignore[return-value]
@@ -227,7 +313,28 @@ def _in_folder(folder: Path, weight_name: str | None) -> Path:
     if not folder.is_dir():
         raise AdapterError(f"{folder}: no such folder")
     found = sorted(path.name for path in folder.iterdir() if path.suffix == ".safetensors" and path.is_file())
-    return folder / _choose(found, weight_name, str(folder), lambda name: (folder / name).is_file())
+    return _within(folder, _choose(found, weight_name, str(folder), lambda name: _within(folder, name).is_file()))
+
+
+def _within(folder: Path, name: str) -> Path:
+    """`folder / name`, if that is in the folder, or in the hub's cache, where all files are links to its blobs.
+
+    Raises:
+        AdapterError: it leads out of the folder, by its name or by a link.
+    """
+    _refuse_leading_out(str(folder), name)
+    file, root = folder / name, folder.resolve()
+    blobs = [parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots"]
+    target = file.resolve()
+    if not any(target.is_relative_to(allowed) for allowed in (root, *blobs)):
+        raise AdapterError(f"{file}: a link out of the folder, to {target}; pass that path itself if you mean it")
+    return file
+
+
+def _refuse_leading_out(origin: str, name: str) -> None:
+    path = PurePosixPath(name.replace("\\", "/"))
+    if path.is_absolute() or ".." in path.parts or Path(name).is_absolute():
+        raise AdapterError(f"{origin}: {name!r} leads out of it; expected the name of a file or folder inside")
 
 
 def _choose(found: list[str], weight_name: str | None, origin: str, exists: Callable[[str], bool]) -> str:
@@ -247,6 +354,8 @@ def _choose(found: list[str], weight_name: str | None, origin: str, exists: Call
 
 
 def _from_hub(repo: str, where: Location) -> Path:
+    for name in (where.subfolder, where.weight_name):
+        _refuse_leading_out(repo, name or "")
     try:
         validate_repo_id(repo)
     except hub_errors.HFValidationError:

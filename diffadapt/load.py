@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from diffadapt import families, textual_inversion
 from diffadapt.adapter import Adapter, AdapterLayer
 from diffadapt.attach import attach_, bank_of, detach_
-from diffadapt.build import Builder, ForWriting, Group
+from diffadapt.build import Builder, Content, ForWriting, Group
 from diffadapt.errors import AdapterError, LoadError
 from diffadapt.formats import detect
 from diffadapt.formats.format import Names, Place, Unused, Vectors
@@ -134,35 +134,39 @@ def plan(
             (ignored if verdict.harmless else faults).append((key, verdict.reason))
         else:
             _gather(groups, key, verdict, checkpoint.tensors[key], faults)
-    vectors = Group("", keys={key: key for key in learned}, tensors={key: checkpoint.tensors[key] for key in learned})
-    broken = _non_finite([*groups.values(), vectors])
     builder = Builder(checkpoint, targets, alphas, settings, dtype, device, for_writing=for_writing)
-    layers: dict[str, dict[str, AdapterLayer]] = {}
-    used = 0
+    # Shapes first: values are not read before it is known that they are no more than they should be.
+    contents: dict[tuple[str, str], list[Content]] = {}
     for (component, path), group in groups.items():
+        try:
+            contents[component, path] = builder.contents(component, path, group)
+        except AdapterError as error:
+            faults += _faults(component, path, group, error)
+    resolved = textual_inversion.resolve(learned, checkpoint, models, wanted)
+    broken = _non_finite([*(value for place in contents for value in groups[place].values), *resolved.values])
+    layers: dict[str, dict[str, AdapterLayer]] = {}
+    taken: dict[str, set[str]] = {}
+    used = 0
+    for (component, path), found in contents.items():
+        group = groups[component, path]
         try:
             if not broken.isdisjoint(group.keys.values()):
                 raise AdapterError(
                     f"{', '.join(sorted(broken & set(group.keys.values())))} holds NaN or infinite values"
                 )
-            built = builder.build(component, path, group)
-            again = sorted(set(built) & set(layers.get(component, ())))
+            paths = {at for content in found for at in content.paths}
+            again = sorted(paths & taken.setdefault(component, set()))
             if again:
                 raise AdapterError(f"{', '.join(again)} has tensors under another name already")
+            built = builder.build(component, found)
         except AdapterError as error:
-            faults += [(key, f"{component}.{path}: {error}") for key in group.keys.values()]
+            faults += _faults(component, path, group, error)
             continue
         layers.setdefault(component, {}).update(built)
+        taken[component] |= paths
         used += len(group.keys)
     tokens = textual_inversion.plan(
-        learned,
-        checkpoint,
-        models,
-        tokenizers,
-        wanted=wanted,
-        broken=broken,
-        settled=builder.settled,
-        leaving=leaving,
+        resolved, checkpoint, models, tokenizers, broken=broken, settled=builder.settled, leaving=leaving
     )
     used, faults, ignored = used + tokens.used, faults + tokens.faults, ignored + tokens.ignored
     family = families.of_models(models) if models is not None else None
@@ -236,15 +240,18 @@ def _gather(
     group.tensors[place.name] = tensor
 
 
-def _non_finite(groups: Iterable[Group]) -> set[str]:
-    """Keys of tensors with NaN or infinite values, with one synchronisation for the whole file."""
+def _faults(component: str, path: str, group: Group, error: AdapterError) -> list[tuple[str, str]]:
+    return [(key, f"{component}.{path}: {error}") for key in group.keys.values()]
+
+
+def _non_finite(values: Iterable[tuple[str, Tensor]]) -> set[str]:
+    """Of tensors by key, the keys of those with NaN or infinite values, with one synchronisation for all."""
     extremes: dict[tuple[torch.device, torch.dtype], list[tuple[str, Tensor]]] = {}
-    for group in groups:
-        for name, tensor in group.tensors.items():
-            if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta and name != "alpha":
-                wide = tensor.float() if tensor.dtype in FLOAT8 else tensor
-                same = extremes.setdefault((tensor.device, wide.dtype), [])
-                same += ((group.keys[name], extreme) for extreme in torch.aminmax(wide))
+    for key, tensor in values:
+        if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta:
+            wide = tensor.float() if tensor.dtype in FLOAT8 else tensor
+            same = extremes.setdefault((tensor.device, wide.dtype), [])
+            same += ((key, extreme) for extreme in torch.aminmax(wide))
     broken: set[str] = set()
     for found in extremes.values():
         finite = torch.isfinite(torch.stack([extreme for _, extreme in found]))

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from diffadapt.errors import AdapterError
@@ -16,13 +17,19 @@ def matches(pattern: str, path: str) -> bool:
     Raises:
         AdapterError: it is no regular expression.
     """
-    start = "" if pattern.startswith("^") else "(.*[.])?"
-    try:
-        return re.fullmatch(f"{start}({pattern.removeprefix('^')})", path) is not None
-    except re.error as error:
-        raise AdapterError(f"{pattern!r} is no regular expression: {error}") from error
+    return _expression(pattern).fullmatch(path) is not None
 
 
 def value(patterns: Mapping[str, Any], path: str) -> Any:
     """Value of the first pattern that names `path`, or `None`."""
     return next((found for pattern, found in patterns.items() if matches(pattern, path)), None)
+
+
+# Every layer asks every pattern, and a file may have one for each of its layers: more than `re` itself remembers.
+@lru_cache(4096)
+def _expression(pattern: str) -> re.Pattern[str]:
+    start = "" if pattern.startswith("^") else "(.*[.])?"
+    try:
+        return re.compile(f"{start}({pattern.removeprefix('^')})")
+    except (re.error, OverflowError, RecursionError) as error:
+        raise AdapterError(f"{pattern!r} is no regular expression: {error}") from error

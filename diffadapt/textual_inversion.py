@@ -10,7 +10,7 @@ vectors has the names diffusers gives it (`token`, `token_1`, ...), to which its
 """
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +32,9 @@ _CHILD = "learned tokens"
 
 _PIVOTAL_FILE = re.compile(r"embeddings|.*_emb")
 """Names that diffusers' pivotal tuning gives the file beside the LoRA; its tokens are `<s0>`, `<s1>`, ... ."""
+
+_MOST_VECTORS = 4096
+"""For one text encoder; most prompts have no more than 77 or 512 tokens."""
 
 _KINDS = {"clip": "clip", "t5": "t5", "t5xxl": "t5", "llama": "llama", "gemma": "gemma", "qwen": "qwen"}
 """First part of what files call a text encoder -> what transformers has in the `model_type` of its config."""
@@ -104,6 +107,33 @@ class LearnedTokens(nn.Module):
             super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
+class _Found(NamedTuple):
+    """Vectors (count, width) of a file, and the text encoder that they are for."""
+
+    component: str
+    verdict: Vectors
+    vectors: Tensor
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Learned vectors of a file, resolved against text encoders by their names and shapes alone.
+
+    Attributes:
+        found: by key.
+        faults, ignored: as in `load.Plan`.
+    """
+
+    found: dict[str, _Found] = field(default_factory=dict[str, _Found])
+    faults: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+    ignored: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+
+    @property
+    def values(self) -> Iterator[tuple[str, Tensor]]:
+        """Key and vectors."""
+        return ((key, found.vectors) for key, found in self.found.items())
+
+
 @dataclass(frozen=True)
 class Learned:
     """What a file says of tokens, resolved against tokenizers and text encoders; nothing is installed yet.
@@ -119,44 +149,71 @@ class Learned:
     ignored: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
 
 
+def resolve(
+    learned: Mapping[str, Vectors],
+    checkpoint: Checkpoint,
+    models: Mapping[str, nn.Module] | None,
+    wanted: set[str] | None,
+) -> Resolved:
+    """Decide for every tensor of learned vectors which text encoder it is for. Reads no values.
+
+    Args:
+        models: component -> model; `None` to believe the names in the file.
+        wanted: components that were asked for, `None` for all.
+    """
+    encoders = _encoders(models)
+    resolved = Resolved()
+    sizes: dict[str, tuple[int, int]] = {}
+    for key, verdict in learned.items():
+        if wanted is not None and encoders is not None and wanted.isdisjoint(encoders):
+            resolved.ignored.append((key, "no text encoder was asked for"))
+            continue
+        try:
+            vectors = _matrix(checkpoint.tensors[key])
+            component = verdict.written if encoders is None else _component(verdict.written, vectors, encoders)
+            if wanted is not None and component not in wanted:
+                resolved.ignored.append((key, f"component {component} was not asked for"))
+                continue
+            (count, width), (before, known) = vectors.shape, sizes.get(component, (0, vectors.shape[1]))
+            if width != known:
+                raise AdapterError(f"vectors of width {width} beside others of width {known} for {component}")
+            if before + count > _MOST_VECTORS:
+                raise AdapterError(f"{before + count} vectors for {component}, expected at most {_MOST_VECTORS}")
+        except AdapterError as error:
+            resolved.faults.append((key, str(error)))
+            continue
+        sizes[component] = before + count, width
+        resolved.found[key] = _Found(component, verdict, vectors)
+    return resolved
+
+
 def plan(
-    found: Mapping[str, Vectors],
+    resolved: Resolved,
     checkpoint: Checkpoint,
     models: Mapping[str, nn.Module] | None,
     tokenizers: Mapping[str, Any] | None,
     *,
-    wanted: set[str] | None,
     broken: Collection[str],
     settled: Callable[[str, Tensor], Tensor],
     leaving: str | None = None,
 ) -> Learned:
-    """Decide for every token of a file where it goes. Touches neither tokenizers nor models.
+    """Decide for every token of a file what its name is and whether it can have it. Touches no tokenizer and no model.
 
     Args:
-        models: component -> model; `None` to believe the names in the file.
+        models: see `resolve`.
         tokenizers: by their text encoder; `None` if tokens are not to be installed.
-        wanted: components that were asked for, `None` for all.
         broken: keys of tensors with values that are not finite.
         settled: `(component, vectors)` -> vectors in the dtype and on the device to keep them.
         leaving: an adapter whose tokens will be gone.
     """
-    encoders = None if models is None else {c: models[c] for c in sorted(models) if "text_encoder" in c}
-    faults: list[tuple[str, str]] = []
-    ignored: list[tuple[str, str]] = []
+    encoders = _encoders(models)
+    faults = list(resolved.faults)
     rooms: dict[str, _Room] = {}
     used = 0
-    for key, verdict in found.items():
-        if wanted is not None and encoders is not None and wanted.isdisjoint(encoders):
-            ignored.append((key, "no text encoder was asked for"))
-            continue
+    for key, (component, verdict, vectors) in resolved.found.items():
         try:
             if key in broken:
                 raise AdapterError("holds NaN or infinite values")
-            vectors = _matrix(checkpoint.tensors[key])
-            component = verdict.written if encoders is None else _component(verdict.written, vectors, encoders)
-            if wanted is not None and component not in wanted:
-                ignored.append((key, f"component {component} was not asked for"))
-                continue
             if component not in rooms:
                 encoder = None if encoders is None else encoders[component]
                 rooms[component] = _Room.of(component, encoder, tokenizers, leaving)
@@ -167,12 +224,12 @@ def plan(
         used += 1
     components = {
         component: LearnedTokens(
-            room.tokens, torch.cat([settled(component, part) for part in room.vectors]), room.tokenizer, room.scale
+            room.tokens, _joined([settled(component, part) for part in room.vectors]), room.tokenizer, room.scale
         )
         for component, room in rooms.items()
         if room.tokens
     }
-    return Learned(components, used, faults, ignored)
+    return Learned(components, used, faults, list(resolved.ignored))
 
 
 def install_(models: Mapping[str, nn.Module], name: str, learned: Mapping[str, LearnedTokens]) -> None:
@@ -327,9 +384,22 @@ class _Room:
                 f"keys (bundle_emb.<token>.{token.written}), or rename the file where that gives the token"
             )
         stem, _, number = name.rpartition("_")
-        follows = number.isdecimal() and self.added.issuperset(vocabulary.names_of(stem, int(number)))
+        # No more names than there are: the number may be any.
+        counts = number.isdecimal() and int(number) <= len(self.added)
+        follows = counts and self.added.issuperset(vocabulary.names_of(stem, int(number)))
         if f"{name}_{token.rows}" in self.added or (stem and follows):
             raise AdapterError(f"{where} has a token that differs in its number only, so prompts would get both")
+
+
+def _encoders(models: Mapping[str, nn.Module] | None) -> dict[str, nn.Module] | None:
+    """The text encoders among the models, by component."""
+    return None if models is None else {name: models[name] for name in sorted(models) if "text_encoder" in name}
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Their rows one after the other, of several dtypes in float32 or wider: torch has no common one for float8."""
+    mixed = len({part.dtype for part in parts}) > 1
+    return torch.cat([part.float() if mixed and part.dtype != torch.float64 else part for part in parts])
 
 
 def _matrix(tensor: Tensor) -> Tensor:

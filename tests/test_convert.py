@@ -121,6 +121,168 @@ def test_a_layer_that_cannot_be_taken_apart_stays_whole_where_it_may(tmp_path: P
     assert not (tmp_path / "refused.safetensors").exists()
 
 
+# The models of each family: what a layer is called in its authors' code and in diffusers, outputs and inputs
+MODELS: dict[str, dict[str, tuple[str, int, int]]] = {
+    "anima": {
+        "blocks.27.self_attn.q_proj": ("transformer.transformer_blocks.27.attn1.to_q", 2048, 2048),
+        "blocks.0.cross_attn.k_proj": ("transformer.transformer_blocks.0.attn2.to_k", 2048, 1024),
+        "blocks.3.adaln_modulation_mlp.2": ("transformer.transformer_blocks.3.norm3.linear_2", 6144, 256),
+        "llm_adapter.blocks.5.cross_attn.k_proj": ("text_conditioner.blocks.5.cross_attn.k_proj", 1024, 1024),
+        "llm_adapter.blocks.0.mlp.0": ("text_conditioner.blocks.0.mlp.0", 4096, 1024),
+    },
+    "cascade": {
+        "down_blocks.1.2.attention.attn.in_proj.0": ("prior.down_blocks.1.2.attention.to_q", 2048, 2048),
+        "up_blocks.0.71.attention.attn.out_proj": ("prior.up_blocks.0.71.attention.to_out.0", 2048, 2048),
+        "down_blocks.1.0.channelwise.0": ("prior.down_blocks.1.0.channelwise.0", 8192, 2048),
+    },
+    "cascade, lite": {
+        "up_blocks.0.35.attention.attn.in_proj.1": ("prior.up_blocks.0.35.attention.to_k", 1536, 1536),
+    },
+    "hidream": {
+        "double_stream_blocks.15.block.attn1.to_q": (
+            "transformer.double_stream_blocks.15.block.attn1.to_q", 2560, 2560
+        ),
+        "single_stream_blocks.31.block.ff_i.experts.3.w1": (
+            "transformer.single_stream_blocks.31.block.ff_i.experts.3.w1", 6912, 2560
+        ),
+        "caption_projection.48.linear": ("transformer.caption_projection.48.linear", 2560, 4096),
+    },
+    "hunyuan-image": {
+        "double_blocks.19.img_mlp.fc1": ("transformer.transformer_blocks.19.ff.net.0.proj", 14336, 3584),
+        "single_blocks.39.modulation.linear": ("transformer.single_transformer_blocks.39.norm.linear", 10752, 3584),
+        "byt5_in.fc1": ("transformer.context_embedder_2.linear_1", 2048, 1472),
+        "guidance_in.mlp.0": ("transformer.time_guidance_embed.guidance_embedder.linear_1", 3584, 256),
+    },
+    "hunyuan-video15": {
+        "double_blocks.53.txt_attn_proj": ("transformer.transformer_blocks.53.attn.to_add_out", 2048, 2048),
+        "vision_in.proj.1": ("transformer.image_embedder.linear_1", 1152, 1152),
+        "time_r_in.mlp.2": ("transformer.time_embed.timestep_embedder_r.linear_2", 2048, 2048),
+    },
+    "qwen21": {
+        "transformer_blocks.31.img_mlp.out": ("transformer.transformer_blocks.31.img_mlp.out", 4096, 12288),
+        "transformer_blocks.0.attn.to_q": ("transformer.transformer_blocks.0.attn.to_q", 4096, 4096),
+        "txt_in.in_layer": ("transformer.txt_in.in_layer", 4096, 4096),
+    },
+    "wan": {
+        "blocks.39.self_attn.q": ("transformer.blocks.39.attn1.to_q", 5120, 5120),
+        "blocks.39.ffn.0": ("transformer.blocks.39.ffn.net.0.proj", 13824, 5120),
+    },
+    "wan, with an image": {
+        "blocks.39.cross_attn.k_img": ("transformer.blocks.39.attn2.add_k_proj", 5120, 5120),
+        "blocks.0.self_attn.o": ("transformer.blocks.0.attn1.to_out.0", 5120, 5120),
+        "img_emb.proj.1": ("transformer.condition_embedder.image_embedder.ff.net.0.proj", 1280, 1280),
+    },
+    "wan, small": {"blocks.29.ffn.0": ("transformer.blocks.29.ffn.net.0.proj", 8960, 1536)},
+    "wan, 5B": {"blocks.29.ffn.2": ("transformer.blocks.29.ffn.net.2", 3072, 14336)},
+    "wan, vace": {
+        "blocks.0.self_attn.q": ("transformer.blocks.0.attn1.to_q", 5120, 5120),
+        "vace_blocks.7.after_proj": ("transformer.vace_blocks.7.proj_out", 5120, 5120),
+    },
+    "wan, small vace": {
+        "blocks.0.self_attn.q": ("transformer.blocks.0.attn1.to_q", 1536, 1536),
+        "vace_blocks.14.after_proj": ("transformer.vace_blocks.14.proj_out", 1536, 1536),
+    },
+    "ltx2": {
+        "transformer_blocks.47.audio_attn1.to_q": ("transformer.transformer_blocks.47.audio_attn1.to_q", 2048, 2048),
+        "patchify_proj": ("transformer.proj_in", 4096, 128),
+        "video_embeddings_connector.transformer_1d_blocks.1.attn1.to_k": (
+            "connectors.video_connector.transformer_blocks.1.attn1.to_k", 3840, 3840
+        ),
+        "text_embedding_projection.aggregate_embed": ("connectors.text_proj_in", 3840, 188160),
+    },
+    "ltx2.3": {
+        "transformer_blocks.0.audio_attn1.to_gate_logits": (
+            "transformer.transformer_blocks.0.audio_attn1.to_gate_logits", 32, 2048
+        ),
+        "audio_embeddings_connector.transformer_1d_blocks.7.ff.net.2": (
+            "connectors.audio_connector.transformer_blocks.7.ff.net.2", 2048, 8192
+        ),
+        "text_embedding_projection.video_aggregate_embed": ("connectors.video_text_proj_in", 4096, 188160),
+    },
+    "cogview4": {
+        "transformer_blocks.27.attn1.to_q": ("transformer.transformer_blocks.27.attn1.to_q", 4096, 4096),
+    },
+    "pixart": {
+        "blocks.27.attn.proj": ("transformer.transformer_blocks.27.attn1.to_out.0", 1152, 1152),
+        "blocks.27.mlp.fc1": ("transformer.transformer_blocks.27.ff.net.0.proj", 4608, 1152),
+        "y_embedder.y_proj.fc1": ("transformer.caption_projection.linear_1", 1152, 4096),
+        "csize_embedder.mlp.2": ("transformer.adaln_single.emb.resolution_embedder.linear_2", 384, 384),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_of_every_family(name: str, tmp_path: Path) -> None:
+    tensors: dict[str, Tensor] = {}
+    for original, (_, out, columns) in MODELS[name].items():
+        outside = original.startswith("text_embedding_projection.")
+        tensors.update(lora(original if outside else f"diffusion_model.{original}", out, columns))
+    there = diffadapt.convert(tensors, tmp_path / "diffusers.safetensors", "diffusers")
+    found = load_file(there)
+    paths = {path: original for original, (path, _, _) in MODELS[name].items()}
+    assert found.keys() == {f"{path}.lora_{side}.weight" for path in paths for side in "AB"}
+    for path, original in paths.items():
+        (key,) = (key for key in tensors if key.endswith(f"{original}.lora_up.weight"))
+        assert torch.equal(found[f"{path}.lora_B.weight"], tensors[key])
+    kohya = diffadapt.convert(there, tmp_path / "kohya.safetensors", "kohya")
+    flat = {f"lora_unet_{original}".replace(".", "_") for original in MODELS[name]}
+    if name.startswith("cascade"):
+        assert len({key.partition(".")[0] for key in load_file(kohya)}) == len(flat)
+    else:
+        assert {key.partition(".")[0] for key in load_file(kohya)} == flat
+    back = load_file(diffadapt.convert(kohya, tmp_path / "comfy.safetensors", "comfy"))
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[key], tensor) for key, tensor in tensors.items())
+
+
+def test_two_experts_in_one_file(tmp_path: Path) -> None:
+    """Of Wan 2.2; other formats have one name for a layer of both."""
+    both = ("diffusion_model.transformer_1.", "diffusion_model.transformer_2.")
+    tensors: dict[str, Tensor] = {}
+    for prefix in both:
+        tensors.update(lora(f"{prefix}blocks.39.self_attn.q", 5120, 5120))
+    found = load_file(diffadapt.convert(tensors, tmp_path / "a.safetensors"))
+    assert {key.rsplit(".", 2)[0] for key in found} == {
+        "transformer.blocks.39.attn1.to_q",
+        "transformer_2.blocks.39.attn1.to_q",
+    }
+    with pytest.raises(AdapterError, match=r"transformer\.blocks\.39\.self_attn\.q has its name in this format"):
+        diffadapt.convert(tensors, tmp_path / "b.safetensors", "kohya")
+    assert not (tmp_path / "b.safetensors").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_multiplied_out_has_the_dtype_of_the_file(dtype: torch.dtype, tmp_path: Path) -> None:
+    module = f"{DOUBLE}_img_attn_qkv"
+    tensors = {
+        # HunyuanVideo has a projection of the same name and size.
+        f"{DOUBLE}_img_mod_lin.diff": torch.zeros(18432, 3072, dtype=dtype),
+        f"{module}.lokr_w1": torch.randn(4, 4).to(dtype),
+        f"{module}.lokr_w2": torch.randn(2304, 768).to(dtype),
+    }
+    path = "transformer_blocks_3_attn_to_k"
+    found = load_file(diffadapt.convert(tensors, tmp_path / "a.safetensors", "onetrainer"))
+    whole = torch.kron(tensors[f"{module}.lokr_w1"].float(), tensors[f"{module}.lokr_w2"].float())
+    change = found[f"lora_transformer_{path}.diff"]
+    assert change.dtype == dtype
+    assert torch.equal(change, whole[3072:6144].to(dtype))
+
+
+def test_what_half_precision_cannot_hold_stays_in_float32(tmp_path: Path) -> None:
+    module = f"{DOUBLE}_img_attn_qkv"
+    tensors = {
+        f"{DOUBLE}_img_mod_lin.diff": torch.zeros(18432, 3072, dtype=torch.float16),
+        f"{module}.lokr_w1": (torch.randn(4, 4) * 1e-4).half(),
+        f"{module}.lokr_w2": (torch.randn(2304, 768) * 1e-4).half(),
+    }
+    found = load_file(diffadapt.convert(tensors, tmp_path / "a.safetensors", "onetrainer"))
+    whole = torch.kron(tensors[f"{module}.lokr_w1"].float(), tensors[f"{module}.lokr_w2"].float())
+    assert whole.half().eq(0).any()
+    change = found["lora_transformer_transformer_blocks_3_attn_to_k.diff"]
+    assert change.dtype == torch.float32
+    assert torch.equal(change, whole[3072:6144])
+
+
 def test_refusals_write_nothing(tmp_path: Path) -> None:
     unknown = lora("lora_te_text_model_encoder_layers_0_mlp_fc1", 3072, 768)
     with pytest.raises(AdapterError, match="do not tell for which models it is"):

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FluxTransformer2DModel
+from diffusers import AnimaTextConditioner, DiffusionPipeline, FluxTransformer2DModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 import diffadapt
-from diffadapt import AdapterError
+from diffadapt import AdapterError, families
+from diffadapt.families.published import published
 from diffadapt.formats import FORMATS, detect
 from diffadapt.formats.cloneofsimo import CLONEOFSIMO
 from diffadapt.formats.format import Header, Names, Place
@@ -870,6 +871,73 @@ def test_oft_of_flux_with_a_part_missing(key: str, reason: str) -> None:
         models.flux().load_adapter(tensors)
 
 
+# Parts of a checkpoint that are models of their own in diffusers
+
+
+OWN_MODELS = {
+    "anima": ("blocks.0.mlp.layer1", "llm_adapter.blocks.0.mlp.0", "text_conditioner"),
+    "ltx2": (
+        "transformer_blocks.0.audio_attn1.to_q",
+        "audio_embeddings_connector.transformer_1d_blocks.0.attn1.to_q",
+        "connectors",
+    ),
+}
+
+
+@pytest.mark.parametrize("family", OWN_MODELS)
+@pytest.mark.parametrize("dialect", ["comfy", "kohya", "diffusers"])
+def test_parts_that_are_models_of_their_own(family: str, dialect: str) -> None:
+    prefix = {"comfy": "diffusion_model.", "kohya": "lora_unet_", "diffusers": ""}[dialect]
+    *paths, component = OWN_MODELS[family]
+    built = next(published(family))
+    tensors: Tensors = {}
+    for path in paths:
+        names = families.aliases(Targets(built["transformer" if path is paths[0] else component]))
+        found = built["transformer" if path is paths[0] else component]
+        layer = found.get_submodule(names[path][0].path if path in names else path)
+        stem = prefix + (path.replace(".", "_") if dialect == "kohya" else path)
+        tensors[f"{stem}.lora_down.weight"] = torch.empty(2, layer.in_features, device="meta")
+        tensors[f"{stem}.lora_up.weight"] = torch.empty(layer.out_features, 2, device="meta")
+    report = diffadapt.inspect(tensors, built)
+    assert (report.format, report.family, report.unused) == (dialect, family, [])
+    assert report.components == {"transformer": 1, component: 1}
+    # Without that model its tensors are reported, and nothing of them goes elsewhere.
+    report = diffadapt.inspect(tensors, {"transformer": built["transformer"]})
+    assert (report.components, len(report.unused)) == ({"transformer": 1}, 2)
+    if dialect != "diffusers":
+        assert component in diffadapt.inspect(tensors).components
+
+
+def test_a_part_alone_and_beside_the_denoiser() -> None:
+    """LTX-2's projection of text embeddings has no prefix in ComfyUI's names, and Anima's conditioner has one."""
+
+    def conditioner() -> nn.Module:
+        torch.manual_seed(0)
+        sizes = {"source_dim": 8, "target_dim": 8, "model_dim": 8, "target_vocab_size": 16}
+        return AnimaTextConditioner(**sizes, num_layers=1, num_attention_heads=2)
+
+    down, up = torch.randn(2, 8), torch.randn(32, 2)
+    stem = "diffusion_model.llm_adapter.blocks.0.mlp.0"
+    model = conditioner()
+    diffadapt.load_adapter(model, {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up})
+    diffadapt.adapters(model).merge()
+    assert_same(model.blocks[0].mlp[0].weight, conditioner().blocks[0].mlp[0].weight + up @ down)
+    built = next(published("ltx2"))
+    projection = {
+        "text_embedding_projection.aggregate_embed.lora_A.weight": torch.empty(2, 188160, device="meta"),
+        "text_embedding_projection.aggregate_embed.lora_B.weight": torch.empty(3840, 2, device="meta"),
+    }
+    assert diffadapt.inspect(projection, built).components == {"connectors": 1}
+    block = "diffusion_model.transformer_blocks.0.attn1.to_q"
+    beside = {
+        f"{block}.lora_A.weight": torch.empty(2, 4096, device="meta"),
+        f"{block}.lora_B.weight": torch.empty(4096, 2, device="meta"),
+        **projection,
+    }
+    report = diffadapt.inspect(beside, built)
+    assert (report.components, report.unused) == ({"transformer": 1, "connectors": 1}, [])
+
+
 # Hostile names
 
 
@@ -884,16 +952,17 @@ PREFIXES = (
     "unet:",
 )
 BODIES = {
-    "long": "a" * 300_000,
-    "dots": "a." * 150_000,
-    "only dots": "." * 300_000,
-    "underscores": "_" * 300_000,
-    "levels": "model." * 50_000,
-    "flat levels": "model_" * 50_000,
-    "digits": "9" * 300_000,
-    "brackets": "(" * 100_000 + "a+" * 100_000,
-    "blocks": "double_blocks.1.processor." * 10_000,
+    "long": "a" * 900,
+    "dots": "a." * 450,
+    "only dots": "." * 900,
+    "underscores": "_" * 900,
+    "levels": "model." * 150,
+    "flat levels": "model_" * 150,
+    "digits": "9" * 900,
+    "brackets": "(" * 300 + "a+" * 300,
+    "blocks": "double_blocks.1.processor." * 30,
 }
+"""As long as names may be; `test_hostile_input` has longer ones."""
 
 
 @pytest.mark.parametrize("pattern", ["([a-z_]+)+!", "([a-z]|_)*!", ".*" * 9 + "!", r"\w?" * 30 + "!", "(a?){40}!"])

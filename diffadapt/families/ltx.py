@@ -69,6 +69,7 @@ _CONNECTORS: Table = {
 LTX2 = Family(
     "ltx2",
     ("LTX2VideoTransformer3DModel", "LTX2TextConnectors"),
-    signs="audio_attn|audio_ff|audio_to_video|video_to_audio|av_ca_|av_cross_attn|audio_patchify|_embeddings_connector",
+    signs="audio_attn|audio_ff|audio_to_video|video_to_audio|av_ca_|av_cross_attn|audio_patchify|_embeddings_connector"
+    "|text_embedding_projection",
     layers={**_SHARED, **_CONNECTORS},
 )

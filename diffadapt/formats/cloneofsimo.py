@@ -5,13 +5,13 @@ order of the model as its trainer saw it. The classes are in the safetensors hea
 `lora_diffusion/lora.py`.
 """
 
-import json
 import re
 from collections.abc import Sequence
 
 from diffadapt.errors import AdapterError
 from diffadapt.formats import suffixes
 from diffadapt.formats.format import Format, Header, Names, Unused, Verdict
+from diffadapt.formats.metadata import parsed
 from diffadapt.layer import LayerSpec
 from diffadapt.targets import Targets
 
@@ -49,10 +49,7 @@ def _locate(header: Header, names: Names) -> dict[str, Verdict]:
 def _classes(header: Header, component: str) -> set[str]:
     """The classes below which layers count; attention has another name today."""
     text = header.metadata.get(component)
-    try:
-        found = _CLASSES.get(component, ()) if text is None else json.loads(text)
-    except ValueError as error:
-        raise AdapterError(f"the header's {component} is not JSON ({error})") from error
+    found = _CLASSES.get(component, ()) if text is None else parsed(text, f"the header's {component}")
     if not isinstance(found, (list, tuple)) or not all(isinstance(name, str) for name in found):
         raise AdapterError(f"the header's {component} is {text!r}, expected names of classes")
     classes = {str(name) for name in found}

@@ -1,8 +1,11 @@
 """ComfyUI's names: those of the original checkpoint, with dots.
 
 `diffusion_model.<path>.lora_A.weight` and `text_encoders.<which>.transformer.<path in transformers>.lora_A.weight`,
-with an alpha tensor or without, which means a scale of 1. ai-toolkit, diffusion-pipe, OneTrainer and ComfyUI itself
-write them. Sources: ComfyUI `comfy/lora.py`, ai-toolkit 27a03a9 `extensions_built_in/diffusion_models/wan22/`.
+with an alpha tensor or without, which means a scale of 1. What diffusers has as models of their own beside the
+transformer (Anima's `llm_adapter`, LTX-2's connectors) is under `diffusion_model.` too, but for LTX-2's
+`text_embedding_projection.`, which has nothing in front. ai-toolkit, diffusion-pipe, OneTrainer and ComfyUI itself
+write them. Sources: ComfyUI `comfy/lora.py`, diffusers 0.42.1 `loaders/lora_conversion_utils.py`, ai-toolkit 27a03a9
+`extensions_built_in/diffusion_models/wan22/`.
 """
 
 import re
@@ -10,7 +13,7 @@ from collections.abc import Sequence
 
 from diffadapt.formats import suffixes
 from diffadapt.formats.format import Format, Header, Names, Unused, Verdict
-from diffadapt.formats.lycoris_dump import dump_comfy
+from diffadapt.formats.lycoris_dump import TOP, dump_comfy
 
 _DENOISER = "diffusion_model."
 _EXPERT = re.compile(r"transformer_(\d)\.")
@@ -28,7 +31,7 @@ def _locate(header: Header, names: Names) -> dict[str, Verdict]:
         text_encoder = _TEXT_ENCODER.match(path)
         if text_encoder:
             return names.first(_text_encoders(text_encoder[1] or ""), path[text_encoder.end() :], name)
-        if not path.startswith(_DENOISER):
+        if not path.startswith((_DENOISER, TOP)):
             return Unused(f"a name without the {_DENOISER!r} that others in this file have")
         path = path.removeprefix(_DENOISER)
         expert = _EXPERT.match(path)
@@ -36,7 +39,7 @@ def _locate(header: Header, names: Names) -> dict[str, Verdict]:
             # Wan 2.2 in one file: the high-noise model and the low-noise one.
             component = "transformer" if expert[1] == "1" else f"transformer_{expert[1]}"
             return names.dotted(component, path[expert.end() :], name)
-        return names.dotted(names.denoiser(), path, name)
+        return names.first(names.owners(path), path, name)
 
     return suffixes.located(header.keys, place)
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from diffadapt.errors import AdapterError
 from diffadapt.formats import embeddings, peft_config, peft_dump, suffixes
-from diffadapt.formats.format import Alphas, Format, Header, Names, Verdict
+from diffadapt.formats.format import Alphas, Format, Header, Names, Unused, Verdict
+from diffadapt.formats.metadata import parsed
 from diffadapt.state import AdapterState, Document, LayerState
 
 _METADATA = "lora_adapter_metadata"
@@ -38,7 +39,10 @@ def _locate(header: Header, names: Names) -> dict[str, Verdict]:
         if _COMPONENT.fullmatch(component) or (names.models is not None and component in names.models):
             # Of two transformers, pipelines number the second only.
             return names.dotted("transformer" if component == "transformer_1" else component, rest, name)
-        return names.bare(path.removeprefix(_ORIGINAL_LEVEL), name)
+        verdict = names.bare(path, name)
+        if isinstance(verdict, Unused) and path.startswith(_ORIGINAL_LEVEL):
+            return names.bare(path.removeprefix(_ORIGINAL_LEVEL), name)
+        return verdict
 
     verdicts = suffixes.located(header.keys, place)
     for key in header.keys:
@@ -66,10 +70,7 @@ def _alphas(header: Header) -> Alphas:
 def _config(text: str | None) -> dict[str, Any]:
     if text is None:
         return {}
-    try:
-        config = json.loads(text)
-    except ValueError as error:
-        raise AdapterError(f"the header's {_METADATA} is not JSON ({error})") from error
+    config = parsed(text, f"the header's {_METADATA}")
     if not isinstance(config, dict):
         raise AdapterError(f"the header's {_METADATA} is a {type(config).__name__}, expected an object")
     return config  # type: ignore[return-value]

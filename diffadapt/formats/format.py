@@ -15,6 +15,14 @@ from diffadapt.targets import Targets
 DENOISERS = ("unet", "transformer", "prior", "decoder")
 """Component names that adapters without a component prefix are meant for, in this order."""
 
+_OWN_MODELS = {
+    "llm_adapter": "text_conditioner",
+    "video_embeddings_connector": "connectors",
+    "audio_embeddings_connector": "connectors",
+    "text_embedding_projection": "connectors",
+}
+"""Parts of a denoiser's original checkpoint (Anima's, LTX-2's) that are components of their own in diffusers."""
+
 BESIDE = ("alpha", "reshape_weight", "set_bias", "bias_indices", "bias_values", "bias_size")
 """What files have beside a type's tensors: alpha; ComfyUI's word for the shape that the weight is filled up to; a new
 bias; the rest of the weight's change that LyCORIS keeps as a sparse matrix when it extracts a LoRA from a model."""
@@ -143,6 +151,11 @@ class Names:
         if self.models is not None and len(self.models) == 1 and "model" in self.models:
             return "model"
         return next((name for name in among if self.has(name)), DENOISERS[0])
+
+    def owners(self, path: str) -> Sequence[str]:
+        """The components that a name of the denoiser's original checkpoint may be in, dotted or flattened."""
+        own = [component for part, component in _OWN_MODELS.items() if path.startswith((f"{part}.", f"{part}_"))]
+        return (*own, self.denoiser())
 
     def dotted(self, component: str, path: str, name: str) -> Verdict:
         """Place of tensor `name` of the layer that the file calls `path`."""

@@ -24,7 +24,7 @@ _TEXT_ENCODERS = {
     # The T5 of SD3; sd-scripts counts that of Flux so too.
     "3": ("text_encoder_3", "text_encoder_2"),
 }
-_SPLIT_OFT = re.compile(r"(.+)\.(oft_blocks\.\d{1,3})")
+_SPLIT_OFT = re.compile(r"(.+)\.(oft_blocks\.(?:0|[1-9]\d{0,2}))")
 
 
 def _matches(header: Header) -> bool:
@@ -40,7 +40,8 @@ def _locate(header: Header, names: Names) -> dict[str, Verdict]:
             return Unused("a name without the prefix that others in this file have")
         if prefix[1].startswith("oft_") and f"{path}.alpha" not in keys:
             return Unused("sd-scripts limits every rotation by an alpha, which is missing")
-        return names.flat(_components(prefix[1], names), path[prefix.end() :], name)
+        flat = path[prefix.end() :]
+        return names.flat(_components(prefix[1], flat, names), flat, name)
 
     verdicts = suffixes.located(header.keys, place)
     for key in header.keys:
@@ -50,15 +51,15 @@ def _locate(header: Header, names: Names) -> dict[str, Verdict]:
     return verdicts
 
 
-def _components(prefix: str, names: Names) -> Sequence[str]:
-    """Which components a prefix may mean, the likeliest first."""
+def _components(prefix: str, flat: str, names: Names) -> Sequence[str]:
+    """Which components a prefix and the flattened path after it may mean, the likeliest first."""
     if prefix == "lora_prior_te":
         return "text_encoder", "prior_text_encoder"
     if prefix == "lora_prior_unet":
         return "prior", "prior_prior", names.denoiser()
     _, text_encoder, number = prefix.partition("_te")
     if not text_encoder:
-        return (names.denoiser(),)
+        return names.owners(flat)
     return _TEXT_ENCODERS.get(number, (f"text_encoder_{number}",))
 
 

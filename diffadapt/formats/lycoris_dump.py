@@ -30,6 +30,11 @@ _SPELLINGS = {
 _NORM_SPELLINGS = {"diff": "w_norm", "diff_b": "b_norm"}
 _POINTWISE = frozenset({"lora_up", "dora_scale", "glora_a1", "glora_a2", "glora_b1"})
 _PEFT_ONLY = frozenset({"boft_R", "ia3_l"})
+_IN_CHECKPOINT = ("unet", "transformer", "prior", "text_conditioner", "connectors")
+"""Components that are the denoiser of the original checkpoint, or parts of it."""
+
+_ONETRAINER = {"unet": "lora_unet", "transformer": "lora_transformer", "prior": "lora_prior_unet"}
+
 _COMFY_TEXT_ENCODERS = {
     "sd": {"text_encoder": "clip_l"},
     "sd2": {"text_encoder": "clip_h"},
@@ -39,6 +44,9 @@ _COMFY_TEXT_ENCODERS = {
     "chroma": {"text_encoder": "t5xxl"},
     "pixart": {"text_encoder": "t5xxl"},
 }
+TOP = "text_embedding_projection."
+"""What of LTX-2's connectors is beside the denoiser in its checkpoint, and not in it."""
+
 ALWAYS_LIMITED = {"constraint_eps": 1e-8}
 """Settings of sd-scripts' own OFT, which its files have by the name of their layers."""
 
@@ -77,7 +85,9 @@ def dump_onetrainer(state: AdapterState) -> dict[str, Document]:
 
     def prefix(component: str) -> str:
         if not component.startswith("text_encoder"):
-            return f"lora_{component}"
+            if component not in _ONETRAINER:
+                raise AdapterError(f"{component}: OneTrainer has no name for it; use format='diffusers'")
+            return _ONETRAINER[component]
         return f"lora_te{component.removeprefix('text_encoder').lstrip('_') or '1'}"
 
     single = _text_encoders(state) == ["text_encoder"] and state.family in ("sd", "sd2", None)
@@ -94,9 +104,9 @@ def dump_comfy(state: AdapterState) -> dict[str, Document]:
 
     def name(component: str, path: str) -> str:
         if not component.startswith("text_encoder"):
-            if component not in ("unet", "transformer", "prior"):
+            if component not in _IN_CHECKPOINT:
                 raise AdapterError(f"{component}: a ComfyUI file holds one denoiser; save its adapters one by one")
-            return f"diffusion_model.{path}"
+            return path if path.startswith(TOP) else f"diffusion_model.{path}"
         if component not in text_encoders:
             raise AdapterError(f"{component}: its name in ComfyUI is not known for {state.family} models")
         return f"text_encoders.{text_encoders[component]}.transformer.{path}"
@@ -120,6 +130,7 @@ def _document(
         limited: it is sd-scripts' own OFT.
     """
     tensors = bundled(state)
+    modules: dict[str, str] = {}
     for component, layers in state.layers.items():
         if as_original:
             layers = original(layers, state.layouts.get(component, {}))
@@ -127,6 +138,9 @@ def _document(
             # Other tools' CLIP has the `text_model` level that transformers 5 dropped.
             level = "text_model." if path.startswith("encoder.layers.") else ""
             module, where = name(component, level + path), f"{component}.{path}"
+            if module in modules:
+                raise AdapterError(f"{where}: {modules[module]} has its name in this format; use format='diffusers'")
+            modules[module] = where
             for spelling, tensor in _spelled(where, layer):
                 if biases and spelling == _SPELLINGS["lora_bias"]:
                     spelling, tensor = "diff_b", tensor * layer.scale

@@ -9,8 +9,11 @@ from typing import Any
 
 from diffadapt import patterns
 from diffadapt.errors import AdapterError
+from diffadapt.formats.metadata import count, flag, number
 from diffadapt.state import LayerState
 
+# More is damage or mischief. `lokr_full_rank` of ai-toolkit has a rank of ten thousand million.
+_MOST_TERMS, _MOST_RANK, _MOST_PATTERNS = 100, 10**12, 4096
 _REPEATED = re.compile(r"(?<![\\(])[*+?]|\{")
 _GROUP_REPEATED = re.compile(r"(?<!\\)\)[*+{]")
 
@@ -22,9 +25,8 @@ def alpha(config: Mapping[str, Any], path: str, rank: int) -> float | None:
         value = config.get("lora_alpha", config.get("alpha"))
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise AdapterError(f"alpha in the file's metadata is {value!r}, expected a finite number")
-    return value * math.sqrt(rank) if config.get("use_rslora") else float(value)
+    value = number(value, "alpha")
+    return value * math.sqrt(rank) if flag(config.get("use_rslora"), "use_rslora") else value
 
 
 def dump(layers: Mapping[str, LayerState]) -> dict[str, Any]:
@@ -58,17 +60,22 @@ def settings(config: Mapping[str, Any], path: str, type: str) -> dict[str, float
     """What the config says of the layer at `path` that its tensors do not, see `AdapterType.settings`."""
     if type == "oft":
         # Before there was a choice, there was only the exact inverse.
-        terms = config.get("num_cayley_neumann_terms", 5) if config.get("use_cayley_neumann", False) else 0
+        uses_series = flag(config.get("use_cayley_neumann"), "use_cayley_neumann")
+        name = "num_cayley_neumann_terms"
+        terms = count(config.get(name, 5), name, _MOST_TERMS) if uses_series else 0
+        if terms == 1:
+            raise AdapterError(f"{name} in the file's metadata is 1, which is no rotation; expected at least 2")
         if terms and _version(config) < (0, 18):
             raise AdapterError(
                 "an OFT of PEFT before 0.18 with use_cayley_neumann, which was another series; train it again, or load "
                 "it with that version of PEFT"
             )
-        return {"neumann_terms": terms, "coft_eps": config.get("eps", 6e-5) if config.get("coft") else 0.0}
+        radius = number(config.get("eps", 6e-5), "eps") if flag(config.get("coft"), "coft") else 0.0
+        return {"neumann_terms": terms, "coft_eps": radius}
     if type in ("lokr", "dora-lokr"):
         # PEFT divides alpha by this also where both factors are whole and no tensor has it.
         rank = _pattern_value(config, "rank_pattern", path) or config.get("r")
-        return {"rank": rank} if rank else {}
+        return {"rank": count(rank, "r", _MOST_RANK)} if rank else {}
     return {}
 
 
@@ -96,6 +103,10 @@ def _pattern_value(config: Mapping[str, Any], option: str, path: str) -> Any:
     chosen = config.get(option) or {}
     if not isinstance(chosen, Mapping):
         raise AdapterError(f"{option} in the file's metadata is {chosen!r}, expected an object")
+    if len(chosen) > _MOST_PATTERNS:
+        raise AdapterError(
+            f"{option} in the file's metadata has {len(chosen)} entries, expected at most {_MOST_PATTERNS}"
+        )
     for pattern in chosen:
         _refuse_slow(pattern, option)
     try:

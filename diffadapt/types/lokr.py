@@ -13,6 +13,7 @@ The sizes come from the tensors, never from a "factor" in metadata, which librar
 where a factor is of low rank: with two whole factors LyCORIS and its relatives write an alpha and ignore it.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -68,7 +69,8 @@ def fit(tensors: Tensors, layer: LayerSpec) -> dict[str, Tensor]:
     """Tensors of a file, checked: both factors complete, and their Kronecker product of the layer's shape."""
     for number in "12":
         whole, parts = f"lokr_w{number}", {f"lokr_w{number}_a", f"lokr_w{number}_b"}
-        if (whole in tensors) == bool(parts & set(tensors)) or 0 < len(parts & set(tensors)) < 2:
+        core = {f"lokr_t{number}"} if whole in tensors else set[str]()
+        if (whole in tensors) == bool(parts & set(tensors)) or 0 < len(parts & set(tensors)) < 2 or core & set(tensors):
             raise AdapterError(f"{whole}, or {whole}_a and {whole}_b expected, {', '.join(sorted(tensors))} found")
     shapes = {name: shape_of(tensor) for name, tensor in tensors.items()}
     fitted = dict(tensors)
@@ -79,26 +81,20 @@ def fit(tensors: Tensors, layer: LayerSpec) -> dict[str, Tensor]:
     if "lokr_t2" in tensors and shapes["lokr_t2"][2:] == (*layer.kernel, 1):
         # PEFT has a 2-d core on 1-d convolutions.
         fitted["lokr_t2"] = tensors["lokr_t2"].squeeze(-1)
-    try:
-        w1, w2 = _w1(fitted), _w2(fitted, layer)
-    except RuntimeError:
-        raise AdapterError(f"factors of shapes {shapes} cannot be multiplied for {layer.weight_shape}") from None
-    rows, columns = w1.shape[0] * w2.shape[0], w1.shape[1] * w2.shape[1]
-    if w1.ndim != 2 or (rows, columns, *w2.shape[2:]) != layer.weight_shape:
-        found = (rows, columns, *w2.shape[2:])
+    found = _product_shape(fitted, layer)
+    if found is None:
+        raise AdapterError(f"factors of shapes {shapes} cannot be multiplied for {layer.weight_shape}")
+    if found != layer.weight_shape:
         raise AdapterError(f"factors of shapes {shapes} multiply to {found}, expected {layer.weight_shape}")
     return fitted
 
 
 def geometry(tensors: Tensors) -> LayerSpec:
     """The layer that the factors multiply to; a kernel flattened into `lokr_w2_b` is not seen."""
-    try:
-        core = tensors.get("lokr_t2", tensors.get("lokr_w2", tensors.get("lokr_w2_b")))
-        kernel = () if core is None else tuple(core.shape[2:])
-        w1, w2 = _w1(tensors), _w2(tensors, layer_of(0, 0, kernel))
-        return layer_of(w1.shape[0] * w2.shape[0], w1.shape[1] * w2.shape[1], kernel)
-    except (KeyError, IndexError, RuntimeError):
-        return LayerSpec("linear", 0, 0)
+    core = tensors.get("lokr_t2", tensors.get("lokr_w2", tensors.get("lokr_w2_b")))
+    kernel = () if core is None else tuple(core.shape[2:])
+    found = _product_shape(tensors, layer_of(0, 0, kernel))
+    return LayerSpec("linear", 0, 0) if found is None else layer_of(found[0], found[1], kernel)
 
 
 def init(
@@ -265,6 +261,34 @@ def _w2(tensors: Tensors, layer: LayerSpec) -> Tensor:
     if "lokr_t2" in tensors:
         return torch.einsum("ij...,ip,jr->pr...", tensors["lokr_t2"], up, down).contiguous()
     return (up @ down).view(up.shape[0], -1, *layer.kernel)
+
+
+def _product_shape(tensors: Tensors, layer: LayerSpec) -> tuple[int, ...] | None:
+    """Shape of the Kronecker product, without computing any of it; `None` if the factors do not go together."""
+    w1, w2 = (_shape(tensors, f"lokr_w{number}") for number in "12")
+    core = shape_of(tensors["lokr_t2"]) if "lokr_t2" in tensors else None
+    if core is not None and "lokr_w2_a" in tensors:
+        # The core has a rank on either side of it, and `lokr_w2_a` is the other way round.
+        up, down = shape_of(tensors["lokr_w2_a"]), shape_of(tensors["lokr_w2_b"])
+        w2 = (up[1], down[1], *core[2:]) if len(up) == len(down) == 2 and core[:2] == (up[0], down[0]) else None
+    elif "lokr_w2_b" in tensors and w2 is not None:
+        taps = math.prod(layer.kernel)
+        w2 = (w2[0], w2[1] // taps, *layer.kernel) if w2[1] % taps == 0 else None
+    elif w2 is not None and len(w2) == 2:
+        w2 = (*w2, *(1,) * len(layer.kernel))
+    if w1 is None or w2 is None or len(w1) != 2 or len(w2) < 2:
+        return None
+    return (w1[0] * w2[0], w1[1] * w2[1], *w2[2:])
+
+
+def _shape(tensors: Tensors, factor: str) -> tuple[int, ...] | None:
+    """Shape of a factor, whole or of two matrices; `None` if it is not there or these cannot be multiplied."""
+    if factor in tensors:
+        return shape_of(tensors[factor])
+    parts = [shape_of(tensors[name]) for name in (f"{factor}_a", f"{factor}_b") if name in tensors]
+    if [len(part) for part in parts] != [2, 2] or parts[0][1] != parts[1][0]:
+        return None
+    return (parts[0][0], parts[1][1])
 
 
 def _balanced(size: int, factor: int) -> tuple[int, int]:
