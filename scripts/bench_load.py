@@ -65,6 +65,11 @@ def lora_file(unet: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
+def versions() -> str:
+    """Of everything that matters here."""
+    return ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+
+
 @contextmanager
 def timed(figures: Figures, what: str) -> Generator[None, None, None]:
     """Append the CPU milliseconds of the body to `figures[what]`; Python's collector runs before and not in it."""
@@ -130,8 +135,7 @@ def main() -> None:
             for measure, unet, found in zip(measures, unets, figures, strict=True):
                 # The first round warms up caches and is not counted.
                 measure(unet, tensors, file, found if number else {})
-    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
-    print(f"{len(tensors) // 2} LoRA layers, rank {RANK}, bf16; {torch.get_num_threads()} thread; {versions}\n")
+    print(f"{len(tensors) // 2} LoRA layers, rank {RANK}, bf16; {torch.get_num_threads()} thread; {versions()}\n")
     print("| CPU ms, median (minimum) | diffadapt | diffusers + peft | ratio |\n|---|---|---|---|")
     for what, ours in figures[0].items():
         theirs = figures[1][what]
@@ -139,7 +143,9 @@ def main() -> None:
         ratio = statistics.median(theirs) / statistics.median(ours)
         print(f"| {what} | {' | '.join(cells)} | {ratio:.0f} x |")
     if options.json:
-        options.json.write_text(json.dumps({"versions": versions, "ours": figures[0], "theirs": figures[1]}, indent=1))
+        options.json.write_text(
+            json.dumps({"versions": versions(), "ours": figures[0], "theirs": figures[1]}, indent=1)
+        )
 
 
 if __name__ == "__main__":

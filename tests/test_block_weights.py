@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffadapt import AdapterError, block_weights, families, scales
-from diffadapt.families.published import models_of
+from diffadapt.families.published import published
 from diffadapt.targets import Targets
 from tests import files, models
 from tests.compare import assert_differs
@@ -46,7 +46,7 @@ def block_of(original: str) -> str | None:
 def blocks_of(family: str) -> dict[str, str | None]:
     """Path of every layer of a published pipeline -> block."""
     found: dict[str, str | None] = {}
-    for component, model in models_of(family).items():
+    for component, model in next(published(family)).items():
         if component.startswith("text_encoder"):
             encoder = ("CLIP" if component == "text_encoder" else "T5") if family == "flux" else "BASE"
             found.update({f"{component}.{path}": encoder for path, _ in model.named_modules() if path})
