@@ -13,7 +13,7 @@ from tqdm import tqdm
 from diffadapt.errors import AdapterError
 from diffadapt.scales import Strength
 
-_PROMPTS = (
+PROMPTS = (
     "a sks critter on a yellow background",
     "a red circle on a white background",
     "a yellow star on a blue background",
@@ -26,9 +26,10 @@ _MARGIN = 6
 
 
 @dataclass(frozen=True)
-class _Row:
+class Row:
+    """A row of the picture: its label and the pictures (columns, height, width, 3) in 0..1."""
+
     label: str
-    active: dict[str, Strength]
     pictures: np.ndarray[Any, Any]
 
 
@@ -56,47 +57,46 @@ def run(pipeline: str | None = None, output: str = "demo.png") -> None:
         print(pipe.load_adapter(file, activate=False), end="\n\n")  # pyright: ignore[reportAttributeAccessIssue]
     print(pipe.adapters)  # pyright: ignore[reportAttributeAccessIssue]
     rows = _draw(pipe, [file.stem for file in files])
-    _grid(rows).save(output)
-    print(f"\nwrote {output}: {len(rows)} rows of the same {len(_PROMPTS)} prompts and seeds")
+    grid(rows).save(output)
+    print(f"\nwrote {output}: {len(rows)} rows of the same {len(PROMPTS)} prompts and seeds")
     if not np.array_equal(rows[0].pictures, rows[-1].pictures):
         raise AssertionError("the pictures after removing all adapters differ from the first row")
     print("after removing all adapters the pictures equal the first row, bit for bit")
 
 
-def _draw(pipe: Any, names: Sequence[str]) -> list[_Row]:
+def _draw(pipe: Any, names: Sequence[str]) -> list[Row]:
     plan: list[tuple[str, dict[str, Strength]]] = [("no adapter", {})]
     plan.extend((name, {name: 1.0}) for name in names)
     subject, style = ("critter", "ink") if {"critter", "ink"} <= set(names) else (names[0], names[-1])
     plan.append((f"{subject} 1.0 + {style} 0.8", {subject: 1.0, style: 0.8}))
     plan.extend((f"{style} at scale {scale:g}", {style: scale}) for scale in (0.0, 0.5, 1.0))
-    rows: list[_Row] = []
+    rows: list[Row] = []
     with tqdm(total=len(plan) + 1, unit="row", desc="drawing") as progress:
         for label, active in plan:
             pipe.adapters.activate(active)
-            rows.append(_Row(label, active, _generate(pipe)))
+            rows.append(Row(label, _generate(pipe)))
             progress.update()
         pipe.adapters.clear()
-        rows.append(_Row("all removed", {}, _generate(pipe)))
+        rows.append(Row("all removed", _generate(pipe)))
         progress.update()
     return rows
 
 
 def _generate(pipe: Any) -> np.ndarray[Any, Any]:
     """The prompts with fixed seeds, `(prompt, height, width, 3)` in 0..1."""
-    generators = [torch.Generator().manual_seed(seed) for seed in range(len(_PROMPTS))]
-    result = pipe(
-        list(_PROMPTS), generator=generators, num_inference_steps=_STEPS, guidance_scale=3.0, output_type="np"
-    )
+    generators = [torch.Generator().manual_seed(seed) for seed in range(len(PROMPTS))]
+    result = pipe(list(PROMPTS), generator=generators, num_inference_steps=_STEPS, guidance_scale=3.0, output_type="np")
     return result.images
 
 
-def _grid(rows: Sequence[_Row]) -> Image.Image:
+def grid(rows: Sequence[Row]) -> Image.Image:
+    """The rows under one another, with the prompts above their columns."""
     size = rows[0].pictures.shape[1] * _ZOOM
     step = size + _MARGIN
-    grid = Image.new("RGB", (_LABEL_WIDTH + step * len(_PROMPTS), 40 + step * len(rows)), "white")
+    grid = Image.new("RGB", (_LABEL_WIDTH + step * len(PROMPTS), 40 + step * len(rows)), "white")
     draw = ImageDraw.Draw(grid)
     font = ImageFont.load_default(size=13)
-    for column, prompt in enumerate(_PROMPTS):
+    for column, prompt in enumerate(PROMPTS):
         label = prompt.replace(" on a ", "\n")
         draw.text((_LABEL_WIDTH + column * step, 6), label, fill="black", font=font)
     for index, row in enumerate(rows):

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable
 
 from diffadapt.formats.embeddings import embedded
-from diffadapt.formats.format import BESIDE, Unused, Verdict
+from diffadapt.formats.format import BESIDE, Place, Unused, Verdict
 from diffadapt.types import TYPES
 
 # A type's tensors are spelled as they are called, unless an ecosystem has another name for them.
@@ -57,8 +57,12 @@ _NOT_LOADED = {
 
 
 def located(keys: Iterable[str], place: Callable[[str, str], Verdict]) -> dict[str, Verdict]:
-    """A verdict for every key: that of `place(path, name)` for those that name a tensor of an adapter."""
+    """A verdict for every key: that of `place(path, name)` for those that name a tensor of an adapter.
+
+    The tensors of one path have one place, which is looked up once.
+    """
     present = set(keys)
+    places: dict[str, Place] = {}
     verdicts: dict[str, Verdict] = {}
     for key in keys:
         path, _, last = key.rpartition(".")
@@ -69,8 +73,13 @@ def located(keys: Iterable[str], place: Callable[[str, str], Verdict]) -> dict[s
             verdicts[key] = aside
         elif found is None:
             verdicts[key] = Unused("not the name of an adapter tensor")
+        elif found[0] in places:
+            known = places[found[0]]
+            verdicts[key] = Place(known.component, known.path, found[1], known.written, known.pieces)
         else:
-            verdicts[key] = place(*found)
+            verdict = verdicts[key] = place(*found)
+            if isinstance(verdict, Place) and verdict.name == found[1]:
+                places[found[0]] = verdict
     return verdicts
 
 
