@@ -13,7 +13,7 @@ TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint check fix bench clean
+.PHONY: help demo test lint check fix bench matrix clean
 
 help:
 	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -37,6 +37,9 @@ fix: $(STAMP)  ## format the code and repair what the linter can repair
 
 bench: $(STAMP)  ## measure speed beside the peer libraries
 	@for script in scripts/bench_*.py; do $(BIN)/python $$script || exit 1; done
+
+matrix: $(STAMP)  ## generate docs/compatibility.md: every family, dialect and type, here and in diffusers
+	$(BIN)/python -m scripts.compat_matrix
 
 clean:  ## delete the environment, caches and build output
 	rm -rf $(VENV) .pytest_cache .ruff_cache build dist demo.png

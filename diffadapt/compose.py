@@ -41,8 +41,12 @@ def run(layers: Sequence[AdapterLayer], host: nn.Module, call: Callable[..., Any
     return _plus([r for r in ready if "add" in r.layer.stages], output, input)
 
 
-def weight(ready: Sequence[Ready], base: Tensor) -> Tensor:
-    """`W'` from the canonical `base` weight, in its dtype. `ready` are those of `wide`."""
+def weight(ready: Sequence[Ready], base: Tensor, *, overwrite: bool = False) -> Tensor:
+    """`W'` from the canonical `base` weight, in its dtype. `ready` are those of `wide`.
+
+    Args:
+        overwrite: `base` is not needed any more.
+    """
     total = base
     for r in ready:
         if "patch" in r.layer.stages:
@@ -55,7 +59,18 @@ def weight(ready: Sequence[Ready], base: Tensor) -> Tensor:
         total = total * (1 + torch.stack(gains).sum(0)).view(-1, *(1,) * (base.ndim - 1))
     for r in ready:
         if "add" in r.layer.stages:
-            total = total + r.layer.kind.delta_weight(r.tensors, r.layer.spec) * r.gate
+            spec = r.layer.spec
+            factors = r.layer.kind.as_low_rank(r.tensors, spec) if spec.groups == 1 else None
+            if factors is not None:
+                # Without the change as a matrix of its own, which is a pass over memory more.
+                down, up = factors
+                own = (overwrite or total is not base) and total.is_contiguous()
+                matrix = total.flatten(1)
+                change = up * r.gate, down.flatten(1)
+                total = matrix.addmm_(*change) if own else torch.addmm(matrix, *change)
+                total = total.view(spec.weight_shape)
+            else:
+                total = torch.addcmul(total, r.layer.kind.delta_weight(r.tensors, spec), r.gate)
     return total
 
 
@@ -140,9 +155,9 @@ def _plus(ready: Sequence[Ready], output: Tensor, input: Tensor) -> Tensor:
         if len(shared) > 1:
             downs, ups, gates = zip(*((down, up, r.rank_gates(down.shape[0])) for r, (down, up) in shared), strict=True)
             # Of adapters with and without samples of their own, side by side.
-            samples = max((len(gate) for gate in gates if gate.ndim > 1), default=0)
+            samples = [len(gate) for gate in gates if gate.ndim > 1]
             if samples:
-                gates = tuple(gate.expand(samples, -1) for gate in gates)
+                gates = tuple(gate.expand(samples[0], -1) for gate in gates)
             output = ready[0].layer.spec.low_rank(
                 ready[0].dropped(input), torch.cat(downs), torch.cat(ups, dim=1), torch.cat(gates, -1), output
             )

@@ -21,10 +21,11 @@ from diffadapt.adapter import PATCH_DELTA, Adapter, AdapterLayer
 from diffadapt.attach import Bank, bank_of, refresh_
 from diffadapt.corrections import Corrections
 from diffadapt.errors import AdapterError
-from diffadapt.hooks import resting_tensor
+from diffadapt.hooks import FLOAT8, resting_tensor
 from diffadapt.kind import Tensors
 
 _STEPS = 8
+_PIECE = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,11 @@ def merge_(models: Mapping[str, nn.Module], names: Iterable[str], *, compact: bo
                     small = _compacted(bank, tensor, rounded, groups[id(tensor)], (*bank.merged, *names))
                 if small is not None:
                     bank.compact.append(small)
+                    tensor.copy_(rounded)
                 else:
-                    bank.originals.append((tensor, tensor.detach().clone()))
-            tensor.copy_(rounded)
+                    bank.originals.append((tensor, _exchanged_(tensor, rounded)))
+            else:
+                tensor.copy_(rounded)
         bank.merged = (*bank.merged, *(name for name in names if name in bank.adapters))
         refresh_(models[component])
 
@@ -141,7 +144,8 @@ def _changes(component: str, bank: Bank, names: Collection[str]) -> list[tuple[T
             tensor = _writable(host, where, "weight")
             base = layers[0].spec.to_stored(_wide(tensor, originals) if total is None else total)
             ready = [compose.wide(layer, base) for layer in layers]
-            total = layers[0].spec.to_stored(compose.weight(ready, base))
+            own = base.dtype != tensor.dtype or total is not None
+            total = layers[0].spec.to_stored(compose.weight(ready, base, overwrite=own))
             if compose.changes_bias(ready, getattr(host, "bias", None) is not None):
                 bias = _writable(host, where, "bias")
                 changes.append((bias, _rounded(where, bias, compose.bias(ready, _wide(bias, originals)))))
@@ -175,6 +179,19 @@ def _compacted(
     corrections = Corrections.between(predicted, tensor)
     small = Compact(tensor, tuple(paths), tuple(names), fixed, corrections)
     return small if undo_bytes(small) < tensor.nbytes else None
+
+
+def _exchanged_(tensor: Tensor, other: Tensor) -> Tensor:
+    """The content of `tensor`, which gets that of `other`; in the memory of `other` where that can be."""
+    if not (tensor.is_contiguous() and other.is_contiguous()):
+        content = tensor.detach().clone()
+        tensor.copy_(other)
+        return content
+    for mine, its in zip(tensor.detach().view(-1).split(_PIECE), other.view(-1).split(_PIECE), strict=True):
+        kept = mine.clone()
+        mine.copy_(its)
+        its.copy_(kept)
+    return other
 
 
 def _itself(tensor: Tensor) -> Tensor:
@@ -245,7 +262,8 @@ def _wide(tensor: Tensor, originals: Mapping[int, Tensor]) -> Tensor:
 
 def _rounded(where: str, tensor: Tensor, total: Tensor) -> Tensor:
     rounded = total.to(tensor.dtype)
-    # float8 has no isfinite of its own; widening keeps its NaNs.
-    if not torch.isfinite(rounded.float()).all():
+    # Both are NaN if there is one. float8 has no order of its own; widening keeps its NaNs.
+    extremes = torch.aminmax(rounded.float() if rounded.dtype in FLOAT8 else rounded)
+    if not all(torch.isfinite(extreme) for extreme in extremes):
         raise AdapterError(f"{where}: merging gives values that {rounded.dtype} cannot hold; nothing was written")
     return rounded

@@ -187,14 +187,27 @@ def fixture(name: str) -> dict[str, Any]:
     return json.loads((FIXTURES / f"{name}.json").read_text())
 
 
-def placeholders(name: str, rank: int = 4) -> dict[str, Tensor]:
-    """The tensors of a real file on the meta device: names and shapes only."""
-    content = fixture(f"keys/{name}")
+def shapes_of(content: Mapping[str, Any], rank: int = 4) -> dict[str, tuple[int, ...] | None]:
+    """Keys and shapes of a real file from a list of names, `None` for a shape that is not known.
+
+    Some lists have whole keys, some the layers and what each of them has, some the layers and the shapes of the base
+    model's weights.
+    """
     if "keys" in content:
-        return {key: torch.empty(shape, device="meta") for key, shape in content["keys"].items()}
-    tensors: dict[str, Tensor] = {}
+        return {key: None if shape is None else tuple(shape) for key, shape in content["keys"].items()}
+    if "modules" in content:
+        return {f"{module}.{tensor}": None for module in content["modules"] for tensor in content["tensors"]}
+    shapes: dict[str, tuple[int, ...] | None] = {}
     for module, (out, *fan_in) in content["base_weights"].items():
-        tensors[f"{module}.lora_down.weight"] = torch.empty(rank, *fan_in, device="meta")
-        tensors[f"{module}.lora_up.weight"] = torch.empty(out, rank, *(1 for _ in fan_in[1:]), device="meta")
-        tensors[f"{module}.alpha"] = torch.tensor(float(rank))
-    return tensors
+        shapes[f"{module}.lora_down.weight"] = (rank, *fan_in)
+        shapes[f"{module}.lora_up.weight"] = (out, rank, *(1 for _ in fan_in[1:]))
+        shapes[f"{module}.alpha"] = ()
+    return shapes
+
+
+def placeholders(name: str, rank: int = 4) -> dict[str, Tensor]:
+    """The tensors of a real file on the meta device: names and shapes only; alphas have a value in some lists."""
+    content = fixture(f"keys/{name}")
+    alpha = torch.tensor(float(rank)) if "base_weights" in content else torch.empty((), device="meta")
+    shapes = shapes_of(content, rank)
+    return {key: torch.empty(shape, device="meta") if shape else alpha for key, shape in shapes.items()}

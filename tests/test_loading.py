@@ -255,6 +255,20 @@ def test_alpha_of_every_layer_from_metadata(tmp_path: Path) -> None:
     assert_same(draw(pipe), baked(models.sd15, parts))
 
 
+def test_alpha_of_every_layer_of_a_text_encoder_is_saved(tmp_path: Path) -> None:
+    """In files CLIP's names have a level that the model has not; the patterns in the header are for either."""
+    pipe = models.sd15()
+    parts = files.parts_for(pipe, ("unet", "text_encoder"), alpha=varied)
+    expected = baked(models.sd15, parts)
+    pipe.load_adapter(files.kohya_names(parts), "a")
+    saved = pipe.adapters.save("a", tmp_path / "saved.safetensors", format="diffusers")
+    again, theirs = models.sd15(), models.sd15()
+    again.load_adapter(saved)
+    assert_same(draw(again), expected, 1e-4)
+    theirs.load_lora_weights(saved)
+    assert_same(draw(theirs), expected, 1e-4)
+
+
 def test_alpha_tensor_beside_dotted_names() -> None:
     pipe = models.sd15()
     parts = files.parts_for(pipe, alpha=varied)

@@ -5,7 +5,6 @@ here from the formula on the joined weight, and cut at the end.
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import diffadapt
@@ -26,6 +26,23 @@ from diffadapt.types.lora import LORA
 from diffadapt.types.oft import OFT
 from tests import files, models
 from tests.compare import assert_differs, assert_same
+from tests.formulas import (
+    VARIANTS,
+    Content,
+    Variant,
+    added,
+    alpha,
+    block_diagonal,
+    boft_of_lycoris,
+    dora,
+    eight,
+    loha_factors,
+    lokr,
+    lokr_factors,
+    lora_factors,
+    normal,
+    oft_of_lycoris,
+)
 from tests.models import draw
 
 
@@ -73,260 +90,18 @@ KOHYA_NAMES = {
 }
 
 
-@dataclass(frozen=True)
-class Content:
-    """A file's tensors for one layer, and the weight and the bias that the layer has with them."""
-
-    tensors: dict[str, Tensor]
-    weight: Tensor
-    bias: Tensor
-
-
-Variant = Callable[[Tensor, Tensor], Content]
-
-
-def normal(*shape: int, mean: float = 0.0) -> Tensor:
-    return mean + 0.3 * torch.randn(*shape, dtype=torch.float64)
-
-
-def alpha(value: float) -> dict[str, Tensor]:
-    return {"alpha": torch.tensor(value)}
-
-
-# Additive changes: tensors, and the change at scale 1
-
-
-def lora_factors(out: int, columns: int, rank: int = 4) -> tuple[dict[str, Tensor], Tensor]:
-    down, up = normal(rank, columns), normal(out, rank)
-    return {"lora_A.weight": down, "lora_B.weight": up}, up @ down
-
-
-def loha_factors(out: int, columns: int) -> tuple[dict[str, Tensor], Tensor]:
-    t = {f"hada_w{n}_{side}": normal(*((out, 4) if side == "a" else (4, columns))) for n in "12" for side in "ab"}
-    return t, (t["hada_w1_a"] @ t["hada_w1_b"]) * (t["hada_w2_a"] @ t["hada_w2_b"])
-
-
-def lokr_factors(out: int, columns: int, o2: int = 8, low_rank: str = "") -> tuple[dict[str, Tensor], Tensor]:
-    sizes = {"1": (out // o2, 4), "2": (o2, columns // 4)}
-    tensors: dict[str, Tensor] = {}
-    whole: list[Tensor] = []
-    for n, (rows, cols) in sizes.items():
-        if n in low_rank:
-            tensors |= {f"lokr_w{n}_a": 2 * normal(rows, 2), f"lokr_w{n}_b": 2 * normal(2, cols)}
-            whole.append(tensors[f"lokr_w{n}_a"] @ tensors[f"lokr_w{n}_b"])
-        else:
-            tensors[f"lokr_w{n}"] = normal(rows, cols)
-            whole.append(tensors[f"lokr_w{n}"])
-    return tensors, torch.kron(*whole)
-
-
 def unaligned(out: int) -> int:
     """Rows of a second factor, or a block, that no boundary between the pieces is a multiple of."""
     return out if out == 64 else out // 2
 
 
-def added(factors: Callable[..., tuple[dict[str, Tensor], Tensor]], scale: float, **extra: Tensor) -> Variant:
-    def make(weight: Tensor, bias: Tensor) -> Content:
-        tensors, change = factors(*weight.shape)
-        return Content({**tensors, **extra}, weight + scale * change, bias)
-
-    return make
-
-
-def lora_with_bias(weight: Tensor, bias: Tensor) -> Content:
-    tensors, change = lora_factors(*weight.shape)
-    shift = normal(len(bias))
-    return Content({**tensors, "lora_B.bias": shift, **alpha(2.0)}, weight + change / 2, bias + shift / 2)
-
-
-def block_diagonal(weight: Tensor, bias: Tensor) -> Content:
-    """As `split_qkv` of sd-scripts: a rank for every 32 rows, all together in one LoRA, and the alpha of one."""
-    parts = [(normal(4, weight.shape[1]), normal(32, 4)) for _ in range(len(weight) // 32)]
-    down, up = torch.cat([down for down, _ in parts]), torch.block_diag(*(up for _, up in parts))
-    tensors = {"lora_A.weight": down, "lora_B.weight": up, **alpha(4.0)}
-    return Content(tensors, weight + 4.0 / len(down) * up @ down, bias)
-
-
-def dora(factors: Variant, axis: int = 1) -> Variant:
-    def make(weight: Tensor, bias: Tensor) -> Content:
-        base = factors(weight, bias)
-        length = base.weight.norm(dim=axis, keepdim=True)
-        magnitude = length * normal(*length.shape, mean=1.0)
-        return Content({**base.tensors, "dora_scale": magnitude}, magnitude * base.weight / length, bias)
-
-    return make
-
-
-def dora_of_peft(weight: Tensor, bias: Tensor) -> Content:
-    content = dora(added(lora_factors, 1.0))(weight, bias)
-    content.tensors["lora_magnitude_vector"] = content.tensors.pop("dora_scale").squeeze(1)
-    return content
-
-
-def full(weight: Tensor, bias: Tensor) -> Content:
-    diff, shift = normal(*weight.shape), normal(len(bias))
-    return Content({"diff": diff, "diff_b": shift}, weight + diff, bias + shift)
-
-
-def full_bias_alone(weight: Tensor, bias: Tensor) -> Content:
-    shift = normal(len(bias))
-    return Content({"diff_b": shift}, weight, bias + shift)
-
-
-def glora(weight: Tensor, bias: Tensor) -> Content:
-    out, columns = weight.shape
-    t = {"a1": normal(columns, 4), "a2": normal(4, columns), "b1": normal(out, 4), "b2": normal(4, columns)}
-    change = t["b1"] @ t["b2"] + weight @ t["a1"] @ t["a2"]
-    return Content({**{f"{name}.weight": one for name, one in t.items()}, **alpha(2.0)}, weight + change / 2, bias)
-
-
-# Factors
-
-
-def ia3_of_peft(weight: Tensor, bias: Tensor) -> Content:
-    factors = normal(len(weight), 1, mean=1.0)
-    return Content({"ia3_l": factors}, weight * factors, bias * factors.squeeze(1))
-
-
-def ia3_of_peft_on_input(weight: Tensor, bias: Tensor) -> Content:
-    factors = normal(1, weight.shape[1], mean=1.0)
-    return Content({"ia3_l": factors}, weight * factors, bias)
-
-
-def ia3_of_lycoris(weight: Tensor, bias: Tensor) -> Content:
-    change = normal(len(weight))
-    return Content({"ia3_w": change, "on_input": torch.tensor(0)}, weight * (1 + change).unsqueeze(1), bias)
-
-
-def ia3_of_lycoris_on_input(weight: Tensor, bias: Tensor) -> Content:
-    change = normal(weight.shape[1])
-    return Content({"ia3_w": change, "on_input": torch.tensor(1)}, weight * (1 + change), bias)
-
-
-# Rotations
-
-
-def cayley(skew: Tensor) -> Tensor:
-    identity = torch.eye(skew.shape[-1], dtype=torch.float64)
-    return (identity + skew) @ torch.linalg.inv(identity - skew)
-
-
-def oft_of_peft(shared: bool = False, **extra: Tensor) -> Variant:
-    def make(weight: Tensor, bias: Tensor) -> Content:
-        number, size = weight.shape[1] // 8, 8
-        triangle = normal(1 if shared else number, size * (size - 1) // 2) / 3
-        skew = torch.zeros(len(triangle), size, size, dtype=torch.float64)
-        rows, columns = torch.triu_indices(size, size, 1)
-        skew[:, rows, columns] = triangle
-        q = skew - skew.mT
-        turn = torch.eye(size, dtype=torch.float64) + 2 * q + 2 * q @ q + 2 * q @ q @ q + q @ q @ q @ q
-        turn = torch.block_diag(*turn.expand(number, size, size))
-        return Content({"oft_R.weight": triangle, **extra}, weight @ turn.T, bias)
-
-    return make
-
-
-def oft_of_lycoris(size: Callable[[int], int], rescaled: bool = False, constraint: float = 0.0) -> Variant:
-    def make(weight: Tensor, bias: Tensor) -> Content:
-        out, width = len(weight), size(len(weight))
-        blocks = normal(out // width, width, width)
-        skew = blocks - blocks.mT
-        if constraint:
-            # All blocks together; small enough to have an effect.
-            assert skew.norm() > constraint * out
-            skew = skew * constraint * out / skew.norm()
-        turned = torch.block_diag(*cayley(skew)).T @ weight
-        tensors = {"oft_blocks": blocks, **alpha(constraint)}
-        if rescaled:
-            tensors["rescale"] = normal(out, 1, mean=1.0)
-            turned = turned * tensors["rescale"]
-        return Content(tensors, turned, bias)
-
-    return make
-
-
-def oft_of_old_lycoris(weight: Tensor, bias: Tensor) -> Content:
-    skew = normal(len(weight) // 8, 8, 8)
-    turn = cayley(skew - skew.mT)
-    return Content({"oft_diag": turn}, torch.block_diag(*turn).T @ weight, bias)
-
-
-def boft_of_lycoris(size: Callable[[int], int], factors: int, rescaled: bool = False) -> Variant:
-    def make(weight: Tensor, bias: Tensor) -> Content:
-        out, width = len(weight), size(len(weight))
-        blocks = normal(factors, out // width, width, width)
-        turned = weight
-        for i in range(factors):
-            order = torch.arange(out).view(-1, 2, 2**i * width // 2).transpose(1, 2).flatten()
-            step = torch.block_diag(*cayley(blocks[i] - blocks[i].mT)) @ turned[order]
-            turned = torch.empty_like(turned).index_copy(0, order, step)
-        tensors = {"oft_blocks": blocks, **alpha(0.0)}
-        if rescaled:
-            tensors["rescale"] = normal(out, 1, mean=1.0)
-            turned = turned * tensors["rescale"]
-        return Content(tensors, turned, bias)
-
-    return make
-
-
-def boft_of_peft(weight: Tensor, bias: Tensor) -> Content:
-    columns = weight.shape[1]
-    blocks, factors = normal(2, columns // 8, 8, 8), normal(len(weight), 1, mean=1.0)
-    total = torch.eye(columns, dtype=torch.float64)
-    for i in range(2):
-        order = torch.arange(columns).view(-1, 2, 2**i, 4).transpose(1, 2).flatten()
-        to_pairs = torch.eye(columns, dtype=torch.float64)[order]
-        rotation = cayley((blocks[i].mT - blocks[i]) / 2)
-        total = to_pairs.T @ torch.block_diag(*rotation) @ to_pairs @ total
-    return Content({"boft_R": blocks, "boft_s": factors}, factors * (weight @ total.T), bias)
-
-
-def eight(out: int) -> int:
-    return 8
-
-
-def lokr(o2: Callable[[int], int], low_rank: str) -> Callable[..., tuple[dict[str, Tensor], Tensor]]:
-    return lambda out, columns: lokr_factors(out, columns, o2(out), low_rank)
-
-
-VARIANTS: dict[str, tuple[str, Variant]] = {
-    "lora": ("lora", added(lora_factors, 1.0)),
-    "lora-alpha": ("lora", added(lora_factors, 0.25, **alpha(1.0))),
-    "lora-bias": ("lora", lora_with_bias),
-    "lora-block-diagonal": ("lora", block_diagonal),
-    "loha": ("loha", added(loha_factors, 1.0)),
-    "loha-alpha": ("loha", added(loha_factors, 0.5, **alpha(2.0))),
-    "lokr-whole": ("lokr", added(lokr(eight, ""), 1.0, **alpha(float("inf")))),
-    "lokr-low-rank": ("lokr", added(lokr(eight, "2"), 0.5, **alpha(1.0))),
-    "lokr-low-rank-both": ("lokr", added(lokr(eight, "12"), 2.0, **alpha(4.0))),
-    "full": ("full", full),
-    "full-bias-alone": ("full", full_bias_alone),
-    "glora": ("glora", glora),
-    "dora": ("dora", dora(added(lora_factors, 1.0))),
-    "dora-alpha": ("dora", dora(added(lora_factors, 0.25, **alpha(1.0)))),
-    "dora-block-diagonal": ("dora", dora(block_diagonal)),
-    "dora-peft": ("dora", dora_of_peft),
-    "dora-loha": ("dora-loha", dora(added(loha_factors, 0.5, **alpha(2.0)))),
-    "dora-lokr": ("dora-lokr", dora(added(lokr(eight, "2"), 0.5, **alpha(1.0)))),
-    "ia3": ("ia3", ia3_of_peft),
-    "ia3-input": ("ia3", ia3_of_peft_on_input),
-    "ia3-lycoris": ("ia3-lycoris", ia3_of_lycoris),
-    "ia3-lycoris-input": ("ia3-lycoris", ia3_of_lycoris_on_input),
-    "oft-peft": ("oft", oft_of_peft()),
-    # OneTrainer writes an alpha that means nothing there.
-    "oft-peft-shared": ("oft", oft_of_peft(shared=True, **alpha(1.0))),
-    "oft": ("oft", oft_of_lycoris(eight)),
-    "oft-rescaled": ("oft", oft_of_lycoris(eight, rescaled=True)),
-    "oft-old": ("oft", oft_of_old_lycoris),
-    "boft": ("boft", boft_of_lycoris(eight, 1)),
-    "boft-rescaled": ("boft", boft_of_lycoris(eight, 1, rescaled=True)),
-    "boft-three-factors": ("boft", boft_of_lycoris(eight, 3)),
-    "boft-peft": ("boft", boft_of_peft),
-}
-
 WHOLE_ONLY: dict[str, tuple[str, Variant, str]] = {
-    "dora-input": ("dora", dora(added(lora_factors, 0.25, **alpha(1.0)), axis=0), "a length for every input"),
-    "dora-input-loha": ("dora-loha", dora(added(loha_factors, 0.5, **alpha(2.0)), axis=0), "a length for every input"),
+    "dora-input": ("dora", dora(added(lora_factors, 0.25, **alpha(1.0)), by_input=True), "a length for every input"),
+    "dora-input-loha": (
+        "dora-loha",
+        dora(added(loha_factors, 0.5, **alpha(2.0)), by_input=True),
+        "a length for every input",
+    ),
     "oft-constraint": ("oft", oft_of_lycoris(eight, constraint=0.01), "its constraint is over all outputs"),
 }
 """Exact where the file's layer is one layer of the model, in whatever order. On several: refused, and why."""
@@ -335,7 +110,7 @@ REFUSED: dict[str, tuple[Variant, str]] = {
     **{name: (variant, reason) for name, (_, variant, reason) in WHOLE_ONLY.items()},
     "oft": (oft_of_lycoris(unaligned), "its oft joins outputs that are in different layers of the model"),
     "boft": (boft_of_lycoris(unaligned, 1), "its boft joins outputs that are in different layers"),
-    "dora-lokr": (dora(added(lokr(unaligned, "2"), 1.0)), "its dora-lokr joins outputs that are in different layers"),
+    "dora-lokr": (dora(added(lokr("2", unaligned), 1.0)), "its dora-lokr joins outputs that are in different layers"),
 }
 
 
@@ -346,9 +121,11 @@ def flux() -> nn.Module:
 
 def content_for(model: nn.Module, layer: Layer, variant: Variant) -> Content:
     hosts = [model.get_submodule(path) for path in layer.parts]
-    return variant(
+    content = variant(
         *(layer.joined([getattr(host, name).detach().double() for host in hosts]) for name in ("weight", "bias"))
     )
+    assert content is not None
+    return content
 
 
 def spelled(layer: Layer, tensors: dict[str, Tensor], style: str) -> dict[str, Tensor]:
@@ -446,6 +223,41 @@ def test_blocks_across_swapped_halves_are_refused(variant: Variant, reason: str)
         diffadapt.load_adapter(model, spelled(layer, content_for(model, layer, variant).tensors, "dotted"))
 
 
+# And back
+
+
+@pytest.mark.parametrize("where", LAYERS)
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name not in ("ia3", "ia3-input", "boft-peft")])
+def test_what_was_cut_is_saved_as_it_was(name: str, where: str, tmp_path: Path) -> None:
+    model, layer = flux(), LAYERS[where]
+    file = spelled(layer, content_for(model, layer, VARIANTS[name][1]).tensors, "kohya")
+    diffadapt.load_adapter(model, file, name="a")
+    saved = load_file(diffadapt.adapters(model).save("a", tmp_path / "saved.safetensors", format="kohya"))
+    again = flux()
+    diffadapt.load_adapter(again, saved, name="a")
+    for path, part in adapter_layers(model).items():
+        other = adapter_layers(again)[path]
+        assert (other.kind.name, other.scale) == (part.kind.name, part.scale)
+        assert all(torch.equal(other.tensors[key], tensor) for key, tensor in part.tensors.items())
+    if "block-diagonal" in name or name == "dora-peft":
+        return
+    for key, tensor in file.items():
+        if not key.endswith(".alpha"):
+            assert torch.equal(saved[key].flatten(), tensor.flatten()), key
+
+
+def test_limited_rotations_trained_one_by_one_are_not_joined(tmp_path: Path) -> None:
+    """A limit of all blocks together is another one than that of each part."""
+    model, layer = flux(), LAYERS["image qkv"]
+    tensors = {"oft_blocks": normal(4, 8, 8), **alpha(0.01)}
+    file = {
+        f"lora_unet_{path.replace('.', '_')}.{key}": t.clone() for path in layer.parts for key, t in tensors.items()
+    }
+    diffadapt.load_adapter(model, file, name="a")
+    with pytest.raises(diffadapt.AdapterError, match="oft of 3 layers cannot become the one layer"):
+        diffadapt.adapters(model).save("a", tmp_path / "saved.safetensors", format="kohya")
+
+
 # LoKr of which no rows of a factor are a piece
 
 
@@ -466,7 +278,7 @@ def test_lokr_that_cannot_be_cut_is_a_plain_change(
     where: str, low_rank: str, scale: float, given: dict[str, Tensor], kind: str
 ) -> None:
     model, layer = flux(), LAYERS[where]
-    content = content_for(model, layer, added(lokr(unaligned, low_rank), scale, **given))
+    content = content_for(model, layer, added(lokr(low_rank, unaligned), scale, **given))
     file = spelled(layer, content.tensors, "dotted")
     expected = {kind: len(layer.parts)}
     assert diffadapt.inspect(headers(file), {"transformer": model}).types == expected
@@ -478,7 +290,7 @@ def test_lokr_that_cannot_be_cut_is_a_plain_change(
 
 def test_plain_change_is_computed_in_single_precision_and_kept_in_the_adapters() -> None:
     model, layer = flux().bfloat16(), LAYERS["image qkv"]
-    tensors = {name: tensor.bfloat16() for name, tensor in lokr_factors(96, 32, 48, "1")[0].items()}
+    tensors = {name: tensor.bfloat16() for name, tensor in lokr_factors(96, 32, o2=48, low_rank="1")[0].items()}
     diffadapt.load_adapter(model, spelled(layer, {**tensors, **alpha(1.5)}, "dotted"), name="a")
     a, b, w2 = (tensors[name].float() for name in ("lokr_w1_a", "lokr_w1_b", "lokr_w2"))
     change = 0.75 * torch.kron(a @ b, w2)
@@ -488,7 +300,7 @@ def test_plain_change_is_computed_in_single_precision_and_kept_in_the_adapters()
 
 def test_scale_of_a_whole_lokr_in_a_folder_of_peft(tmp_path: Path) -> None:
     model, layer = flux(), LAYERS["image qkv"]
-    content = content_for(model, layer, added(lokr(unaligned, ""), 0.5))
+    content = content_for(model, layer, added(lokr("", unaligned), 0.5))
     names = {f"base_model.model.{key}": t for key, t in spelled(layer, content.tensors, "dotted").items()}
     files.write(tmp_path / "adapter_model.safetensors", names)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LOKR", "r": 4, "alpha": 2}))

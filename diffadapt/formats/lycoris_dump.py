@@ -26,6 +26,8 @@ _SPELLINGS = {
     "glora_b1": "b1.weight",
     "glora_b2": "b2.weight",
     "ia3_w": "weight",
+    # OneTrainer's; sd-scripts and LyCORIS turn outputs and have other tensors.
+    "oft_R": "oft_R.weight",
 }
 _NORM_SPELLINGS = {"diff": "w_norm", "diff_b": "b_norm"}
 _POINTWISE = frozenset({"lora_up", "dora_scale", "glora_a1", "glora_a2", "glora_b1"})
@@ -81,7 +83,7 @@ def dump_kohya(state: AdapterState) -> dict[str, Document]:
 
 
 def dump_onetrainer(state: AdapterState) -> dict[str, Document]:
-    """OneTrainer: diffusers' names, flattened, under `lora_unet_` or `lora_transformer_`."""
+    """OneTrainer: diffusers' names, flattened, under `lora_unet_`, `lora_transformer_` or `lora_prior_unet_`."""
 
     def prefix(component: str) -> str:
         if not component.startswith("text_encoder"):

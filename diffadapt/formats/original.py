@@ -1,8 +1,8 @@
 """From the model's layers back to those of its original layout, for files that other tools read.
 
-The opposite of what `build.py` does with `pieces.Piece`: query, key and value become one layer again, with a
-block-diagonal `up`, and the halves of an adaptive norm change places. Only LoRA, DoRA per output and whole changes can
-be joined exactly; layers that are one layer in both layouts keep their type.
+The opposite of what `build.py` does with `pieces.Piece`: query, key and value become one layer again, and the halves
+of an adaptive norm change places. What was cut from one layer is put together as it was, whatever its type. What was
+never one layer can be if it is LoRA or DoRA per output, with a block-diagonal `up`, or whole changes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from diffadapt.errors import AdapterError
-from diffadapt.layer import pick
+from diffadapt.pieces import Piece
 from diffadapt.state import LayerState, Layout
-
-_JOINED = ("lora", "dora", "full")
+from diffadapt.types import named
 
 
 def original(layers: Mapping[str, LayerState], layout: Layout) -> dict[str, LayerState]:
@@ -43,20 +42,83 @@ def original(layers: Mapping[str, LayerState], layout: Layout) -> dict[str, Laye
 
 def _joined(name: str, parts: Sequence[tuple[LayerState | None, int]], swapped: bool) -> LayerState:
     present = [layer for layer, _ in parts if layer is not None]
+    joined = present[0] if len(parts) == 1 else _as_it_was(parts)
     types = sorted({layer.type for layer in present})
     if types == ["oft"] and len(present) == len(parts) and not swapped and _is_of_sd_scripts(present):
         blocks = {f"oft_blocks.{number}": layer.tensors["oft_blocks"] for number, layer in enumerate(present)}
         return replace(present[0], tensors=blocks)
-    if len(types) > 1 or types[0] not in _JOINED:
+    if joined is None and types == ["full"]:
+        joined = _whole(name, parts)
+    elif joined is None and types in (["lora"], ["dora"]):
+        joined = _factors(name, parts, types[0])
+    if joined is not None and swapped:
+        joined = _swapped(joined, sum(size for _, size in parts))
+    if joined is None:
         raise AdapterError(
             f"{name}: {' and '.join(types)} of {len(present)} layers cannot become the one layer that they are in this "
             "format; use format='diffusers' or 'peft', or to_lora() first"
         )
-    if len(parts) > 1:
-        joined = _whole(name, parts) if types[0] == "full" else _factors(name, parts, types[0])
-    else:
-        joined = present[0]
-    return _swapped(joined, sum(size for _, size in parts)) if swapped else joined
+    return joined
+
+
+def _as_it_was(parts: Sequence[tuple[LayerState | None, int]]) -> LayerState | None:
+    """The layer that comes apart into just these parts, or `None` where they were never one layer."""
+    layers = [layer for layer, _ in parts if layer is not None]
+    first, kind = layers[0], named(layers[0].type)
+    if len(layers) < len(parts) or len({_joint(layer) for layer in layers}) > 1:
+        return None
+    if first.settings.get(kind.alpha_is or "", 0.0) > 0 and "output" in _stages(first):
+        # The limit of a rotation is over all outputs.
+        return None
+    equal = {
+        name for name, tensor in first.tensors.items() if all(torch.equal(tensor, t.tensors[name]) for t in layers)
+    }
+    for common in (equal, set[str]()):
+        tensors = {
+            name: tensor
+            if name in common
+            else torch.cat([layer.tensors[name] for layer in layers], dim=_axis_of_rows(tensor))
+            for name, tensor in first.tensors.items()
+        }
+        if _comes_apart(tensors, first.type, parts):
+            return replace(first, tensors=tensors)
+    return None
+
+
+def _stages(layer: LayerState) -> Sequence[str]:
+    kind = named(layer.type)
+    return kind.stages(layer.tensors, kind.geometry(layer.tensors))
+
+
+def _joint(layer: LayerState) -> tuple[object, ...]:
+    """What parts of one layer have in common: all but their tensors' values and numbers of rows."""
+    sides: list[tuple[str, int, tuple[int, ...]]] = []
+    for name, tensor in sorted(layer.tensors.items()):
+        axis = _axis_of_rows(tensor)
+        sides.append((name, axis, (*tensor.shape[:axis], *tensor.shape[axis + 1 :])))
+    return (layer.type, layer.scale, tuple(layer.settings.items()), *sides)
+
+
+def _axis_of_rows(tensor: Tensor) -> int:
+    """The first; the blocks of a butterfly are in its second."""
+    return max(tensor.ndim - 3, 0)
+
+
+def _comes_apart(tensors: Mapping[str, Tensor], type: str, parts: Sequence[tuple[LayerState | None, int]]) -> bool:
+    """Whether the rows of these tensors are the parts, bit for bit."""
+    kind = named(type)
+    whole = replace(kind.geometry(tensors), out_features=sum(size for _, size in parts))
+    start = 0
+    for layer, size in parts:
+        assert layer is not None
+        try:
+            cut = kind.rows(tensors, whole, [range(start, start + size)])
+        except AdapterError:
+            return False
+        if cut is None or not all(torch.equal(cut[name], tensor) for name, tensor in layer.tensors.items()):
+            return False
+        start += size
+    return True
 
 
 def _is_of_sd_scripts(layers: Sequence[LayerState]) -> bool:
@@ -76,12 +138,6 @@ def _factors(name: str, parts: Sequence[tuple[LayerState | None, int]], type: st
     scales = {layer.scale for layer in present}
     common = scales.pop() if len(scales) == 1 else 1.0
     downs = [layer.tensors["lora_down"] for layer in present]
-    if len(present) == len(parts) and len(scales) == 0 and all(torch.equal(downs[0], down) for down in downs[1:]):
-        # They were one layer before.
-        names = sorted({name for layer in present for name in layer.tensors} - {"lora_down"})
-        if all(name in layer.tensors for name in names for layer in present):
-            joined = {name: torch.cat([layer.tensors[name] for layer in present]) for name in names}
-            return replace(present[0], tensors={"lora_down": downs[0], **joined})
     ranks = sum(down.shape[0] for down in downs)
     like = present[0].tensors["lora_up"]
     up, biases = like.new_zeros(sum(size for _, size in parts), ranks), list[Tensor]()
@@ -120,17 +176,17 @@ def _whole(name: str, parts: Sequence[tuple[LayerState | None, int]]) -> LayerSt
     return replace(present[0], tensors=tensors)
 
 
-def _swapped(layer: LayerState, size: int) -> LayerState:
-    """The same with the second half of the outputs first."""
-    if layer.type == "dora" and _by_input(layer):
-        rows = ("lora_up",)
-    else:
-        rows = ("lora_up", "lora_bias", "dora_scale", "diff", "set_weight", "diff_b")
-    halves = (range(size // 2, size), range(size // 2))
-    return replace(
-        layer,
-        tensors={name: pick(tensor, halves) if name in rows else tensor for name, tensor in layer.tensors.items()},
-    )
+def _swapped(layer: LayerState, size: int) -> LayerState | None:
+    """The same with the second half of the outputs first, or `None` if the type cannot be taken apart there."""
+    kind = named(layer.type)
+    whole = replace(kind.geometry(layer.tensors), out_features=size)
+    tensors = kind.rows(layer.tensors, whole, Piece("", swapped=True).rows(0, size))
+    if tensors is None:
+        return None
+    rank = kind.rank(tensors)
+    # Ranks that no output uses are left out.
+    alpha = layer.alpha if rank == layer.rank or rank is None else layer.scale * rank
+    return replace(layer, tensors=tensors, rank=rank, alpha=alpha)
 
 
 def _by_input(layer: LayerState) -> bool:

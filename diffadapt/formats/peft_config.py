@@ -49,11 +49,16 @@ def ranks_and_alphas(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> d
     """The commonest rank and alpha, and patterns for all others."""
     rank, alpha = _commonest(ranks), _commonest(alphas)
     return {
-        "alpha_pattern": {f"^{path}": value for path, value in alphas.items() if value != alpha},
+        "alpha_pattern": {_pattern(path): value for path, value in alphas.items() if value != alpha},
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "r": rank,
-        "rank_pattern": {f"^{path}": value for path, value in ranks.items() if value != rank},
+        "rank_pattern": {_pattern(path): value for path, value in ranks.items() if value != rank},
     }
+
+
+def _pattern(path: str) -> str:
+    """For one layer; above CLIP's there is a level in transformers 4, and in files for it, that 5 does not have."""
+    return path if path.startswith("encoder.layers.") else f"^{path}"
 
 
 def settings(config: Mapping[str, Any], path: str, type: str) -> dict[str, float]:
