@@ -1,7 +1,7 @@
 """Write `docs/compatibility.md`: what becomes of files of every family, dialect and type, here and in diffusers.
 
-Every cell is the result of a run; nothing is written by hand. How files are made and judged: `tests/matrix.py`. Run it
-from the root of the repository:
+Every cell is the result of a run; nothing is written by hand. How files are made and judged: `tests/matrix.py` and
+`tests/judge.py`. Run it from the root of the repository:
 
     python -m scripts.compat_matrix                    # everything, one process per core
     python -m scripts.compat_matrix --family flux      # one family, printed and not written
@@ -24,7 +24,9 @@ import torch
 
 from tests.denoisers import SMALL
 from tests.dialects import DIALECTS
-from tests.matrix import FOREIGN, KINDS, WRITERS, Listed, Outcome, Workbench, files, judge, listed, refusal
+from tests.judge import WRITERS, Outcome, judge
+from tests.listed import FOREIGN, Listed, listed, refusal
+from tests.matrix import KINDS, Workbench, files
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "compatibility.md"
@@ -139,6 +141,20 @@ def _summary(outcomes: Sequence[Outcome]) -> Iterator[str]:
         ]
         counted = Counter(_verdict(outcome.diffusers) for outcome in own)
         yield _row([*cells, *(counted[word] or "" for word in VERDICTS)])
+    yield ""
+    yield "| type | files | load | equal | diffusers: " + " | ".join(VERDICTS) + " |"
+    yield "|---|---|---|---|" + "---|" * len(VERDICTS)
+    for kind in KINDS:
+        own = [outcome for outcome in outcomes if outcome.kind == kind]
+        if own:
+            counted = Counter(_verdict(outcome.diffusers) for outcome in own)
+            cells = [
+                kind,
+                len(own),
+                sum(outcome.loads == "yes" for outcome in own),
+                sum(outcome.equals == "yes" for outcome in own),
+            ]
+            yield _row([*cells, *(counted[word] or "" for word in VERDICTS)])
     yield ""
 
 

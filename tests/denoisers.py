@@ -56,15 +56,15 @@ def _transformer(pipeline: str, name: str, tall: Callable[[], nn.Module] | None 
     return Small(pipeline, {"transformer": _denoiser(name, **config)}, tall)
 
 
-def _tall(name: str, **config: Any) -> Callable[[], nn.Module]:
-    """A model whose linear layers have all their outputs and a 64th of their inputs: it cannot run as a whole."""
+def _tall(name: str, part: int = 64, **config: Any) -> Callable[[], nn.Module]:
+    """A model whose linear layers have all their outputs and a `part`th of their inputs: it cannot run as a whole."""
 
     def build() -> nn.Module:
         with torch.device("meta"):
             model = getattr(diffusers, name)(**config)
         for path, module in list(model.named_modules()):
             if isinstance(module, nn.Linear):
-                inputs = max(8, module.in_features // 64)
+                inputs = max(8, module.in_features // part)
                 model.set_submodule(
                     path, nn.Linear(inputs, module.out_features, bias="bias" in dict(module.named_parameters()))
                 )
@@ -200,6 +200,8 @@ SMALL: dict[str, Small] = {
                 **_SQUARE,
             )
         },
+        # Its converter takes all blocks for granted.
+        tall=_tall("FluxTransformer2DModel", 384, in_channels=128, out_channels=64, guidance_embeds=True),
     ),
     "chroma": _transformer(
         "ChromaPipeline",

@@ -22,7 +22,9 @@ from diffadapt.manager import Adapters
 from diffadapt.types import TYPES
 from tests.denoisers import SMALL
 from tests.dialects import DIALECTS
-from tests.matrix import FOREIGN, KINDS, File, Workbench, files, in_diffusers, judge, listed, refusal
+from tests.judge import in_diffusers, judge
+from tests.listed import FOREIGN, listed, refusal
+from tests.matrix import KINDS, File, Workbench, file_of, files
 
 DIALECT = {dialect.name: dialect for dialect in DIALECTS}
 REFUSED = "length for every input|constraint is over all outputs|new weight of a norm"
@@ -35,17 +37,19 @@ def bench_of(family: str) -> Workbench:
     return _benches.setdefault(family, Workbench(family))
 
 
-def file_of(bench: Workbench, dialect: str, kind: str) -> File:
-    return next(file for file in files(bench, DIALECT[dialect]) if file.kind == kind)
+def made(bench: Workbench, dialect: str, kind: str) -> File:
+    file = file_of(bench, DIALECT[dialect], kind)
+    assert file is not None
+    return file
 
 
 @pytest.mark.parametrize("family", SMALL)
 def test_every_type_in_every_dialect_is_loaded_saved_and_loaded_again(family: str, tmp_path: Path) -> None:
     """On a layer of each component, one that is several of the model where the dialect has such."""
     bench = bench_of(family)
-    made = [file for dialect in DIALECTS for file in files(bench, dialect, most=1)]
-    assert made
-    for number, file in enumerate(made):
+    every = [file for dialect in DIALECTS for file in files(bench, dialect, most=1)]
+    assert every
+    for number, file in enumerate(every):
         outcome = judge(bench, file, tmp_path / str(number), peer=False)
         if outcome.loads != "yes":
             assert re.search(REFUSED, outcome.loads), outcome
@@ -91,7 +95,7 @@ def test_every_registered_type_format_and_family_is_tested(tmp_path: Path) -> No
 def test_a_wrong_formula_or_a_lost_layer_would_be_seen(tmp_path: Path) -> None:
     """The judge itself: other factors, and a file in which a layer is missing, are not what is wanted."""
     bench = bench_of("qwen")
-    file = file_of(bench, "diffusers", "LoRA")
+    file = made(bench, "diffusers", "LoRA")
     key = next(key for key in file.tensors if key.endswith("lora_B.weight"))
     file.tensors[key] = file.tensors[key].flip(0)
     outcome = judge(bench, file, tmp_path / "other")
@@ -110,7 +114,7 @@ def test_a_wrong_formula_or_a_lost_layer_would_be_seen(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["sd", "sdxl", "flux", "flux2", "qwen", "wan"])
 def test_plain_diffusers_reads_what_is_saved_in_its_format(family: str, kind: str, tmp_path: Path) -> None:
     bench = bench_of(family)
-    file = file_of(bench, "LyCORIS", kind)
+    file = made(bench, "LyCORIS", kind)
     bench.manager.load(file.write(tmp_path), "a")
     saved = bench.loaded.save("a", tmp_path / "saved.safetensors", "diffusers")
     bench.loaded.clear()
@@ -122,7 +126,7 @@ def test_plain_diffusers_reads_what_is_saved_in_its_format(family: str, kind: st
 )
 def test_plain_diffusers_reads_what_is_saved_for_other_programs(family: str, format: str, tmp_path: Path) -> None:
     bench = bench_of(family)
-    file = file_of(bench, "diffusers", "LoRA in blocks, one alpha")
+    file = made(bench, "diffusers", "LoRA in blocks, one alpha")
     bench.manager.load(file.write(tmp_path), "a")
     saved = bench.loaded.save("a", tmp_path / "saved.safetensors", format)
     bench.loaded.clear()
@@ -135,7 +139,7 @@ def test_plain_diffusers_reads_what_is_saved_for_other_programs(family: str, for
 )
 def test_peft_reads_what_is_saved_as_a_folder(kind: str, tmp_path: Path) -> None:
     bench = bench_of("cogview4")
-    file = file_of(bench, "PEFT folder", kind)
+    file = made(bench, "PEFT folder", kind)
     bench.manager.load(file.write(tmp_path / "file"), "a")
     folder = bench.loaded.save("a", tmp_path / "saved", "peft").parent
     bench.loaded.clear()
@@ -151,7 +155,7 @@ def test_peft_reads_what_is_saved_as_a_folder(kind: str, tmp_path: Path) -> None
 def test_lycoris_reads_what_is_saved_for_it(kind: str, tmp_path: Path) -> None:
     lycoris = pytest.importorskip("lycoris.modules")
     bench = bench_of("sd")
-    file = file_of(bench, "OneTrainer", kind)
+    file = made(bench, "OneTrainer", kind)
     bench.manager.load(file.write(tmp_path), "a")
     tensors = load_file(bench.loaded.save("a", tmp_path / "saved.safetensors", "kohya"))
     bench.loaded.clear()
