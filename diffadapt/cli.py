@@ -18,6 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     convert.add_argument("file", help="file, folder or hub id")
     convert.add_argument("output", help="file or folder to write")
     convert.add_argument("--to", required=True, metavar="FORMAT", help="diffusers, kohya, peft, ...")
+    convert.add_argument("--family", help="of the models it is for, where its names do not tell: sdxl, flux, ...")
     demo = commands.add_parser("demo", help="load adapters into the embedded pipeline and draw a picture")
     demo.add_argument("--pipeline", default=None, help="folder of the embedded pipeline (default: this checkout's)")
     demo.add_argument("--output", default="demo.png", help="picture to write (default: %(default)s)")
@@ -43,7 +44,7 @@ def _inspect(options: argparse.Namespace) -> int:
 def _convert(options: argparse.Namespace) -> int:
     from diffadapt.convert import convert
 
-    print(convert(options.file, options.output, options.to))
+    print(convert(options.file, options.output, options.to, family=options.family))
     return 0
 
 

@@ -18,6 +18,8 @@ def convert(
     target: str | os.PathLike[str],
     format: str = "diffusers",
     *,
+    family: str | None = None,
+    source_format: str | None = None,
     weight_name: str | None = None,
     subfolder: str | None = None,
 ) -> Path:
@@ -31,6 +33,8 @@ def convert(
         source: as for `pipe.load_adapter`.
         target: as for `pipe.adapters.save`.
         format: likewise.
+        family: of the models that the file is for ("sdxl", "flux", ...); default what its names and shapes tell.
+        source_format: of the file; default what its names tell.
 
     Returns:
         The file written.
@@ -41,13 +45,14 @@ def convert(
     """
     chosen = writer(format)
     checkpoint = read(source, Location(weight_name, subfolder))
-    family = families.of_file((key, tuple(tensor.shape)) for key, tensor in checkpoint.tensors.items())
+    family = family or families.of_file((key, tuple(tensor.shape)) for key, tensor in checkpoint.tensors.items())
     if family is None:
         raise AdapterError(
-            f"{checkpoint.origin}: its names do not tell for which models it is; load it into a pipeline and save it "
-            "from there"
+            f"{checkpoint.origin}: its names do not tell for which models it is; pass family=, or load it into a "
+            "pipeline and save it from there"
         )
-    planned = _planned(checkpoint, family, "whole" if chosen.original(family) else "split")
+    planned = planned_on(checkpoint, family, "whole" if chosen.original(family) else "split", source_format)
+    planned.refuse_faults(strict=True)
     layers = {
         component: {path: layer.state for path, layer in found.items()} for component, found in planned.layers.items()
     }
@@ -58,19 +63,16 @@ def convert(
     return write(target, chosen.dump(state))
 
 
-def _planned(checkpoint: Checkpoint, family: str, for_writing: ForWriting) -> Plan:
-    """The file on the first of the family's models that has all its layers.
-
-    Raises:
-        LoadError: none has; what is wrong with the one that has most of them.
-    """
+def planned_on(
+    checkpoint: Checkpoint, family: str, for_writing: ForWriting | None = None, format: str | None = None
+) -> Plan:
+    """The file on the first of the family's models that has all its layers, or on the one that has most of them."""
     best: Plan | None = None
     for models in published(family):
-        planned = plan(checkpoint, models, for_writing=for_writing)
+        planned = plan(checkpoint, models, for_writing=for_writing, format=format)
         if (planned.layers or planned.tokens) and not planned.faults:
             return planned
         if best is None or len(planned.faults) < len(best.faults):
             best = planned
     assert best is not None
-    best.refuse_faults(strict=True)
     return best

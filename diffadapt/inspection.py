@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from diffadapt.convert import planned_on
 from diffadapt.io import Location, Source, read
 from diffadapt.load import plan
 from diffadapt.pipeline import components_of
@@ -12,13 +13,22 @@ from diffadapt.report import Report
 
 
 def inspect(
-    source: Source, target: Any = None, *, weight_name: str | None = None, subfolder: str | None = None
+    source: Source,
+    target: Any = None,
+    *,
+    format: str | None = None,
+    family: str | None = None,
+    weight_name: str | None = None,
+    subfolder: str | None = None,
 ) -> Report:
     """What is in a file and where it would go. Reads headers only and touches no model.
 
     Args:
         source: as for `pipe.load_adapter`.
         target: a pipeline, or `{component: model}`, also on the meta device; `None` to go by the names alone.
+
+        format: of the file; default what its names tell.
+        family: without a target, say where the file would go on the published models of this family ("sdxl", ...).
 
     Raises:
         AdapterError: the source cannot be read or is in no known format.
@@ -27,4 +37,8 @@ def inspect(
     if target is not None:
         models = target if isinstance(target, Mapping) else components_of(target)
     checkpoint = read(source, Location(weight_name, subfolder), headers_only=True)
-    return plan(checkpoint, models).report(checkpoint.name or "default_0")
+    if models is None and family is not None:
+        planned = planned_on(checkpoint, family, format=format)
+    else:
+        planned = plan(checkpoint, models, format=format)
+    return planned.report(checkpoint.name or "default_0")

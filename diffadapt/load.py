@@ -100,6 +100,7 @@ def plan(
     for_writing: ForWriting | None = None,
     tokenizers: Mapping[str, Any] | None = None,
     leaving: str | None = None,
+    format: str | None = None,
 ) -> Plan:
     """Decide for every tensor of a file where it belongs, and build its layers. Touches no model.
 
@@ -112,13 +113,14 @@ def plan(
         for_writing: see `Builder`; such a plan is for writing and not for attaching.
         tokenizers: by their text encoder; without them, learned tokens cannot be installed.
         leaving: an adapter that will be gone, with its tokens.
+        format: of the file; default what its names tell.
     """
     try:
-        format = detect(checkpoint.header)
+        recognised = detect(checkpoint.header, format)
         wanted = None if components is None else set(components)
         targets = _targets(models, wanted)
-        verdicts = format.locate(checkpoint.header, Names(targets))
-        alphas, settings = format.alphas(checkpoint.header), format.settings(checkpoint.header)
+        verdicts = recognised.locate(checkpoint.header, Names(targets))
+        alphas, settings = recognised.alphas(checkpoint.header), recognised.settings(checkpoint.header)
     except AdapterError as error:
         raise LoadError(f"{checkpoint.origin}: {error}") from error
     faults: list[tuple[str, str]] = []
@@ -172,7 +174,7 @@ def plan(
     family = families.of_models(models) if models is not None else None
     if family is None:
         family = families.of_file((key, tuple(tensor.shape)) for key, tensor in checkpoint.tensors.items())
-    return Plan(checkpoint, format.name, family, layers, tokens.components, used, faults, ignored, targets or {})
+    return Plan(checkpoint, recognised.name, family, layers, tokens.components, used, faults, ignored, targets or {})
 
 
 def attach_all_(models: Mapping[str, nn.Module], name: str, planned: Plan, *, replacing: bool = False) -> None:

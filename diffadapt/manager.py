@@ -197,6 +197,7 @@ class Adapters:
         dtype: torch.dtype | None = None,
         activate: bool = True,
         allow_recompile: bool = False,
+        format: str | None = None,
     ) -> Report:
         """Load an adapter; `pipe.load_adapter` documents the arguments."""
         models = self._models()
@@ -207,7 +208,7 @@ class Adapters:
                 raise AdapterError(f"components: no {', '.join(unknown)}; the pipeline has {', '.join(models)}")
         if name is not None:
             self._refuse_name(name)
-        checkpoint, planned = self._planned(source, where, components, dtype, models, name=name)
+        checkpoint, planned = self._planned(source, where, components, dtype, models, name=name, format=format)
         if name is None:
             name = checkpoint.name or next(n for i in range(len(self) + 1) if (n := f"default_{i}") not in self)
             self._refuse_name(name)
@@ -612,12 +613,14 @@ class Adapters:
         name: str | None = None,
         device: torch.device | None = None,
         leaving: str | None = None,
+        format: str | None = None,
     ) -> tuple[Checkpoint, Plan]:
         """A source resolved against the models.
 
         Args:
             name: what tokens are called that have no name in the file.
             leaving: the adapter whose place it will take.
+            format: see `load.plan`.
         """
         if isinstance(source, Plan):
             if components is not None or dtype is not None:
@@ -647,6 +650,7 @@ class Adapters:
             device=device,
             tokenizers=self._tokenizers(),
             leaving=leaving,
+            format=format,
         )
 
     def _bring(

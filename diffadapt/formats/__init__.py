@@ -52,12 +52,20 @@ FORMATS: tuple[Format, ...] = (
 )
 
 
-def detect(header: Header) -> Format:
+def detect(header: Header, name: str | None = None) -> Format:
     """The format of a file.
 
+    Args:
+        name: what a caller says it is.
+
     Raises:
-        AdapterError: no format, or more than one, recognises the names.
+        AdapterError: no format, or more than one, recognises the names; or there is none of that name.
     """
+    if name is not None:
+        named = {format.name: format for format in FORMATS}
+        if name not in named:
+            raise AdapterError(f"format={name!r} is not known; use one of {', '.join(named)}")
+        return named[name]
     matching = [format for format in FORMATS if format.matches(header)]
     if len(matching) == 1:
         return matching[0]
