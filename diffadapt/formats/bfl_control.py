@@ -18,7 +18,7 @@ def _matches(header: Header) -> bool:
 
 
 def _locate(header: Header, names: Names) -> dict[str, Verdict]:
-    denoiser = names.denoiser()
+    denoiser = names.denoiser
     verdicts = suffixes.located(header.keys, lambda path, name: names.dotted(denoiser, path, name))
     for key in header.keys:
         norm = _NORM.fullmatch(key)

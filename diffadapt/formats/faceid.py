@@ -18,7 +18,7 @@ def _matches(header: Header) -> bool:
 
 
 def _locate(header: Header, names: Names) -> dict[str, Verdict]:
-    denoiser, attention = names.denoiser(), _attention(names)
+    denoiser, attention = names.denoiser, _attention(names)
     verdicts: dict[str, Verdict] = {}
     for key in header.keys:
         found = _LORA.fullmatch(key)
@@ -40,7 +40,7 @@ def _attention(names: Names) -> list[str] | None:
     """Paths of the attention layers in the order of diffusers' `attn_processors`, `None` without a model."""
     if names.models is None:
         return None
-    targets = names.models.get(names.denoiser())
+    targets = names.models.get(names.denoiser)
     modules = () if targets is None else targets.model.named_modules()
     return [path for path, module in modules if hasattr(module, "get_processor")]
 

@@ -4,7 +4,8 @@ import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from functools import cached_property
+from typing import Any, NamedTuple, TypeAlias
 
 from diffadapt import families
 from diffadapt.families.family import Aliases
@@ -45,8 +46,7 @@ class Header:
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """Where a tensor belongs.
 
     Attributes:
@@ -144,6 +144,7 @@ class Names:
         """Whether names of this component can be resolved."""
         return self.models is None or component in self.models
 
+    @cached_property
     def denoiser(self) -> str:
         """The component that a name without a component means."""
         # Of a model with two denoisers, someone may have asked for the second one only ("transformer_2").
@@ -155,7 +156,7 @@ class Names:
     def owners(self, path: str) -> Sequence[str]:
         """The components that a name of the denoiser's original checkpoint may be in, dotted or flattened."""
         own = [component for part, component in _OWN_MODELS.items() if path.startswith((f"{part}.", f"{part}_"))]
-        return (*own, self.denoiser())
+        return (*own, self.denoiser)
 
     def dotted(self, component: str, path: str, name: str) -> Verdict:
         """Place of tensor `name` of the layer that the file calls `path`."""
@@ -171,7 +172,7 @@ class Names:
 
     def bare(self, path: str, name: str) -> Verdict:
         """The same for a dotted path that names no component: the denoiser, or whichever component has it."""
-        return self.first((self.denoiser(), *(self.models or ())), path, name)
+        return self.first((self.denoiser, *(self.models or ())), path, name)
 
     def parts(self, component: str, written: str, paths: Sequence[str], name: str) -> Verdict:
         """The same for a layer of the file that consists of these layers of the model, in the order of its outputs."""

@@ -56,7 +56,7 @@ def _components(prefix: str, flat: str, names: Names) -> Sequence[str]:
     if prefix == "lora_prior_te":
         return "text_encoder", "prior_text_encoder"
     if prefix == "lora_prior_unet":
-        return "prior", "prior_prior", names.denoiser()
+        return "prior", "prior_prior", names.denoiser
     _, text_encoder, number = prefix.partition("_te")
     if not text_encoder:
         return names.owners(flat)

@@ -68,14 +68,15 @@ def located(keys: Iterable[str], place: Callable[[str, str], Verdict]) -> dict[s
         path, _, last = key.rpartition(".")
         # Of all bare weights only those with LyCORIS' flag beside them are an adapter's.
         found = (path, "ia3_w") if last == "weight" and f"{path}.on_input" in present else split(key)
+        known = None if found is None else places.get(found[0])
+        if found is not None and known is not None:
+            verdicts[key] = Place(known.component, known.path, found[1], known.written, known.pieces)
+            continue
         aside = _aside(key)
         if aside is not None:
             verdicts[key] = aside
         elif found is None:
             verdicts[key] = Unused("not the name of an adapter tensor")
-        elif found[0] in places:
-            known = places[found[0]]
-            verdicts[key] = Place(known.component, known.path, found[1], known.written, known.pieces)
         else:
             verdict = verdicts[key] = place(*found)
             if isinstance(verdict, Place) and verdict.name == found[1]:
@@ -93,6 +94,11 @@ def _aside(key: str) -> Verdict | None:
 
 def split(key: str) -> tuple[str, str] | None:
     """Module path and canonical tensor name of a dotted key, or `None` if no adapter type spells a tensor so."""
+    path, _, rest = key.partition(".")
+    name = _SPELLINGS.get(rest)
+    if name is not None:
+        # A flattened path, as most files have.
+        return path, name
     parts = key.split(".")
     for length in (3, 2, 1):
         if len(parts) <= length:

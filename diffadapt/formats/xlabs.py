@@ -18,7 +18,7 @@ def _matches(header: Header) -> bool:
 
 def _locate(header: Header, names: Names) -> dict[str, Verdict]:
     verdicts = suffixes.located(header.keys, lambda path, name: Unused("a name unlike the others in this file"))
-    denoiser = names.denoiser()
+    denoiser = names.denoiser
     for key in header.keys:
         match = _KEY.fullmatch(key)
         if match is None or (match[1] is None) != (match[4] is None):
