@@ -28,11 +28,15 @@ def _locate(header: Header, names: Names) -> dict[str, Verdict]:
         if not path.startswith(_PREFIX):
             return Unused(f"a name without the {_PREFIX!r} that others in this file have")
         path = path.removeprefix(_PREFIX)
-        if name == "ia3_l" and peft_config.is_feedforward(config, path):
-            name = FEEDFORWARD
-        return _unless_misread(names, names.bare(path, name))
+        return names.bare(path, name)
 
-    return suffixes.located(header.keys, place)
+    verdicts = suffixes.located(header.keys, place)
+    for key, verdict in verdicts.items():
+        if isinstance(verdict, Place):
+            if verdict.name == "ia3_l" and peft_config.is_feedforward(config, verdict.written):
+                verdict = verdict._replace(name=FEEDFORWARD)
+            verdicts[key] = _unless_misread(names, verdict)
+    return verdicts
 
 
 def _unless_misread(names: Names, verdict: Verdict) -> Verdict:

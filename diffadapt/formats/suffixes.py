@@ -59,7 +59,7 @@ _NOT_LOADED = {
 def located(keys: Iterable[str], place: Callable[[str, str], Verdict]) -> dict[str, Verdict]:
     """A verdict for every key: that of `place(path, name)` for those that name a tensor of an adapter.
 
-    The tensors of one path have one place, which is looked up once.
+    The tensors of one path have one place, which is looked up once: it must not depend on the name.
     """
     present = set(keys)
     places: dict[str, Place] = {}
