@@ -292,7 +292,7 @@ class AdapterLayer(nn.Module):
 
     def base_weight(self) -> Tensor:
         """The layer's own weight, canonical and decoded."""
-        return self.spec.to_stored(decoded(self.host, "weight"))
+        return weight_of(self.host, self.spec)
 
     def _prepared(self) -> Tensors:
         if not self.kind.is_prepared and "patch" not in self.stages:
@@ -330,6 +330,11 @@ class AdapterLayer(nn.Module):
     def extra_repr(self) -> str:
         shapes = ", ".join(f"{name}={tuple(tensor.shape)}" for name, tensor in self.tensors.items())
         return f"{self.kind.name}, {shapes}, scale={self.scale:g}"
+
+
+def weight_of(host: nn.Module, spec: LayerSpec) -> Tensor:
+    """A layer's own weight, canonical and decoded."""
+    return spec.to_stored(decoded(host, "weight"))
 
 
 @dataclass(frozen=True)

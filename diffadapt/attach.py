@@ -242,8 +242,8 @@ def detach_(model: nn.Module, name: str) -> None:
         return
     _level_(model, [adapter for other, adapter in bank.adapters.items() if other != name], bank)
     del bank._modules[name]
-    if bank.reservation is not None and (left := bank.reservation.leave(name)) is not None:
-        bank.reservation.wipe([left])
+    if bank.reservation is not None:
+        bank.reservation.vacate(name)
     refresh_(model)
     _release_unused_(model, bank)
 

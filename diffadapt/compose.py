@@ -122,7 +122,8 @@ def _after(ready: Sequence[Ready], output: Tensor, bias: Tensor | None, spec: La
         # Maps are linear: of the bias they need only take out again what they made of it.
         turned = _turned(ready, "output", output, spec.channel_axis)
         if bias is not None:
-            each = bias.expand(len(output), -1) if any(r.gate.ndim for r in ready) else bias
+            has_samples = any(r.gate.ndim for r in ready if "output" in r.layer.stages)
+            each = bias.expand(len(output), -1) if has_samples else bias
             change = spec.along_channels(_turned(ready, "output", each, -1) - each, output.ndim)
             turned = turned - change if torch.is_grad_enabled() else turned.sub_(change)
         output = turned

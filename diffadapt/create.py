@@ -3,13 +3,13 @@
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from diffadapt.adapter import Adapter, AdapterLayer, Dropout
+from diffadapt.adapter import Adapter, AdapterLayer, Dropout, weight_of
 from diffadapt.attach import attach_, bank_of, refresh_
 from diffadapt.config import AdapterConfig
 from diffadapt.errors import AdapterError, naming
-from diffadapt.hooks import decoded, execution_device
+from diffadapt.hooks import execution_device
 from diffadapt.layer import LayerSpec
 from diffadapt.targets import Targets
 from diffadapt.types import for_config
@@ -57,7 +57,7 @@ def new_layers(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, Adapt
     for path, spec in specs.items():
         settings = config.at(path)
         with naming(path):
-            tensors = kind.init(spec, settings, generator, partial(_weight, hosts[path], spec))
+            tensors = kind.init(spec, settings, generator, partial(weight_of, hosts[path], spec))
         dropout = Dropout(config.dropout, getattr(config, "rank_dropout", 0.0), config.module_dropout)
         layers[path] = AdapterLayer(
             kind,
@@ -69,7 +69,3 @@ def new_layers(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, Adapt
             dropout=dropout,
         )
     return layers, hosts
-
-
-def _weight(host: nn.Module, spec: LayerSpec) -> Tensor:
-    return spec.to_stored(decoded(host, "weight"))

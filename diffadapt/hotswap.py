@@ -10,10 +10,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from diffadapt.adapter import AdapterLayer
+from diffadapt.adapter import AdapterLayer, weight_of
 from diffadapt.attach import bank_of, reserve_
 from diffadapt.errors import AdapterError
-from diffadapt.hooks import compute_dtype, decoded, execution_device
+from diffadapt.hooks import compute_dtype, execution_device
 from diffadapt.layer import LayerSpec
 from diffadapt.slots import Arrangement, Form, Forms, Needs, Reservation, lower
 from diffadapt.targets import Targets
@@ -102,7 +102,7 @@ def arrange(
 
     Args:
         new: adapter name -> component -> its layers.
-        staying: seated adapters that keep their seats; all others may lose theirs, the longest unused ones first.
+        staying: seated adapters that keep their seats; all others may lose theirs, those seated longest first.
         first: who loses theirs before others do.
 
     Raises:
@@ -137,12 +137,8 @@ def _lowered(layers: Mapping[str, AdapterLayer], hosts: Mapping[str, nn.Module],
                 raise AdapterError(
                     f"{path}: {layer.spec.in_features} inputs expected, slots for {here} are reserved there"
                 )
-            forms[path] = lower(layer, partial(_weight, layer.spec, hosts[path]), room.device)
+            forms[path] = lower(layer, partial(weight_of, hosts[path], layer.spec), room.device)
     return forms
-
-
-def _weight(spec: LayerSpec, host: nn.Module) -> Tensor:
-    return spec.to_stored(decoded(host, "weight"))
 
 
 def _empty(spec: LayerSpec, dtype: torch.dtype) -> Tensor:

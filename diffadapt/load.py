@@ -33,6 +33,7 @@ class Plan:
         faults: `(key, reason)` for tensors that a complete load would need.
         ignored: `(key, reason)` for tensors nobody misses.
         targets: the models' paths, by component.
+        device: where the adapters were asked to be; `None` for where their models compute.
     """
 
     checkpoint: Checkpoint
@@ -44,6 +45,7 @@ class Plan:
     faults: list[tuple[str, str]]
     ignored: list[tuple[str, str]]
     targets: Mapping[str, Targets]
+    device: torch.device | None = None
 
     @cached_property
     def adapters(self) -> dict[str, Adapter]:
@@ -174,7 +176,9 @@ def plan(
     family = families.of_models(models) if models is not None else None
     if family is None:
         family = families.of_file((key, tuple(tensor.shape)) for key, tensor in checkpoint.tensors.items())
-    return Plan(checkpoint, recognised.name, family, layers, tokens.components, used, faults, ignored, targets or {})
+    return Plan(
+        checkpoint, recognised.name, family, layers, tokens.components, used, faults, ignored, targets or {}, device
+    )
 
 
 def attach_all_(models: Mapping[str, nn.Module], name: str, planned: Plan, *, replacing: bool = False) -> None:

@@ -355,8 +355,9 @@ class Adapters:
         Args:
             scheduler: whose steps schedules follow in a loop of your own; default those of the pipeline.
         """
-        owner = next(iter(self._models().values()))
-        follow = self._follow if scheduler is None else partial(clock.follow, scheduler, owner)
+        follow = self._follow
+        if scheduler is not None:
+            follow = partial(clock.follow, scheduler, next(iter(self._models().values())))
         try:
             with self._restored():
                 self._activate(adapters, follow)
@@ -370,8 +371,7 @@ class Adapters:
 
         Other threads that ask for adapters of the same models wait meanwhile, see `locks`.
         """
-        with self._restored():
-            self.activate(adapters)
+        with self.scheduled(adapters):
             yield
 
     @contextmanager
@@ -683,11 +683,12 @@ class Adapters:
         for component, model in models.items():
             if component in arrangements:
                 arrangements[component].carry_out()
-            elif (bank := bank_of(model)) and bank.reservation and (left := bank.reservation.leave(name)):
-                bank.reservation.wipe([left])
+            elif (bank := bank_of(model)) and bank.reservation:
+                bank.reservation.vacate(name)
         for component, adapter in adapters.items():
-            if component not in arrangements:
-                adapter.to(execution_device(list(models[component].modules())))
+            if component not in arrangements and planned.device is not None:
+                # It was prefetched into CPU memory, and runs from where it is.
+                adapter.to(execution_device(planned.targets[component].all))
             adapter.strength = scale
             adapter.set_strengths(strengths[component])
             adapter.active = activate

@@ -11,7 +11,6 @@ W in float64 by fixed-point steps `W <- W - (F(W) - W')`: one is enough for sums
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -75,17 +74,14 @@ def merge_(models: Mapping[str, nn.Module], names: Iterable[str], *, compact: bo
         kept = {id(tensor) for tensor, _ in bank.originals}
         groups = _groups(component, bank, (*bank.merged, *names)) if compact else {}
         for tensor, rounded in changes[component]:
-            if id(tensor) not in kept:
-                small = None
-                if id(tensor) in groups:
-                    small = _compacted(bank, tensor, rounded, groups[id(tensor)], (*bank.merged, *names))
-                if small is not None:
-                    bank.compact.append(small)
-                    tensor.copy_(rounded)
-                else:
-                    bank.originals.append((tensor, _exchanged_(tensor, rounded)))
-            else:
+            paths = groups.get(id(tensor), ())
+            if id(tensor) in kept:
                 tensor.copy_(rounded)
+            elif paths and (small := _compacted(bank, tensor, rounded, paths, (*bank.merged, *names))):
+                bank.compact.append(small)
+                tensor.copy_(rounded)
+            else:
+                bank.originals.append((tensor, _exchanged_(tensor, rounded)))
         bank.merged = (*bank.merged, *(name for name in names if name in bank.adapters))
         refresh_(models[component])
 
@@ -171,7 +167,7 @@ def _compacted(
     for path in paths:
         for name, layer in _merged_layers(bank, path, names).items():
             bases = (layer.spec.to_stored(weight.detach().double()) for weight in (tensor, rounded))
-            original, merged = (layer.prepared(partial(_itself, base), torch.float64) for base in bases)
+            original, merged = (layer.prepared(lambda base=base: base, torch.float64) for base in bases)
             differ = {key for key in original if key != PATCH_DELTA and not torch.equal(original[key], merged[key])}
             if differ:
                 fixed[path, name] = {key: original[key] for key in differ}
@@ -192,10 +188,6 @@ def _exchanged_(tensor: Tensor, other: Tensor) -> Tensor:
         mine.copy_(its)
         its.copy_(kept)
     return other
-
-
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def _restored(bank: Bank, small: Compact) -> Tensor:

@@ -159,11 +159,6 @@ class Slot(AdapterLayer):
         """Stays as it is: nothing in a slot is trained."""
         return self
 
-    def extra_repr(self) -> str:
-        """Type and shapes."""
-        shapes = ", ".join(f"{name}={tuple(tensor.shape)}" for name, tensor in self.tensors.items())
-        return f"{self.kind.name}, {shapes}"
-
     @property
     def dtype(self) -> torch.dtype:
         """The one to compute in, which is not that of tensors that are kept in float32."""
@@ -245,7 +240,6 @@ class Reservation(LayerTree):
 
     Attributes:
         slots: module path of the model -> the slots there, in the order in which they run.
-        count: how many adapters of the largest size have room at once.
         seated: adapter name -> its seat.
     """
 
@@ -254,10 +248,10 @@ class Reservation(LayerTree):
     ) -> None:
         """
         Args:
+            count: how many adapters of the largest size have room at once.
             samples: how many samples of a batch can have gates of their own; 0 for one gate for all.
         """
         super().__init__()
-        self.count = count
         self.seated: dict[str, Seat] = {}
         self.slots: dict[str, tuple[Slot, ...]] = {}
         cells = 0
@@ -311,14 +305,6 @@ class Reservation(LayerTree):
         assert problem is not None
         raise problem
 
-    def could_hold(self, forms: Forms) -> bool:
-        """Whether there is room if all others leave."""
-        try:
-            self._find(forms, self._free_without(self.seated))
-        except AdapterError:
-            return False
-        return True
-
     @torch.no_grad()
     def seat(self, name: str, forms: Forms, seat: Seat) -> None:
         """Write an adapter into a seat that `arrange` found. Its gates stay zero."""
@@ -342,6 +328,13 @@ class Reservation(LayerTree):
             for slot, rows in seat.taken:
                 slot.__dict__["free"] = _joined(slot.free, rows)
         return seat
+
+    @torch.no_grad()
+    def vacate(self, name: str) -> None:
+        """Free the seat of an adapter, if it has one, and leave nothing there."""
+        left = self.leave(name)
+        if left is not None:
+            self.wipe([left])
 
     @torch.no_grad()
     def wipe(self, seats: Iterable[Seat]) -> None:
@@ -448,11 +441,11 @@ class Arrangement:
 
 def _levelled(needs: Mapping[str, Needs]) -> dict[str, Needs]:
     """The same needs on the same layer of all repeated blocks, which then share one compiled graph."""
+    groups = {path: (re.sub(r"\.\d+(?=\.|$)", ".*", path), need.spec) for path, need in needs.items()}
     together: dict[Hashable, Needs] = {}
     for path, need in needs.items():
-        group = re.sub(r"\.\d+(?=\.|$)", ".*", path), need.spec
-        together.setdefault(group, Needs(need.spec)).include(need)
-    return {path: together[re.sub(r"\.\d+(?=\.|$)", ".*", path), need.spec] for path, need in needs.items()}
+        together.setdefault(groups[path], Needs(need.spec)).include(need)
+    return {path: together[group] for path, group in groups.items()}
 
 
 def _first(free: Rows, count: int) -> Rows | None:
