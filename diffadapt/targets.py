@@ -49,24 +49,33 @@ class Targets:
     @cached_property
     def flattened(self) -> dict[str, str]:
         """`down_blocks_0_attentions_0_proj_in` -> `down_blocks.0.attentions.0.proj_in`, for every leaf module."""
-        return {path.replace(".", "_"): path for path, module in self.modules.items() if not module._modules}
+        leaves = ((path, module) for path, module in self.modules.items() if not module._modules)
+        return {path.replace(".", "_"): self._paths[id(module)] for path, module in leaves}
 
     def resolve(self, path: str) -> str | None:
         """The model's own path for a dotted path of a file.
 
         CLIP text encoders have a `text_model.` level in transformers 4 and mostly not in 5; files have either.
         """
-        other = path.removeprefix(_CLIP_LEVEL) if path.startswith(_CLIP_LEVEL) else _CLIP_LEVEL + path
-        module = self.modules.get(path) or self.modules.get(other)
+        module = self.modules.get(path)
+        if module is None:
+            other = path.removeprefix(_CLIP_LEVEL) if path.startswith(_CLIP_LEVEL) else _CLIP_LEVEL + path
+            module = self.modules.get(other)
         # A module at two paths (the convolutions of old downsamplers) is one layer, whatever a file calls it.
         return None if module is None else self._paths[id(module)]
 
     def resolve_flat(self, flat: str) -> str | None:
         """The model's own path for a flattened one."""
-        level = _CLIP_LEVEL.replace(".", "_")
-        other = flat.removeprefix(level) if flat.startswith(level) else level + flat
-        path = self.flattened.get(flat) or self.flattened.get(other)
-        return None if path is None else self.resolve(path)
+        path = self.flattened.get(flat)
+        if path is None:
+            level = _CLIP_LEVEL.replace(".", "_")
+            path = self.flattened.get(flat.removeprefix(level) if flat.startswith(level) else level + flat)
+        return path
+
+    def has_weight(self, path: str) -> bool:
+        """Whether the module there is a layer with a weight."""
+        module = self.modules[path]
+        return module._parameters.get("weight") is not None or getattr(module, "weight", None) is not None
 
     def spec(self, path: str, kinds: Collection[LayerKind] = _CARRIERS) -> LayerSpec:
         """Geometry of the layer at `path`, for an adapter that can sit on layers of these `kinds`.

@@ -16,7 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 import diffadapt
 from diffadapt import AdapterError, families
 from diffadapt.families.published import published
-from diffadapt.formats import FORMATS, detect
+from diffadapt.formats import detect, matching
 from diffadapt.formats.cloneofsimo import CLONEOFSIMO
 from diffadapt.formats.format import Header, Names, Place
 from diffadapt.targets import Targets
@@ -142,11 +142,11 @@ def assert_loads(
     build: Callable[[], DiffusionPipeline], tensors: Tensors, parts: files.Parts, format: str | None = None
 ) -> None:
     """Recognised by one format only, every tensor used, and merged the weights are those made by hand."""
-    matching = [known.name for known in FORMATS if known.matches(Header(tuple(tensors)))]
-    assert matching == [format or matching[0]]
+    recognised = [known.name for known in matching(Header(tuple(tensors)))]
+    assert recognised == [format or recognised[0]]
     pipe = build()
     report = pipe.load_adapter(tensors, "a")
-    assert (report.format, report.used, report.unused) == (matching[0], len(tensors), [])
+    assert (report.format, report.used, report.unused) == (recognised[0], len(tensors), [])
     assert set(report.components) == set(parts)
     pipe.adapters.merge("a")
     expected, base = files.bake(build(), parts), build()
@@ -588,7 +588,7 @@ def test_every_list_of_keys_is_tested() -> None:
 @pytest.mark.parametrize("name", LISTS)
 def test_exactly_one_format_recognises_a_file(name: str) -> None:
     header = Header(keys_of(name))
-    assert [format.name for format in FORMATS if format.matches(header)] == [LISTS[name]]
+    assert [format.name for format in matching(header)] == [LISTS[name]]
     # Not by its first names only.
     assert detect(Header(header.keys[::-1])).name == LISTS[name]
 
@@ -761,7 +761,7 @@ def test_tensor_that_cannot_be_loaded_is_named(key: str, reason: str) -> None:
     ],
 )
 def test_what_only_looks_like_an_adapter_is_refused_by_name(keys: tuple[str, ...], what: str) -> None:
-    assert len([format for format in FORMATS if format.matches(Header(keys))]) == 1
+    assert len(matching(Header(keys))) == 1
     with pytest.raises(AdapterError, match=what):
         models.sd15().load_adapter({key: torch.zeros(4, 4) for key in keys})
 

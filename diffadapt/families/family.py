@@ -68,7 +68,7 @@ def joined(before: str, after: str = "") -> tuple[str, ...]:
 def weighted(targets: Targets) -> Iterator[str]:
     """Paths of the layers of a model that have weights of their own."""
     for path, module in targets.modules.items():
-        if any(True for _ in module.parameters(recurse=False)):
+        if any(parameter is not None for parameter in module._parameters.values()):
             yield path
 
 

@@ -25,6 +25,8 @@ _RESNET = {
     "conv_shortcut": "skip_connection",
 }
 
+_LAYER = re.compile(r"((?:down_blocks|up_blocks)\.\d+|mid_block)\.(resnets|attentions|(?:down|up)samplers)\.(\d+)\.?")
+
 
 def names(paths: Collection[str]) -> dict[str, str]:
     """diffusers path -> original path, for every one of `paths` that has one."""
@@ -34,10 +36,7 @@ def names(paths: Collection[str]) -> dict[str, str]:
         if path in _TOP:
             found[path] = _TOP[path]
             continue
-        match = re.match(
-            r"((?:down_blocks|up_blocks)\.\d+|mid_block)\.(resnets|attentions|(?:down|up)samplers)\.(\d+)\.?",
-            path,
-        )
+        match = _LAYER.match(path)
         block = blocks.get(path[: match.end()].rstrip(".")) if match else None
         if match and block:
             leaf = path[match.end() :]

@@ -3,8 +3,6 @@
 Exactly one format must match a file; `tests/` feeds every fixture to every detector.
 """
 
-from dataclasses import replace
-
 from diffadapt.errors import AdapterError
 from diffadapt.formats.bfl_control import BFL_CONTROL
 from diffadapt.formats.cloneofsimo import CLONEOFSIMO
@@ -19,37 +17,23 @@ from diffadapt.formats.kohya import KOHYA, ONETRAINER
 from diffadapt.formats.peft import PEFT
 from diffadapt.formats.xlabs import XLABS
 
-_PLAIN_IP_ADAPTER = replace(
-    IP_ADAPTER, matches=lambda header: IP_ADAPTER.matches(header) and not FACEID.matches(header)
+_TIERS: tuple[tuple[Format, ...], ...] = (
+    # Those whose names nobody else writes.
+    (KOHYA, COMFY, PEFT, CLONEOFSIMO, XLABS, BFL_CONTROL, CONTROL_LORA, FACEID, CONTROLNET_LLLITE),
+    # FaceID's LoRA comes inside an IP-Adapter.
+    (IP_ADAPTER,),
+    (DIFFUSERS,),
+    # What holds no layer at all.
+    (EMBEDDINGS,),
 )
-_MARKED = (
-    KOHYA,
-    COMFY,
-    PEFT,
-    CLONEOFSIMO,
-    XLABS,
-    BFL_CONTROL,
-    CONTROL_LORA,
-    FACEID,
-    _PLAIN_IP_ADAPTER,
-    CONTROLNET_LLLITE,
-)
-"""Formats whose names nobody else writes."""
+"""Who is asked first. A later tier is asked only about files that none of an earlier one recognises."""
+
+FORMATS: tuple[Format, ...] = tuple(format for tier in _TIERS for format in tier)
 
 
-def _is_unmarked(header: Header) -> bool:
-    return not any(format.matches(header) for format in _MARKED) and DIFFUSERS.matches(header)
-
-
-def _has_no_layer(header: Header) -> bool:
-    return not any(format.matches(header) for format in (*_MARKED, DIFFUSERS)) and EMBEDDINGS.matches(header)
-
-
-FORMATS: tuple[Format, ...] = (
-    *_MARKED,
-    replace(DIFFUSERS, matches=_is_unmarked),
-    replace(EMBEDDINGS, matches=_has_no_layer),
-)
+def matching(header: Header) -> list[Format]:
+    """The formats that recognise a file: one, unless it is no adapter, or several were mixed up in it."""
+    return next((found for tier in _TIERS if (found := [f for f in tier if f.matches(header)])), [])
 
 
 def detect(header: Header, name: str | None = None) -> Format:
@@ -66,14 +50,14 @@ def detect(header: Header, name: str | None = None) -> Format:
         if name not in named:
             raise AdapterError(f"format={name!r} is not known; use one of {', '.join(named)}")
         return named[name]
-    matching = [format for format in FORMATS if format.matches(header)]
-    if len(matching) == 1:
-        return matching[0]
+    found = matching(header)
+    if len(found) == 1:
+        return found[0]
     shown = ", ".join(header.keys[:5]) or "no tensors at all"
-    if not matching:
+    if not found:
         known = ", ".join(format.name for format in FORMATS)
         raise AdapterError(f"this is no adapter in a known format ({known}): it holds {shown}")
-    raise AdapterError(f"ambiguous: {' and '.join(f.name for f in matching)} both recognise {shown}")
+    raise AdapterError(f"ambiguous: {' and '.join(f.name for f in found)} both recognise {shown}")
 
 
 def writer(name: str) -> Format:

@@ -14,7 +14,7 @@ _NORM = re.compile(r"((?:double|single)_blocks\.\d+\.(?:(?:img|txt)_attn\.)?norm
 
 
 def _matches(header: Header) -> bool:
-    return any(_NORM.fullmatch(key) for key in header.keys)
+    return any(map(_NORM.fullmatch, header.keys))
 
 
 def _locate(header: Header, names: Names) -> dict[str, Verdict]:

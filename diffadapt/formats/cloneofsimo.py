@@ -22,7 +22,7 @@ _UNLIKE = "the layers of this model are not those of the model the file was made
 
 
 def _matches(header: Header) -> bool:
-    return any(_KEY.fullmatch(key) for key in header.keys)
+    return any(_KEY.fullmatch(key) for key in header.keys if ":" in key)
 
 
 def _locate(header: Header, names: Names) -> dict[str, Verdict]:

@@ -16,6 +16,7 @@ from diffadapt.formats.format import Format, Header, Names, Unused, Verdict
 from diffadapt.formats.lycoris_dump import TOP, dump_comfy
 
 _DENOISER = "diffusion_model."
+_SIGN = re.compile(r"diffusion_model\.|text_encoders\.")
 _EXPERT = re.compile(r"transformer_(\d)\.")
 _TEXT_ENCODER = re.compile(r"text_encoders\.(?:(?!transformer\.)(\w+)\.)?(?:transformer\.)?")
 _NUMBERED = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
@@ -23,7 +24,7 @@ _CLIP = {"clip_l": ("text_encoder", "text_encoder_2"), "clip_g": ("text_encoder_
 
 
 def _matches(header: Header) -> bool:
-    return any(key.startswith((_DENOISER, "text_encoders.")) for key in header.keys)
+    return any(map(_SIGN.match, header.keys))
 
 
 def _locate(header: Header, names: Names) -> dict[str, Verdict]:

@@ -17,7 +17,7 @@ _OF_A_CONTROLNET = "controlnet_cond_embedding"
 
 
 def _matches(header: Header) -> bool:
-    return any(_SIGN.match(key) for key in header.keys)
+    return any(map(_SIGN.match, header.keys))
 
 
 def _locate(header: Header, names: Names) -> dict[str, Verdict]:

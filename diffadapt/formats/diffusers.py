@@ -46,7 +46,7 @@ def _locate(header: Header, names: Names) -> dict[str, Verdict]:
 
     verdicts = suffixes.located(header.keys, place)
     for key in header.keys:
-        norm = _NORM.fullmatch(key)
+        norm = _NORM.fullmatch(key) if ".norm_" in key else None
         if norm:
             verdicts[key] = names.dotted("transformer", norm[1], "set_weight")
     return verdicts

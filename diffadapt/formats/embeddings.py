@@ -30,6 +30,8 @@ _ANY = "string_to_param.*"
 
 def embedded(key: str) -> Vectors | Unused | None:
     """The verdict on a key that speaks of a token wherever it stands, `None` for any other."""
+    if not key.startswith(("bundle_emb.", "<")):
+        return None
     bundled = _BUNDLED.fullmatch(key)
     if bundled is not None:
         return _vectors(bundled[1], bundled[2])

@@ -14,7 +14,7 @@ _REST = re.compile(r"image_proj\.|(?:ip_adapter\.)?\d+\.to_[kv]_ip\.weight")
 
 
 def _matches(header: Header) -> bool:
-    return any(_LORA.fullmatch(key) for key in header.keys)
+    return any(map(_LORA.fullmatch, header.keys))
 
 
 def _locate(header: Header, names: Names) -> dict[str, Verdict]:

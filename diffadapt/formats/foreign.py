@@ -15,7 +15,7 @@ def _foreign(name: str, keys: str, what: str) -> Format:
 
     return Format(
         name,
-        lambda header: any(pattern.match(key) for key in header.keys),
+        lambda header: any(map(pattern.match, header.keys)),
         locate,
         lambda header: lambda component, path, rank: None,
         None,

@@ -102,6 +102,9 @@ Alphas: TypeAlias = Callable[[str, str, int], float | None]
 Settings: TypeAlias = Callable[[str, str, str], Mapping[str, float]]
 """`(component, path as written, type name) -> settings of the type` that a file's metadata gives."""
 
+_Found: TypeAlias = tuple[str, tuple[Piece, ...]]
+"""`Place.path` and `Place.pieces`."""
+
 
 def _no_settings(header: "Header") -> Settings:
     return lambda component, path, type: {}
@@ -113,7 +116,7 @@ class Format:
 
     Attributes:
         name: as in reports and in `save(format=...)`.
-        matches: whether a file is in this format; mutually exclusive over all formats.
+        matches: whether a file has names of this format; see `formats.matching` for who is asked first.
         locate: a verdict for every key.
         alphas: the alphas that the metadata gives; an alpha tensor in the file wins over it.
         settings: the type's other numbers that the metadata gives.
@@ -155,6 +158,8 @@ class Names:
 
     def owners(self, path: str) -> Sequence[str]:
         """The components that a name of the denoiser's original checkpoint may be in, dotted or flattened."""
+        if not path.startswith(tuple(_OWN_MODELS)):
+            return (self.denoiser,)
         own = [component for part, component in _OWN_MODELS.items() if path.startswith((f"{part}.", f"{part}_"))]
         return (*own, self.denoiser)
 
@@ -183,7 +188,7 @@ class Names:
         return Place(component, written, name, written, tuple(Piece(path) for path in paths))
 
     def _first(
-        self, components: Sequence[str], path: str, name: str, resolve: Callable[[str, str], str | None]
+        self, components: Sequence[str], path: str, name: str, resolve: Callable[[str, str], _Found | None]
     ) -> Verdict:
         if self.models is None:
             return Place(components[0], path, name, path)
@@ -191,38 +196,46 @@ class Names:
         for component in present:
             found = resolve(component, path)
             if found is not None:
-                return self._place(component, path, name, found)
+                return Place(component, found[0], name, path, found[1])
         return self._missing(present[0] if present else components[0], path)
 
-    def _resolve(self, component: str, path: str) -> str | None:
-        """The model's own path, or the name in its original layout."""
+    def _resolve(self, component: str, path: str) -> _Found | None:
+        """The layer of a dotted name, which is the model's own or that of its original layout."""
         assert self.models is not None
-        found = self.models[component].resolve(path)
-        if self._has_weight(component, found):
-            return found
-        if path in self._aliases(component)[0]:
-            return path
-        if found is None and component.startswith("text_encoder"):
-            return self._cores(component)[0].get(_core(path))
-        return found
+        targets = self.models[component]
+        found = targets.resolve(path)
+        # Wan has a bare norm where its original layout has another one.
+        if found is not None and targets.has_weight(found):
+            return found, ()
+        return self._alias(component, path) or self._other(component, path, found, 0)
 
-    def _resolve_flat(self, component: str, flat: str) -> str | None:
+    def _resolve_flat(self, component: str, flat: str) -> _Found | None:
         assert self.models is not None
-        for spelling in dict.fromkeys((flat, flat.strip("_"))):
-            found = self.models[component].resolve_flat(spelling)
-            if not self._has_weight(component, found):
-                found = self._aliases(component)[1].get(spelling) or found
-            if found is None and component.startswith("text_encoder"):
-                found = self._cores(component)[1].get(_core(spelling))
-            if found is not None:
-                return found
+        targets = self.models[component]
+        for spelling in (flat, flat.strip("_")):
+            found = targets.resolve_flat(spelling)
+            if found is not None and targets.has_weight(found):
+                return found, ()
+            name = self._aliases(component)[1].get(spelling)
+            if name is not None:
+                return self._alias(component, name)
+            other = self._other(component, spelling, found, 1)
+            if other is not None:
+                return other
         return None
 
-    def _has_weight(self, component: str, path: str | None) -> bool:
-        """Whether the model has a layer there; Wan has a bare norm where its original layout has another one."""
-        assert self.models is not None
-        module = None if path is None else self.models[component].modules.get(path)
-        return getattr(module, "weight", None) is not None
+    def _alias(self, component: str, name: str) -> _Found | None:
+        """The layers of a name of the original layout."""
+        pieces = self._aliases(component)[0].get(name)
+        if pieces is None:
+            return None
+        return (pieces[0].path, ()) if len(pieces) == 1 and not pieces[0].swapped else (name, pieces)
+
+    def _other(self, component: str, spelling: str, found: str | None, flat: int) -> _Found | None:
+        """What was found, though it has no weight, or the layer of a text encoder below other upper levels."""
+        if found is None and component.startswith("text_encoder"):
+            found = self._cores(component)[flat].get(_core(spelling))
+        return None if found is None else (found, ())
 
     def _aliases(self, component: str) -> tuple[Aliases, Mapping[str, str]]:
         """Names of the original layout, and the same by their flattened form."""
@@ -250,15 +263,6 @@ class Names:
             found = {core: found[0] for core, found in paths.items() if len(found) == 1}
             self._known_cores[component] = found, {core.replace(".", "_"): path for core, path in found.items()}
         return self._known_cores[component]
-
-    def _place(self, component: str, written: str, name: str, found: str) -> Place:
-        assert self.models is not None
-        pieces = None if self._has_weight(component, found) else self._aliases(component)[0].get(found)
-        if pieces is None:
-            return Place(component, found, name, written)
-        if len(pieces) == 1 and not pieces[0].swapped:
-            return Place(component, pieces[0].path, name, written)
-        return Place(component, found, name, written, pieces)
 
     def _missing(self, component: str, path: str) -> Unused:
         assert self.models is not None

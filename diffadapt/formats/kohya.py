@@ -28,7 +28,7 @@ _SPLIT_OFT = re.compile(r"(.+)\.(oft_blocks\.(?:0|[1-9]\d{0,2}))")
 
 
 def _matches(header: Header) -> bool:
-    return any(_PREFIX.match(key) for key in header.keys)
+    return any(map(_PREFIX.match, header.keys))
 
 
 def _locate(header: Header, names: Names) -> dict[str, Verdict]:
@@ -45,7 +45,7 @@ def _locate(header: Header, names: Names) -> dict[str, Verdict]:
 
     verdicts = suffixes.located(header.keys, place)
     for key in header.keys:
-        part = _SPLIT_OFT.fullmatch(key)
+        part = _SPLIT_OFT.fullmatch(key) if ".oft_blocks." in key else None
         if part:
             verdicts[key] = place(part[1], part[2])
     return verdicts

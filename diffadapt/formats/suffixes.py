@@ -5,7 +5,7 @@ OneTrainer 23df383, ComfyUI `comfy/weight_adapter/`.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 
 from diffadapt.formats.embeddings import embedded
 from diffadapt.formats.format import BESIDE, Place, Unused, Verdict
@@ -56,18 +56,19 @@ _NOT_LOADED = {
 }
 
 
-def located(keys: Iterable[str], place: Callable[[str, str], Verdict]) -> dict[str, Verdict]:
+def located(keys: Collection[str], place: Callable[[str, str], Verdict]) -> dict[str, Verdict]:
     """A verdict for every key: that of `place(path, name)` for those that name a tensor of an adapter.
 
     The tensors of one path have one place, which is looked up once: it must not depend on the name.
     """
-    present = set(keys)
+    flagged = {key.removesuffix(".on_input") for key in keys if key.endswith(".on_input")}
     places: dict[str, Place] = {}
     verdicts: dict[str, Verdict] = {}
     for key in keys:
-        path, _, last = key.rpartition(".")
-        # Of all bare weights only those with LyCORIS' flag beside them are an adapter's.
-        found = (path, "ia3_w") if last == "weight" and f"{path}.on_input" in present else split(key)
+        found = split(key)
+        if flagged and found is None and key.endswith(".weight") and (path := key.removesuffix(".weight")) in flagged:
+            # Of all bare weights only those with LyCORIS' flag beside them are an adapter's.
+            found = path, "ia3_w"
         known = None if found is None else places.get(found[0])
         if found is not None and known is not None:
             verdicts[key] = Place(known.component, known.path, found[1], known.written, known.pieces)
@@ -98,6 +99,12 @@ def split(key: str) -> tuple[str, str] | None:
     name = _SPELLINGS.get(rest)
     if name is not None:
         # A flattened path, as most files have.
+        return path, name
+    stem, _, last = key.rpartition(".")
+    path, _, second = stem.rpartition(".")
+    name = _SPELLINGS.get(f"{second}.{last}")
+    if name is not None and path:
+        # No spelling of three parts ends in one of two.
         return path, name
     parts = key.split(".")
     for length in (3, 2, 1):

@@ -13,7 +13,7 @@ _KEY = re.compile(r"(?:(double)|single)_blocks\.(\d+)\.processor\.(qkv|proj)_lor
 
 
 def _matches(header: Header) -> bool:
-    return any(_KEY.fullmatch(key) for key in header.keys)
+    return any(map(_KEY.fullmatch, header.keys))
 
 
 def _locate(header: Header, names: Names) -> dict[str, Verdict]:
