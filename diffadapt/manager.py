@@ -677,7 +677,8 @@ class Adapters:
             if bank is not None and activate and bank.merged:
                 adapter.active = True
                 refuse_mixture(component, {**bank.adapters, name: adapter}, bank.merged)
-        arrangements, beside = self._room(name, planned.layers, activate, allow_recompile, replacing=old is not None)
+        layers = {component: adapter.layers for component, adapter in adapters.items() if adapter.layers}
+        arrangements, beside = self._room(name, layers, activate, allow_recompile, replacing=old is not None)
         self._expand_before_widening(adapters)
         attach_all_(models, name, planned, replacing=old is not None)
         for component, model in models.items():

@@ -235,6 +235,32 @@ def test_more_adapters_than_slots_take_turns(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("reverse", [False, True])
+def test_order_of_the_tensors_in_a_file_is_of_no_matter(reverse: bool) -> None:
+    """Every layer keeps its own gate: the alphas and the strengths by block differ from layer to layer."""
+    pipe = models.sd15()
+    found = pipe.unet.named_modules()
+    linears = [(path, module) for path, module in found if path.endswith(("to_q", "to_k", "to_out.0"))]
+    tensors: dict[str, Tensor] = {}
+    for number, (path, module) in enumerate(sorted(linears, reverse=reverse), 1):
+        flat = f"lora_unet_{path.replace('.', '_')}"
+        tensors[f"{flat}.lora_down.weight"] = torch.randn(2, module.in_features)
+        tensors[f"{flat}.lora_up.weight"] = torch.randn(module.out_features, 2)
+        tensors[f"{flat}.alpha"] = torch.tensor(float(number))
+    scale = {"unet.up_blocks": 0.2, "unet.down_blocks": 1.5}
+    plain = predict(pipe.unet)
+    pipe.load_adapter(tensors, "a", scale=scale)
+    expected = predict(pipe.unet)
+    assert_differs(expected, plain)
+    pipe.adapters.clear()
+    pipe.adapters.prepare_hotswap([tensors])
+    pipe.load_adapter(tensors, "a", scale=scale)
+    assert_same(predict(pipe.unet), expected)
+    pipe.adapters.hotswap("a", tensors)
+    assert_same(predict(pipe.unet), expected)
+
+
+@torch.no_grad()
 def test_rows_that_are_not_next_to_one_another(tmp_path: Path) -> None:
     ranks = {"a": 3, "b": 1, "c": 3, "d": 6}
     sources = {n: make(flux, LORA(rank=r, target_modules=["to_q"], init=False), tmp_path / n) for n, r in ranks.items()}
