@@ -186,7 +186,9 @@ class Builder:
             return tensor
         dtype, device = self._home(component)
         # A caller's tensors are taken as they are where they fit: a copy is half the time and twice the memory.
-        own = tensor.detach().to(device=device, dtype=dtype, copy=self._checkpoint.mapped).contiguous()
+        own = tensor.detach()
+        if self._checkpoint.mapped or own.dtype != dtype or own.device != device or not own.is_contiguous():
+            own = own.to(device=device, dtype=dtype, copy=self._checkpoint.mapped).contiguous()
         return own.pin_memory() if self._pinned else own
 
     def _paths_of_parts(self, path: str, group: Group, count: int) -> list[str]:
@@ -300,12 +302,14 @@ class Builder:
 
 
 def _numbered(group: Group) -> list[Group]:
-    """For a group with numbered tensors: one without numbers for every part, with what all have in common.
+    """For a group with numbered tensors: one without numbers for every part, with what all have in common; else none.
 
     Raises:
         AdapterError: a number is missing, or there is a tensor without one, too.
     """
     split = {name: name.rpartition(".") for name in group.tensors if "." in name}
+    if not split:
+        return []
     numbers = {int(number) for _, _, number in split.values()}
     if numbers != set(range(len(numbers))):
         raise AdapterError(f"parts {', '.join(map(str, sorted(numbers)))} found, expected 0 to {max(numbers)}")
@@ -350,10 +354,10 @@ def _rest(group: Group, layer: LayerSpec) -> tuple[Tensor, Tensor] | None:
 
     Source: KohakuBlueleaf/LyCORIS f49d30d `lycoris/utils/__init__.py` (`use_bias`).
     """
-    found = [group.tensors.get(f"bias_{name}") for name in ("indices", "values", "size")]
-    if all(tensor is None for tensor in found):
+    names = ("bias_indices", "bias_values", "bias_size")
+    if group.tensors.keys().isdisjoint(names):
         return None
-    indices, values, size = found
+    indices, values, size = (group.tensors.get(name) for name in names)
     if indices is None or values is None or size is None:
         raise AdapterError("a sparse change needs all of bias_indices, bias_values and bias_size")
     shape = (layer.out_features, layer.fan_in)

@@ -23,7 +23,7 @@ _FUSIBLE = frozenset({"to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v
 
 def compute_dtype(modules: Sequence[nn.Module]) -> torch.dtype:
     """The dtype a model, given as all its modules, computes in; layerwise casting stores its weights in another."""
-    for module in modules:
+    for module in _hooked(modules):
         casting = _diffusers_hook(module, "layerwise_casting")
         if casting is not None:
             return casting.compute_dtype
@@ -39,7 +39,7 @@ def execution_device(modules: Sequence[nn.Module]) -> torch.device:
     Weights that a hook brings in layer by layer rest elsewhere (the meta device, CPU), so adapters loaded later go to
     the device the layers run on and stay there.
     """
-    for module in modules:
+    for module in _hooked(modules):
         for name in ("group_offloading", "lazy_prefetch_group_offloading"):
             offloading = _diffusers_hook(module, name)
             config = getattr(offloading, "config", None)
@@ -117,7 +117,7 @@ def copies_weights(modules: Sequence[nn.Module]) -> bool:
     """Whether offloading of a model, given as all its modules, keeps weights in a place of its own: with a stream in
     pinned memory, or on disk.
     """
-    for module in modules:
+    for module in _hooked(modules):
         for name in ("group_offloading", "lazy_prefetch_group_offloading"):
             config = getattr(_diffusers_hook(module, name), "config", None)
             if config is not None and (config.stream is not None or config.offload_to_disk_path is not None):
@@ -134,6 +134,11 @@ def diffusers_scales_with_peft() -> bool:
 
 def _parameters(modules: Sequence[nn.Module]) -> Iterator[nn.Parameter]:
     return (parameter for module in modules for parameter in module._parameters.values() if parameter is not None)
+
+
+def _hooked(modules: Sequence[nn.Module]) -> list[nn.Module]:
+    """Those that diffusers or accelerate have hooks on."""
+    return [module for module in modules if "_diffusers_hook" in module.__dict__ or "_hf_hook" in module.__dict__]
 
 
 def _diffusers_hook(module: nn.Module, name: str) -> Any:

@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeAlias
@@ -232,7 +232,7 @@ def _from_file(file: Path, name: str, config: Mapping[str, Any] | None, headers_
             _refuse_names(str(file), names)
             if count != len(names) or b"\\u" in header:
                 _refuse_twins(file, header)
-            tensors = {key: _read_tensor(file, opened, key, headers_only) for key in names}
+            tensors = _tensors(file, header, names, headers_only)
             metadata = opened.metadata() or {}
     except AdapterError:
         raise
@@ -278,16 +278,35 @@ def _refuse_twins(file: Path, header: bytes) -> None:
     json.loads(header, object_pairs_hook=unique)
 
 
-def _read_tensor(file: Path, opened: Any, key: str, headers_only: bool) -> Tensor:
-    if headers_only:
-        view = opened.get_slice(key)
-        shape, dtype = view.get_shape(), _DTYPES.get(view.get_dtype())
-        if shape and dtype is not None:
-            return torch.empty(shape, dtype=dtype, device="meta")
-    tensor = opened.get_tensor(key)
-    if tensor.dtype not in _KNOWN:
-        raise AdapterError(f"{file}: {key} has dtype {tensor.dtype}, expected one of {', '.join(_DTYPES)}")
-    return tensor
+def _tensors(file: Path, header: bytes, names: Iterable[str], headers_only: bool) -> dict[str, Tensor]:
+    """Tensors that are pages of the file. safetensors has checked the header; its own way to them takes thrice as long.
+
+    Args:
+        headers_only: on the meta device, but for scalars.
+    """
+    entries: dict[str, Any] = json.loads(header)
+    mapped = torch.from_file(str(file), shared=False, size=file.stat().st_size, dtype=torch.uint8)
+    data = mapped[8 + len(header) :]
+    views: dict[torch.dtype, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
+    for key in names:
+        entry = entries[key]
+        shape, (start, stop) = entry["shape"], entry["data_offsets"]
+        dtype = _DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise AdapterError(f"{file}: {key} has dtype {entry['dtype']}, expected one of {', '.join(_DTYPES)}")
+        if headers_only and shape:
+            tensors[key] = torch.empty(shape, dtype=dtype, device="meta")
+            continue
+        size = dtype.itemsize
+        if start % size or data.storage_offset() % size:
+            # A header of an odd length.
+            tensors[key] = data[start:stop].clone().view(dtype).view(shape)
+            continue
+        if dtype not in views:
+            views[dtype] = data[: len(data) // size * size].view(dtype)
+        tensors[key] = views[dtype][start // size : stop // size].view(shape)
+    return tensors
 
 
 def _placeholder(tensor: Tensor) -> Tensor:

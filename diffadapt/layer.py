@@ -8,6 +8,7 @@ canonical too, and only `to_stored` knows the difference.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, TypeAlias, cast
 
 import torch
@@ -51,6 +52,9 @@ class LayerSpec:
     @classmethod
     def of(cls, module: nn.Module) -> "LayerSpec | None":
         """The geometry of `module`, or `None` if no adapter can sit on it."""
+        if isinstance(module, nn.Linear):
+            # Sizes come from the attributes and not from the weight, which quantised layers pack.
+            return _linear(module.out_features, module.in_features)
         if isinstance(module, nn.Embedding):
             return cls(
                 "embedding",
@@ -78,10 +82,9 @@ class LayerSpec:
         if _is_transposed_linear(module):
             rows, columns = cast(Tensor, module.weight).shape
             return cls("linear", int(columns), int(rows), transposed=True)
-        # Quantised linears pack their weight, so sizes come from the attributes and not from its shape.
         features: Any = (getattr(module, "out_features", None), getattr(module, "in_features", None))
-        if isinstance(module, nn.Linear) or (all(type(n) is int for n in features) and _is_leaf(module)):
-            return cls("linear", *features)
+        if all(type(n) is int for n in features) and _is_leaf(module):
+            return _linear(*features)
         return None
 
     @property
@@ -327,6 +330,12 @@ def can_accumulate(onto: Tensor, hidden: Tensor, weight: Tensor) -> bool:
         and onto.device == hidden.device
         and onto.is_contiguous()
     )
+
+
+@lru_cache
+def _linear(out_features: int, in_features: int) -> LayerSpec:
+    """One object for all layers of a size: a model has hundreds, and making one is slow."""
+    return LayerSpec("linear", out_features, in_features)
 
 
 def _is_transposed_linear(module: nn.Module) -> bool:

@@ -252,15 +252,16 @@ def _faults(component: str, path: str, group: Group, error: AdapterError) -> lis
 
 def _non_finite(values: Iterable[tuple[str, Tensor]]) -> set[str]:
     """Of tensors by key, the keys of those with NaN or infinite values, with one synchronisation for all."""
-    extremes: dict[tuple[torch.device, torch.dtype], list[tuple[str, Tensor]]] = {}
+    sums: dict[tuple[torch.device, torch.dtype], list[tuple[str, Tensor, Tensor]]] = {}
     for key, tensor in values:
         if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta:
             wide = tensor.float() if tensor.dtype in FLOAT8 else tensor
-            same = extremes.setdefault((tensor.device, wide.dtype), [])
-            same += ((key, extreme) for extreme in torch.aminmax(wide))
+            sums.setdefault((tensor.device, wide.dtype), []).append((key, wide, wide.sum()))
     broken: set[str] = set()
-    for found in extremes.values():
-        finite = torch.isfinite(torch.stack([extreme for _, extreme in found]))
+    for found in sums.values():
+        finite = torch.isfinite(torch.stack([total for _, _, total in found]))
         if not finite.all():
-            broken |= {key for (key, _), ok in zip(found, finite.tolist(), strict=True) if not ok}
+            # A sum may be too large though no summand is.
+            suspects = (item for item, ok in zip(found, finite.tolist(), strict=True) if not ok)
+            broken |= {key for key, tensor, _ in suspects if not torch.isfinite(tensor).all()}
     return broken

@@ -20,7 +20,7 @@ for the reason that `adapter.Adapter` has for its own.
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -37,11 +37,11 @@ Rows: TypeAlias = tuple[range, ...]
 """Stretches of the rows of a slot, ascending and apart from one another."""
 
 _ROWS = "rows"
+_MOST_VIEWS = 8
 _IA3, _IA3_LYCORIS = IA3
 
 
-@dataclass(frozen=True, slots=True)
-class Form:
+class Form(NamedTuple):
     """A part of an adapter layer as it runs.
 
     Attributes:
@@ -122,6 +122,7 @@ class Slot(AdapterLayer):
     cells: range
     free: Rows
     _dtype: torch.dtype
+    _views: dict[Rows, tuple[tuple[int, int], list[Tensor]]]
 
     def __init__(self, form: Form, spec: LayerSpec, rows: int, dtype: torch.dtype, device: torch.device) -> None:
         """
@@ -145,6 +146,7 @@ class Slot(AdapterLayer):
             widens=False,
             training=False,
             _dtype=dtype,
+            _views={},
         )
         shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in form.tensors.items()}
         if form.key == _ROWS:
@@ -177,7 +179,15 @@ class Slot(AdapterLayer):
         up: Any = self._parameters["lora_up"]
         if len(rows) == 1 and len(rows[0]) == len(self.cells):
             return [down, up]
-        return [part for r in rows for part in (down[r.start : r.stop], up[:, r.start : r.stop])]
+        # Making these views takes about as long as writing to them. Offloading gives parameters other memory.
+        memory = down.data_ptr(), up.data_ptr()
+        known, views = self._views.get(rows, (None, []))
+        if known != memory:
+            if len(self._views) >= _MOST_VIEWS:
+                self._views.clear()
+            views = [part for r in rows for part in (down.data[r.start : r.stop], up.data[:, r.start : r.stop])]
+            self._views[rows] = memory, views
+        return views
 
     def content(self, form: Form, rows: Rows) -> list[Tensor]:
         """What a form writes to `at(rows)`."""

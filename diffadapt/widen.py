@@ -95,8 +95,10 @@ def level_(
 def _host(model: nn.Module, path: str) -> tuple[nn.Linear | None, int]:
     """The model's layer at `path` if it is the one that reads latents, and how many numbers a latent has."""
     reader, writer = _INPUTS.get(type(model).__name__, ("", ""))
+    if path != reader:
+        return None, 0
     host, written = model._modules.get(reader), model._modules.get(writer)
-    if path != reader or not isinstance(host, nn.Linear) or not isinstance(written, nn.Linear):
+    if not isinstance(host, nn.Linear) or not isinstance(written, nn.Linear):
         return None, 0
     return host, written.out_features
 

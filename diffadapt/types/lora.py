@@ -61,20 +61,20 @@ def fit(tensors: Tensors, layer: LayerSpec) -> dict[str, Tensor]:
         expected = (rank, rank, *layer.kernel)
         if layer.groups != 1 or tuple(mid.shape) != expected:
             raise AdapterError(f"lora_mid has shape {shape_of(mid)}, expected {expected} on an ungrouped convolution")
-        if down[0].numel() != layer.in_features:
+        if math.prod(down.shape[1:]) != layer.in_features:
             raise AdapterError(f"lora_down has shape {shape_of(down)}, expected ({rank}, {layer.in_features})")
         fitted["lora_mid"] = mid
         fitted["lora_down"] = down.reshape(rank, layer.in_features, *(1,) * len(layer.kernel))
     else:
         expected = (rank, *layer.weight_shape[1:])
         kernel = tuple(down.shape[2:])
-        if down[0].numel() != layer.fan_in or (kernel and set(kernel) != {1} and kernel != layer.kernel):
+        if math.prod(down.shape[1:]) != layer.fan_in or (kernel and set(kernel) != {1} and kernel != layer.kernel):
             raise AdapterError(f"lora_down has shape {shape_of(down)}, expected {expected}")
-        fitted["lora_down"] = down.reshape(expected)
-    columns = up[0].numel()
+        fitted["lora_down"] = down if down.shape == expected else down.reshape(expected)
+    columns = math.prod(up.shape[1:])
     if up.shape[0] != out or columns not in (rank, rank / layer.groups):
         raise AdapterError(f"lora_up has shape {shape_of(up)}, expected ({out}, {rank}): lora_down has rank {rank}")
-    fitted["lora_up"] = up.reshape(out, columns)
+    fitted["lora_up"] = up if up.ndim == 2 else up.reshape(out, columns)
     if "lora_bias" in tensors:
         bias = tensors["lora_bias"]
         if bias.numel() != out or layer.kind == "embedding":
