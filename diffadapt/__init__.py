@@ -7,8 +7,9 @@ from diffadapt.create import add_adapter
 from diffadapt.errors import AdapterError, LoadError
 from diffadapt.inspection import inspect
 from diffadapt.io import read_pickle
+from diffadapt.loaded import LoadedAdapter
 from diffadapt.lowrank import Conversion
-from diffadapt.manager import Adapters, LoadedAdapter
+from diffadapt.manager import Adapters
 from diffadapt.pipeline import adapters_of as adapters
 from diffadapt.pipeline import install
 from diffadapt.pipeline import load_adapter_into_model as load_adapter

@@ -3,23 +3,33 @@
 What is where within one model is up to `slots.Reservation`; here is what adapters need, and who may have to leave.
 """
 
+import os
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
 from diffadapt.adapter import AdapterLayer, weight_of
 from diffadapt.attach import bank_of, reserve_
+from diffadapt.config import AdapterConfig
+from diffadapt.create import new_layers
 from diffadapt.errors import AdapterError
 from diffadapt.hooks import compute_dtype, execution_device
+from diffadapt.io import Source, read
 from diffadapt.layer import LayerSpec
+from diffadapt.load import plan
+from diffadapt.loaded import Loaded
 from diffadapt.slots import Arrangement, Form, Forms, Needs, Reservation, lower
 from diffadapt.targets import Targets
 
 ByComponent = Mapping[str, Mapping[str, AdapterLayer]]
 """Component -> module path -> adapter layer."""
+Request: TypeAlias = Source | AdapterConfig | Mapping[str, AdapterConfig]
+Requests: TypeAlias = Request | Iterable[Request]
 
 
 @dataclass(frozen=True)
@@ -87,9 +97,89 @@ def reserve_all_(
     )
 
 
-def is_prepared(models: Mapping[str, nn.Module]) -> bool:
-    """Whether any of these models has slots."""
-    return any((bank := bank_of(model)) and bank.reservation for model in models.values())
+def requested(
+    loaded: Loaded, sources: Requests, only: set[str] | None, tokenizers: Mapping[str, Any]
+) -> list[ByComponent]:
+    """The adapters that sources and loaded adapters are, by component; of sources only the shapes.
+
+    Args:
+        only: leave other components out.
+        tokenizers: see `load.plan`.
+    """
+    models = loaded.models
+    wanted: list[ByComponent] = [
+        {component: adapter.layers for component, adapter in found.components.items()}
+        for found in loaded.adapters.values()
+    ]
+    single = isinstance(sources, (str, os.PathLike, AdapterConfig, Mapping))
+    for source in cast(Iterable[Request], [sources] if single else sources):
+        configs = _configs(source, models)
+        if configs is not None:
+            wanted.append({c: new_layers(models[c], config)[0] for c, config in configs.items()})
+        else:
+            checkpoint = read(cast(Source, source), headers_only=True)
+            planned = plan(checkpoint, models, components=only, tokenizers=tokenizers)
+            planned.refuse_faults(strict=True)
+            wanted.append(planned.layers)
+    return wanted if only is None else [{c: part for c, part in w.items() if c in only} for w in wanted]
+
+
+def room(
+    loaded: Loaded, name: str, layers: ByComponent, activate: bool, allow_recompile: bool, *, replacing: bool
+) -> tuple[dict[str, Arrangement], set[str]]:
+    """Seats for a new adapter by component, and the components in which it has to run beside the slots.
+
+    Args:
+        activate: it will act at once.
+        allow_recompile: where there is no room, it may run beside the slots.
+        replacing: whoever has that name will be gone.
+
+    Raises:
+        AdapterError: there is no room.
+    """
+    found: dict[str, Arrangement] = {}
+    beside: set[str] = set()
+    if not _is_prepared(loaded):
+        return found, beside
+    staying = set(loaded.active if activate else loaded.adapters) - {name}
+    for component, part in layers.items():
+        wanted = {name: {component: part}}
+        here = {component: loaded.models[component]}
+        try:
+            found |= arrange(here, wanted, staying, [name] if replacing else [])
+        except AdapterError as error:
+            if not activate:
+                with suppress(AdapterError):
+                    # There is room for it once others are gone: it gets a seat when it is activated.
+                    arrange(here, wanted, ())
+                    continue
+            if not allow_recompile:
+                raise AdapterError(
+                    f"{error}. Nothing was changed. Deactivate or remove adapters, include this one in "
+                    "prepare_hotswap() before compiling, or pass allow_recompile=True"
+                ) from error
+            beside.add(component)
+    return found, beside
+
+
+def seat_(loaded: Loaded, names: Iterable[str], staying: Collection[str] = ()) -> None:
+    """Give these adapters seats where there are slots, before all others that are not in `staying`.
+
+    Raises:
+        AdapterError: there is no room. Nothing has changed then.
+    """
+    if not _is_prepared(loaded):
+        return
+    names = list(names)
+    new: dict[str, dict[str, Mapping[str, AdapterLayer]]] = {}
+    for name in names:
+        for component, adapter in loaded[name].components.items():
+            reservation = loaded.banks[component].reservation
+            is_seated = reservation is not None and name in reservation.seated
+            if adapter.layers and not adapter.beside and not is_seated:
+                new.setdefault(name, {})[component] = adapter.layers
+    for arrangement in arrange(loaded.models, new, {*names, *staying}).values():
+        arrangement.carry_out()
 
 
 def arrange(
@@ -139,6 +229,24 @@ def _lowered(layers: Mapping[str, AdapterLayer], hosts: Mapping[str, nn.Module],
                 )
             forms[path] = lower(layer, partial(weight_of, hosts[path], layer.spec), room.device)
     return forms
+
+
+def _is_prepared(loaded: Loaded) -> bool:
+    """Whether any of the models has slots."""
+    return any(bank.reservation is not None for bank in loaded.banks.values())
+
+
+def _configs(request: Request, models: Mapping[str, nn.Module]) -> dict[str, AdapterConfig] | None:
+    """Settings by component, if a request consists of settings; without components they are for the denoisers."""
+    if isinstance(request, AdapterConfig):
+        denoisers = [component for component in models if not component.startswith(("text_encoder", "vae", "image"))]
+        return dict.fromkeys(denoisers if len(models) > 1 else models, request)
+    if not isinstance(request, Mapping) or not any(isinstance(config, AdapterConfig) for config in request.values()):
+        return None
+    unknown = sorted(set(request) - set(models))
+    if unknown:
+        raise AdapterError(f"no component {', '.join(unknown)}; the pipeline has {', '.join(models)}")
+    return dict(cast(Mapping[str, AdapterConfig], request))
 
 
 def _empty(spec: LayerSpec, dtype: torch.dtype) -> Tensor:

@@ -1,38 +1,35 @@
 """The object behind `pipe.adapters`: everything that can be done with loaded adapters."""
 
 import os
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial, wraps
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar, cast
+from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from diffadapt import clock, families, scales, textual_inversion
-from diffadapt.adapter import Adapter, AdapterLayer
+from diffadapt import clock, families, scales
+from diffadapt.adapter import Adapter
 from diffadapt.attach import bank_of, refresh_, unreserve_
 from diffadapt.combine import Combination, Method, Sign
-from diffadapt.config import AdapterConfig
-from diffadapt.create import new_layers
 from diffadapt.errors import AdapterError
 from diffadapt.formats import writer
 from diffadapt.hooks import execution_device
-from diffadapt.hotswap import ByComponent, Reserved, arrange, is_prepared, needs_of, reserve_all_
+from diffadapt.hotswap import Requests, Reserved, needs_of, requested, reserve_all_, room, seat_
 from diffadapt.io import Checkpoint, Location, Source, read, write
 from diffadapt.load import Plan, attach_all_, detach_all_, plan
+from diffadapt.loaded import Chosen, Loaded, LoadedAdapter, Numbers
 from diffadapt.locks import held
 from diffadapt.lowrank import Conversion, Maker, Sources, conversion, derive_
 from diffadapt.merge import expand_, merge_, refuse_mixture, undo_bytes, unmerge_
 from diffadapt.report import Report
-from diffadapt.scales import SharedStrengths, Strength
-from diffadapt.schedules import START, Moment
-from diffadapt.slots import Arrangement
+from diffadapt.scales import Strength
+from diffadapt.schedules import Moment
 from diffadapt.state import AdapterState
 from diffadapt.targets import Targets
-from diffadapt.textual_inversion import LearnedTokens
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -49,71 +46,7 @@ def _exclusive(method: Callable[Concatenate["Adapters", P], R]) -> Callable[Conc
     return alone
 
 
-Chosen: TypeAlias = str | Iterable[str] | Mapping[str, Strength]
-Request: TypeAlias = Source | AdapterConfig | Mapping[str, AdapterConfig]
-Requests: TypeAlias = Request | Iterable[Request]
 Follow: TypeAlias = Callable[[clock.Listener | None], None]
-
-
-@dataclass(frozen=True)
-class LoadedAdapter:
-    """One adapter over all components.
-
-    Attributes:
-        components: component -> the `Adapter` module there, which owns the parameters.
-    """
-
-    name: str
-    components: Mapping[str, Adapter]
-
-    @property
-    def learned(self) -> tuple[LearnedTokens, ...]:
-        """The tokens it brought, one entry for each text encoder."""
-        found = (textual_inversion.of(adapter) for adapter in self.components.values())
-        return tuple(tokens for tokens in found if tokens is not None)
-
-    @property
-    def tokens(self) -> Mapping[str, int]:
-        """The tokens it brought, with their numbers of vectors."""
-        return textual_inversion.counted(self.learned)
-
-    @property
-    def types(self) -> tuple[str, ...]:
-        """Adapter types in use."""
-        return tuple(sorted({layer.kind.name for a in self.components.values() for layer in a.layers.values()}))
-
-    @property
-    def ranks(self) -> tuple[int, ...]:
-        """Ranks in use, ascending."""
-        ranks = {layer.rank for adapter in self.components.values() for layer in adapter.layers.values()}
-        return tuple(sorted(rank for rank in ranks if rank is not None))
-
-    @property
-    def dtypes(self) -> tuple[torch.dtype, ...]:
-        """Dtypes of the parameters."""
-        dtypes = {parameter.dtype for adapter in self.components.values() for parameter in adapter.parameters()}
-        return tuple(sorted(dtypes, key=str))
-
-    @property
-    def bytes(self) -> int:
-        """Size of the parameters."""
-        parameters = (p for adapter in self.components.values() for p in adapter.parameters())
-        return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-
-    @property
-    def metadata(self) -> Mapping[str, str]:
-        """Metadata of the file, verbatim."""
-        return next(iter(self.components.values())).metadata
-
-    @property
-    def active(self) -> bool:
-        """Whether it takes part in the forward, at run time or merged."""
-        return any(adapter.active for adapter in self.components.values())
-
-    @property
-    def strength(self) -> Strength:
-        """What `activate` or `scale=` set last."""
-        return next(iter(self.components.values())).strength
 
 
 class Adapters:
@@ -148,41 +81,32 @@ class Adapters:
     @property
     def names(self) -> list[str]:
         """Names in the order of loading."""
-        return list(self._loaded())
+        return list(self._loaded().adapters)
 
     @property
     def active(self) -> dict[str, Strength]:
         """Strength of every active adapter, as it was set."""
-        return {name: adapter.strength for name, adapter in self._loaded().items() if adapter.active}
+        return self._loaded().active
 
     @property
     def merged(self) -> list[str]:
         """Names of the adapters that are merged into the weights."""
-        merged = {name for model in self._models().values() if (bank := bank_of(model)) for name in bank.merged}
-        return [name for name in self.names if name in merged]
+        return list(self._loaded().merged)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._loaded()
+        return name in self._loaded().adapters
 
     def __len__(self) -> int:
-        return len(self._loaded())
+        return len(self._loaded().adapters)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._loaded())
+        return iter(self._loaded().adapters)
 
     def __getitem__(self, name: str) -> LoadedAdapter:
-        loaded = self._loaded()
-        if name not in loaded:
-            raise AdapterError(f"no adapter {name!r}; loaded are {', '.join(loaded) or 'none'}")
-        return loaded[name]
+        return self._loaded()[name]
 
     def __repr__(self) -> str:
-        header = ("name", "types", "components", "rank", "dtype", "size", "active", "scale")
-        rows = [header, *(self._row(adapter) for adapter in self._loaded().values())]
-        if len(rows) == 1:
-            return "no adapters"
-        widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+        return str(self._loaded())
 
     @_exclusive
     def load(
@@ -206,12 +130,14 @@ class Adapters:
             unknown = [component for component in components if component not in models]
             if unknown:
                 raise AdapterError(f"components: no {', '.join(unknown)}; the pipeline has {', '.join(models)}")
+        loaded = self._loaded()
         if name is not None:
-            self._refuse_name(name)
+            loaded.refuse_name(name)
         checkpoint, planned = self._planned(source, where, components, dtype, models, name=name, format=format)
         if name is None:
-            name = checkpoint.name or next(n for i in range(len(self) + 1) if (n := f"default_{i}") not in self)
-            self._refuse_name(name)
+            names = (f"default_{number}" for number in range(len(loaded.adapters) + 1))
+            name = checkpoint.name or next(name for name in names if name not in loaded.adapters)
+            loaded.refuse_name(name)
         scales.check(name, scale)
         planned.refuse_faults(strict)
         self._bring(name, planned, scale, activate, allow_recompile)
@@ -247,20 +173,22 @@ class Adapters:
             AdapterError: a source cannot be read or applied, more adapters are active than `slots`, or there is
                 nothing to reserve for. Nothing has changed then.
         """
-        active = [name for name in self.active if name not in self.merged]
+        loaded = self._loaded()
+        active = loaded.running
         count = max(1, len(active)) if slots is None else slots
         if count < max(1, len(active)):
             raise AdapterError(f"slots is {count}, expected at least {max(1, len(active))}, as many as are active")
-        models = self._models()
-        wanted = self._requested(sources, models, None if components is None else set(components))
+        wanted = requested(loaded, sources, None if components is None else set(components), self._tokenizers())
         if not wanted:
             raise AdapterError("nothing to reserve for: pass files, folders or settings, or load an adapter first")
+        models = loaded.models
         reserved = reserve_all_(models, needs_of(models, wanted), count, rank=rank, samples=samples)
-        self._seat(active)
-        for name in self.names:
+        loaded = self._loaded()
+        seat_(loaded, active)
+        for name in loaded.adapters:
             if name not in active:
                 with suppress(AdapterError):
-                    self._seat([name], staying=self.names)
+                    seat_(loaded, [name], staying=loaded.adapters)
         self._changed()
         return reserved
 
@@ -389,19 +317,18 @@ class Adapters:
         Raises:
             AdapterError: as `activate`; or the slots are not for so many samples.
         """
-        self._refuse_merged("per_sample")
+        loaded = self._loaded()
+        loaded.refuse_merged("per_sample")
         if not mixes:
             raise AdapterError("per_sample: no mixes, expected one for every prompt")
-        resolved: list[dict[str, dict[str, float | list[float]]]] = []
+        resolved: list[dict[str, dict[str, Numbers]]] = []
         for mix in mixes:
-            wanted, strengths = self._resolved(mix)
+            wanted, strengths = loaded.resolved(mix)
             for name, strength in wanted.items():
                 self._refuse_schedule("per_sample", name, strength)
             resolved.append(strengths)
-        models = self._models()
-        for component, model in models.items():
-            bank = bank_of(model)
-            room = None if bank is None else bank.reservation
+        for component, bank in loaded.banks.items():
+            room = bank.reservation
             if room is not None and room.samples != len(mixes):
                 raise AdapterError(
                     f"per_sample: {len(mixes)} mixes, but the slots of {component} are for {room.samples or 'no'} "
@@ -409,20 +336,19 @@ class Adapters:
                 )
         names = list(dict.fromkeys(name for mix in resolved for name in mix))
         with self._restored():
-            self._seat(names)
+            loaded = self._loaded()
+            seat_(loaded, names)
             for name in names:
-                for component, adapter in self[name].components.items():
+                for component, adapter in loaded[name].components.items():
                     strengths = [mix[name][component] if name in mix else 0.0 for mix in resolved]
                     count = len(adapter.layers)
                     adapter.set_strengths([[s] * count if isinstance(s, (int, float)) else s for s in strengths])
-            for component, model in models.items():
-                bank = bank_of(model)
-                if bank is not None:
-                    # A text encoder sees every prompt once.
-                    encodes = component.startswith("text_encoder")
-                    bank.call.samples, bank.call.images = len(mixes), 1 if encodes else images or 1
-                    bank.call.asks_images = images is None and not encodes
-            self._set_active(names)
+            for component, bank in loaded.banks.items():
+                # A text encoder sees every prompt once.
+                encodes = component.startswith("text_encoder")
+                bank.call.samples, bank.call.images = len(mixes), 1 if encodes else images or 1
+                bank.call.asks_images = images is None and not encodes
+            loaded.set_active_(names)
             yield
 
     @contextmanager
@@ -433,7 +359,7 @@ class Adapters:
             self.unmerge()
             try:
                 with self._restored():
-                    self._set_active(())
+                    self._loaded().set_active_(())
                     yield
             finally:
                 if merged:
@@ -450,33 +376,29 @@ class Adapters:
     def _restoring(self) -> Generator[None, None, None]:
         states: dict[tuple[str, str], tuple[Adapter, bool, Strength, Tensor]] = {}
         calls: dict[str, tuple[int, int, bool]] = {}
-        for component, model in self._models().items():
-            bank = bank_of(model)
-            if bank is not None:
-                calls[component] = bank.call.samples, bank.call.images, bank.call.asks_images
-                for name, adapter in bank.adapters.items():
-                    states[component, name] = adapter, adapter.active, adapter.strength, adapter.gates.clone()
+        for component, bank in self._loaded().banks.items():
+            calls[component] = bank.call.samples, bank.call.images, bank.call.asks_images
+            for name, adapter in bank.adapters.items():
+                states[component, name] = adapter, adapter.active, adapter.strength, adapter.gates.clone()
         try:
             yield
         finally:
-            for component, model in self._models().items():
-                bank = bank_of(model)
-                if bank is not None:
-                    bank.call.samples, bank.call.images, bank.call.asks_images = calls.get(component, (0, 1, True))
-                    for name, adapter in bank.adapters.items():
-                        state = states.get((component, name))
-                        adapter.active = state is not None and state[1]
-                        if state is not None and adapter is state[0]:
-                            adapter.strength = state[2]
-                            adapter.set_gates(state[3])
-                        elif state is not None:
-                            # Another one took its place meanwhile.
-                            adapter.strength = state[2]
-                            strengths = self._strengths(name, state[2], {component: adapter}, strict=False)
-                            adapter.set_strengths(strengths[component])
-            self._seat(name for name in self.active if name not in self.merged)
-            for model in self._models().values():
-                refresh_(model)
+            loaded = self._loaded()
+            for component, bank in loaded.banks.items():
+                bank.call.samples, bank.call.images, bank.call.asks_images = calls.get(component, (0, 1, True))
+                for name, adapter in bank.adapters.items():
+                    state = states.get((component, name))
+                    adapter.active = state is not None and state[1]
+                    if state is not None and adapter is state[0]:
+                        adapter.strength = state[2]
+                        adapter.set_gates(state[3])
+                    elif state is not None:
+                        # Another one took its place meanwhile.
+                        adapter.strength = state[2]
+                        strengths = loaded.strengths(name, state[2], {component: adapter}, strict=False)
+                        adapter.set_strengths(strengths[component])
+            seat_(loaded, loaded.running)
+            loaded.refresh_()
             self._keep_time(self._follow)
 
     @_exclusive
@@ -486,10 +408,11 @@ class Adapters:
         Raises:
             AdapterError: no such adapter, it is merged, or someone else added tokens to its tokenizers since.
         """
-        self[name]
-        if name in self.merged:
+        loaded = self._loaded()
+        adapter = loaded[name]
+        if name in loaded.merged:
             raise AdapterError(f"adapter {name!r} is merged into the weights; call unmerge() before remove()")
-        self._expand_before_widening(self[name].components)
+        self._expand_before_widening(loaded, adapter.components)
         detach_all_(self._models(), name)
         self._keep_time(self._follow)
         self._changed()
@@ -515,25 +438,25 @@ class Adapters:
             AdapterError: unknown or already merged, or nothing to merge; quantised or unreachable weights; a result
                 that is not finite. Nothing has been written then.
         """
-        if any((bank := bank_of(model)) and bank.call.samples for model in self._models().values()):
+        loaded = self._loaded()
+        if any(bank.call.samples for bank in loaded.banks.values()):
             raise AdapterError("merge: inside per_sample every sample has weights of its own; leave it first")
-        chosen = names or tuple(name for name in self.active if name not in self.merged)
+        chosen = names or tuple(loaded.running)
         if not chosen:
             raise AdapterError("nothing to merge: no adapter is active that is not merged already")
         for name in chosen:
-            self[name]
-            if name in self.merged:
+            if name in loaded.merged:
                 raise AdapterError(f"adapter {name!r} is merged already; call unmerge() first")
-            self._refuse_schedule("merge", name, self[name].strength)
-        merge_(self._models(), chosen, compact=compact)
+            self._refuse_schedule("merge", name, loaded[name].strength)
+        merge_(loaded.models, chosen, compact=compact)
         for name in chosen:
-            for adapter in self[name].components.values():
+            for adapter in loaded[name].components.values():
                 adapter.active = True
 
     @property
     def undo_bytes(self) -> int:
         """Memory that is kept to undo merges."""
-        banks = [bank for model in self._models().values() if (bank := bank_of(model))]
+        banks = self._loaded().banks.values()
         copies = sum(original.nbytes for bank in banks for _, original in bank.originals)
         return copies + sum(undo_bytes(small) for bank in banks for small in bank.compact)
 
@@ -670,16 +593,17 @@ class Adapters:
             old: who has that name now.
             kept: the scale is that of `old`, whose prefixes need not suit the new one.
         """
-        models, adapters = self._models(), planned.adapters
-        strengths = self._strengths(name, scale, adapters, strict=not kept)
+        loaded, adapters = self._loaded(), planned.adapters
+        models = loaded.models
+        strengths = loaded.strengths(name, scale, adapters, strict=not kept)
         for component, adapter in adapters.items():
-            bank = bank_of(models[component])
+            bank = loaded.banks.get(component)
             if bank is not None and activate and bank.merged:
                 adapter.active = True
                 refuse_mixture(component, {**bank.adapters, name: adapter}, bank.merged)
         layers = {component: adapter.layers for component, adapter in adapters.items() if adapter.layers}
-        arrangements, beside = self._room(name, layers, activate, allow_recompile, replacing=old is not None)
-        self._expand_before_widening(adapters)
+        arrangements, beside = room(loaded, name, layers, activate, allow_recompile, replacing=old is not None)
+        self._expand_before_widening(loaded, adapters)
         attach_all_(models, name, planned, replacing=old is not None)
         for component, model in models.items():
             if component in arrangements:
@@ -699,158 +623,42 @@ class Adapters:
         self._keep_time(self._follow)
         self._changed()
 
-    def _expand_before_widening(self, adapters: Mapping[str, Adapter]) -> None:
+    def _expand_before_widening(self, loaded: Loaded, adapters: Mapping[str, Adapter]) -> None:
         """Keep originals of merged weights as copies where a layer gets, or loses, inputs."""
-        for component, adapter in adapters.items():
-            bank = bank_of(self._models()[component])
-            if bank is not None and any(layer.widens for layer in adapter.layers.values()):
+        for component, bank in loaded.banks.items():
+            if component in adapters and any(layer.widens for layer in adapters[component].layers.values()):
                 expand_(bank)
 
-    def _room(
-        self, name: str, layers: ByComponent, activate: bool, allow_recompile: bool, *, replacing: bool
-    ) -> tuple[dict[str, Arrangement], set[str]]:
-        """Seats for an adapter by component, and the components in which it has to run beside the slots."""
-        models = self._models()
-        if not is_prepared(models):
-            return {}, set()
-        found: dict[str, Arrangement] = {}
-        beside: set[str] = set()
-        staying = set(self.active if activate else self.names) - {name}
-        for component, part in layers.items():
-            wanted = {name: {component: part}}
-            here = {component: models[component]}
-            try:
-                found |= arrange(here, wanted, staying, [name] if replacing else [])
-            except AdapterError as error:
-                if not activate:
-                    with suppress(AdapterError):
-                        # There is room for it once others are gone: it gets a seat when it is activated.
-                        arrange(here, wanted, ())
-                        continue
-                if not allow_recompile:
-                    raise AdapterError(
-                        f"{error}. Nothing was changed. Deactivate or remove adapters, include this one in "
-                        "prepare_hotswap() before compiling, or pass allow_recompile=True"
-                    ) from error
-                beside.add(component)
-        return found, beside
-
-    def _seat(self, names: Iterable[str], staying: Collection[str] = ()) -> None:
-        """Give these adapters seats where there are slots, before all others that are not in `staying`."""
-        models, names = self._models(), list(names)
-        if not is_prepared(models):
-            return
-        new: dict[str, dict[str, Mapping[str, AdapterLayer]]] = {}
-        for name in names:
-            for component, adapter in self[name].components.items():
-                bank = bank_of(models[component])
-                assert bank is not None
-                seated = () if bank.reservation is None else bank.reservation.seated
-                if adapter.layers and not adapter.beside and name not in seated:
-                    new.setdefault(name, {})[component] = adapter.layers
-        for arrangement in arrange(models, new, {*names, *staying}).values():
-            arrangement.carry_out()
-
-    def _requested(
-        self, sources: Requests, models: Mapping[str, nn.Module], only: set[str] | None
-    ) -> list[ByComponent]:
-        """The adapters that sources and loaded adapters are, by component; of sources only the shapes."""
-        wanted: list[ByComponent] = [
-            {component: adapter.layers for component, adapter in loaded.components.items()}
-            for loaded in self._loaded().values()
-        ]
-        single = isinstance(sources, (str, os.PathLike, AdapterConfig, Mapping))
-        for source in cast(Iterable[Request], [sources] if single else sources):
-            configs = _configs(source, models)
-            if configs is not None:
-                wanted.append({c: new_layers(models[c], config)[0] for c, config in configs.items()})
-            else:
-                planned = plan(
-                    read(cast(Source, source), headers_only=True),
-                    models,
-                    components=only,
-                    tokenizers=self._tokenizers(),
-                )
-                planned.refuse_faults(strict=True)
-                wanted.append(planned.layers)
-        return wanted if only is None else [{c: part for c, part in w.items() if c in only} for w in wanted]
-
-    def _loaded(self) -> dict[str, LoadedAdapter]:
-        found: dict[str, dict[str, Adapter]] = {}
-        for component, model in self._models().items():
-            bank = bank_of(model)
-            for name, adapter in bank.adapters.items() if bank is not None else ():
-                found.setdefault(name, {})[component] = adapter
-        return {name: LoadedAdapter(name, components) for name, components in found.items()}
+    def _loaded(self) -> Loaded:
+        return Loaded(self._models(), qualified=self._qualified)
 
     def _derive(self, adapters: Chosen, name: str, maker: Callable[[Sources], Maker]) -> Conversion:
-        self._refuse_name(name)
-        for model in self._models().values():
-            if (bank := bank_of(model)) is not None:
-                expand_(bank)
-        wanted, strengths = self._resolved(adapters)
+        loaded = self._loaded()
+        loaded.refuse_name(name)
+        for bank in loaded.banks.values():
+            expand_(bank)
+        wanted, strengths = loaded.resolved(adapters)
         for source, strength in wanted.items():
             self._refuse_schedule(name, source, strength)
-        report = derive_(self._models(), name, strengths, maker)
+        report = derive_(loaded.models, name, strengths, maker)
         self._changed()
         return report
 
-    def _resolved(self, adapters: Chosen) -> tuple[dict[str, Strength], dict[str, dict[str, float | list[float]]]]:
-        """What was asked for: name -> strength, and the same as name -> component -> numbers per layer."""
-        adapters = [adapters] if isinstance(adapters, str) else adapters
-        wanted: dict[str, Strength] = dict(adapters) if isinstance(adapters, Mapping) else dict.fromkeys(adapters, 1.0)
-        return wanted, {name: self._strengths(name, amount, self[name].components) for name, amount in wanted.items()}
-
-    def _strengths(
-        self,
-        name: str,
-        strength: Strength,
-        components: Mapping[str, Adapter],
-        *,
-        strict: bool = True,
-        moment: Moment = START,
-    ) -> dict[str, float | list[float]]:
-        """By component, one number for all layers or one for each; `strict` for prefixes that have to match."""
-        scales.check(name, strength)
-        numbers = scales.at(strength, moment)
-        if not isinstance(numbers, Mapping):
-            return dict.fromkeys(components, numbers)
-        strengths: dict[str, float | list[float]] = {}
-        matched: set[str] = set()
-        for component, adapter in components.items():
-            paths = [f"{component}.{path}" for path in adapter.layers] if self._qualified else list(adapter.layers)
-            strengths[component], hits = scales.resolve(numbers, paths)
-            matched |= hits
-        missed = sorted(set(numbers) - matched)
-        if missed and strict and not (isinstance(strength, SharedStrengths) and self._suits(strength, matched)):
-            names = [*map(repr, missed[:4]), *(["..."] if len(missed) > 4 else [])]
-            raise AdapterError(
-                f"adapter {name!r} has no layer under {', '.join(names)}; "
-                f"it has layers under {', '.join(self._prefixes(components))}"
-            )
-        return strengths
-
-    def _suits(self, strength: SharedStrengths[Any], matched: set[str]) -> bool:
-        """Whether some of the prefixes match, and the others may be missing: not if they are of another denoiser."""
-        others = (prefix for prefix in strength if prefix and not prefix.startswith("text_encoder"))
-        return bool(matched or "" in strength) and {prefix.partition(".")[0] for prefix in others} <= set(
-            self._models()
-        )
-
     def _activate(self, adapters: Chosen, follow: Follow | None) -> None:
-        self._refuse_merged("activate")
-        wanted, strengths = self._resolved(adapters)
+        loaded = self._loaded()
+        loaded.refuse_merged("activate")
+        wanted, strengths = loaded.resolved(adapters)
         if follow is None and any(map(scales.is_scheduled, wanted.values())):
             raise AdapterError(
                 "a schedule follows the steps of a scheduler, which a single model does not have; "
                 "use `with adapters.scheduled(..., scheduler=...)`"
             )
-        self._seat(wanted)
+        seat_(loaded, wanted)
         for name, strength in wanted.items():
-            for component, adapter in self[name].components.items():
+            for component, adapter in loaded[name].components.items():
                 adapter.strength = strength
                 adapter.set_strengths(strengths[name][component])
-        self._set_active(wanted)
+        loaded.set_active_(wanted)
         self._keep_time(follow)
 
     def _keep_time(self, follow: Follow | None) -> None:
@@ -860,65 +668,16 @@ class Adapters:
 
     def _advance(self, moment: Moment) -> None:
         """Set the strengths that schedules have at `moment`."""
-        for name, loaded in self._loaded().items():
-            if scales.is_scheduled(loaded.strength):
-                strengths = self._strengths(name, loaded.strength, loaded.components, strict=False, moment=moment)
-                for component, adapter in loaded.components.items():
+        loaded = self._loaded()
+        for name, found in loaded.adapters.items():
+            if scales.is_scheduled(found.strength):
+                strengths = loaded.strengths(name, found.strength, found.components, strict=False, moment=moment)
+                for component, adapter in found.components.items():
                     # Prompts are encoded before a run, and perhaps again before the next one.
                     if not component.startswith("text_encoder"):
                         adapter.set_strengths(strengths[component])
-        for model in self._models().values():
-            refresh_(model)
-
-    def _prefixes(self, components: Mapping[str, Adapter]) -> list[str]:
-        tops = {f"{component}.{path.split('.')[0]}" for component, a in components.items() for path in a.layers}
-        return sorted(tops if self._qualified else {top.partition(".")[2] for top in tops})
-
-    def _set_active(self, names: Iterable[str]) -> None:
-        names = set(names)
-        for name, loaded in self._loaded().items():
-            for adapter in loaded.components.values():
-                adapter.active = name in names
-        for model in self._models().values():
-            refresh_(model)
-
-    def _refuse_name(self, name: str) -> None:
-        if not name or "." in name:
-            raise AdapterError(f"{name!r} is no name for an adapter: it must not be empty or contain a dot")
-        if name in self:
-            raise AdapterError(f"adapter {name!r} exists already; remove it first or pass another name=")
+        loaded.refresh_()
 
     def _refuse_schedule(self, action: str, name: str, strength: Strength) -> None:
         if scales.is_scheduled(strength):
             raise AdapterError(f"{action}: the strength of {name!r} is a schedule; a number is expected here")
-
-    def _refuse_merged(self, action: str) -> None:
-        if self.merged:
-            raise AdapterError(f"{action}: {', '.join(self.merged)} is merged into the weights; call unmerge() first")
-
-    def _row(self, adapter: LoadedAdapter) -> tuple[str, ...]:
-        ranks = adapter.ranks
-        state = "merged" if adapter.name in self.merged else "yes" if adapter.active else "no"
-        return (
-            adapter.name,
-            ",".join([*adapter.types, *(["tokens"] if adapter.learned else [])]),
-            ", ".join(f"{name} {len(part.layers)}" for name, part in adapter.components.items()),
-            str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}" if ranks else "-",
-            ",".join(str(dtype).removeprefix("torch.") for dtype in adapter.dtypes),
-            f"{adapter.bytes / 2**20:.1f} MiB",
-            state,
-            str(adapter.strength),
-        )
-
-
-def _configs(request: Request, models: Mapping[str, nn.Module]) -> dict[str, AdapterConfig] | None:
-    """Settings by component, if a request consists of settings; without components they are for the denoisers."""
-    if isinstance(request, AdapterConfig):
-        denoisers = [component for component in models if not component.startswith(("text_encoder", "vae", "image"))]
-        return dict.fromkeys(denoisers if len(models) > 1 else models, request)
-    if not isinstance(request, Mapping) or not any(isinstance(config, AdapterConfig) for config in request.values()):
-        return None
-    unknown = sorted(set(request) - set(models))
-    if unknown:
-        raise AdapterError(f"no component {', '.join(unknown)}; the pipeline has {', '.join(models)}")
-    return dict(cast(Mapping[str, AdapterConfig], request))

@@ -18,8 +18,9 @@ import torch
 from diffadapt.errors import AdapterError
 from diffadapt.io import Source
 from diffadapt.load import Plan
+from diffadapt.loaded import Chosen
 from diffadapt.locks import held
-from diffadapt.manager import Adapters, Chosen
+from diffadapt.manager import Adapters
 
 
 class AdapterPool:
