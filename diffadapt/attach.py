@@ -95,6 +95,7 @@ class Bank(nn.Module):
         originals: `(tensor, its content before merging)` for every base tensor that `merge.py` changed.
         compact: what restores the other tensors that it changed, `merge.Compact`.
         merged: names of the adapters that are merged into the weights.
+        replacing: learned tokens for which the model's output is replaced, each with `replaced(ids, output)`.
     """
 
     def __init__(self) -> None:
@@ -105,6 +106,7 @@ class Bank(nn.Module):
         self.originals: list[tuple[Tensor, Tensor]] = []
         self.compact: list[Any] = []
         self.merged: tuple[str, ...] = ()
+        self.replacing: tuple[nn.Module, ...] = ()
         self._carriers: list[tuple[nn.Module, Any]] = []
         self._beside: tuple[Adapter, ...] | None = ()
 
@@ -169,11 +171,15 @@ class Bank(nn.Module):
             self._carry_through_checkpointing(model, value)
         return args, kwargs
 
-    def after_call(self, model: nn.Module, args: Any, output: Any) -> None:
-        """Forward hook of the model: the scale was for this call only."""
+    def after_call(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> Any:
+        """Forward hook of the model: the scale was for this call only. Learned tokens may have outputs of their own."""
         self._restore_checkpointing()
         self.call.value = self.call.outer
         self.call.batch = 0
+        ids = args[0] if args else kwargs.get("input_ids")
+        for tokens in self.replacing if isinstance(ids, Tensor) else ():
+            output = tokens.replaced(ids, output)  # type: ignore[operator]
+        return output
 
     def _carry_through_checkpointing(self, model: nn.Module, value: Tensor) -> None:
         """Make blocks that are recomputed during backward see the scale of the call they belong to.
@@ -329,7 +335,7 @@ def _adapt_(model: nn.Module, hosts: Mapping[str, nn.Module]) -> Bank:
         bank.train(model.training)
         model._modules[BANK] = bank
         model.register_forward_pre_hook(bank.before_call, with_kwargs=True)
-        model.register_forward_hook(bank.after_call)
+        model.register_forward_hook(bank.after_call, with_kwargs=True)
     new = {path: host for path, host in hosts.items() if path not in bank.hosts}
     bank.hosts.update(new)
     bank.attentions.update(_attentions(model, new))
@@ -356,6 +362,7 @@ def _release_unused_(model: nn.Module, bank: Bank) -> None:
             for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is bank]:
                 del hooks[key]
                 model._forward_pre_hooks_with_kwargs.pop(key, None)
+                model._forward_hooks_with_kwargs.pop(key, None)
 
 
 def extend_(host: nn.Module, tokens: tuple[nn.Module, ...]) -> None:

@@ -216,7 +216,7 @@ class Builder:
         _refuse_unusable(fitted, spec)
         _refuse_shape(group, "reshape_weight", spec.weight_shape)
         rank = kind.rank(fitted)
-        settings = dict(self._settings(component, group.written, kind.name))
+        settings = {**self._settings(component, group.written, kind.name), **_marked(group, kind)}
         alpha = _number(group.tensors["alpha"]) if "alpha" in group.tensors else None
         if alpha is None and (rank is not None or "rank" in settings):
             alpha = self._alphas(component, group.written, rank or int(settings["rank"]))
@@ -324,6 +324,13 @@ def _numbered(group: Group) -> list[Group]:
         )
         for number in sorted(numbers)
     ]
+
+
+def _marked(group: Group, kind: AdapterType) -> dict[str, float]:
+    """The settings that tensors beside the type's own stand for."""
+    if "scaled_oft" in group.tensors and "scaled_oft" not in kind.marks:
+        raise AdapterError(f"scaled_oft marks an OFT, and this is a {kind.name}")
+    return {name: 1.0 for name in kind.marks if name in group.tensors}
 
 
 def _of_type(group: Group) -> dict[str, Tensor]:

@@ -102,6 +102,8 @@ class AdapterType:
         gain: `s - 1`, of shape (out,).
         gains_bias: whether `s` multiplies the bias too.
         settings: numbers that a file's metadata may give, with their defaults.
+        marks: of these settings, those that are 1 where a file has a tensor of their name beside the type's, whatever
+            is in it.
         alpha_is: the setting that an alpha in a file means, where it is not `alpha / rank`.
         layers: kinds of layers it can sit on.
         masked: tensor -> axis along which rank dropout zeroes slices.
@@ -131,6 +133,7 @@ class AdapterType:
     gain: Callable[[Tensors], Tensor] = _missing
     gains_bias: bool = False
     settings: Mapping[str, float] = field(default_factory=dict[str, float])
+    marks: frozenset[str] = frozenset()
     alpha_is: str | None = None
     layers: frozenset[LayerKind] = frozenset({"linear", "conv", "embedding"})
     masked: Mapping[str, int] = field(default_factory=dict[str, int])

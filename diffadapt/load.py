@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from diffadapt import families, textual_inversion
 from diffadapt.adapter import Adapter, AdapterLayer
 from diffadapt.attach import attach_, bank_of, detach_
 from diffadapt.build import Builder, Content, ForWriting, Group
+from diffadapt.duplicates import winners
 from diffadapt.errors import AdapterError, LoadError
 from diffadapt.formats import detect
 from diffadapt.formats.format import Names, Place, Unused, Vectors
@@ -21,6 +22,11 @@ from diffadapt.io import Checkpoint
 from diffadapt.report import Report, explained
 from diffadapt.targets import Targets
 from diffadapt.textual_inversion import LearnedTokens
+
+_Id: TypeAlias = tuple[str, str]
+"""Component and path of a layer of the file."""
+
+_TWICE = "the file has this layer in another way, too, and that is used"
 
 
 @dataclass(frozen=True)
@@ -127,7 +133,7 @@ def plan(
         raise LoadError(f"{checkpoint.origin}: {error}") from error
     faults: list[tuple[str, str]] = []
     ignored: list[tuple[str, str]] = []
-    groups: dict[tuple[str, str], Group] = {}
+    groups: dict[_Id, Group] = {}
     learned: dict[str, Vectors] = {}
     for key, verdict in verdicts.items():
         if isinstance(verdict, Vectors):
@@ -140,35 +146,45 @@ def plan(
             _gather(groups, key, verdict, checkpoint.tensors[key], faults)
     builder = Builder(checkpoint, targets, alphas, settings, dtype, device, for_writing=for_writing)
     # Shapes first: values are not read before it is known that they are no more than they should be.
-    contents: dict[tuple[str, str], list[Content]] = {}
-    for (component, path), group in groups.items():
+    contents: dict[_Id, list[Content]] = {}
+    for place, group in groups.items():
+        component, path = place
         try:
-            contents[component, path] = builder.contents(component, path, group)
+            contents[place] = builder.contents(component, path, group)
         except AdapterError as error:
             faults += _faults(component, path, group, error)
     resolved = textual_inversion.resolve(learned, checkpoint, models, wanted)
     broken = _non_finite([*(value for place in contents for value in groups[place].values), *resolved.values])
     layers: dict[str, dict[str, AdapterLayer]] = {}
-    taken: dict[str, set[str]] = {}
-    used = 0
-    for (component, path), found in contents.items():
-        group = groups[component, path]
+    origins: dict[tuple[str, str], _Id] = {}
+    good: list[_Id] = []
+    # What the file has for a layer alone comes before what it has for several in one.
+    for place in sorted(contents, key=lambda place: bool(groups[place].pieces)):
+        component, path = place
+        group, found = groups[place], contents[place]
         try:
             if not broken.isdisjoint(group.keys.values()):
                 raise AdapterError(
                     f"{', '.join(sorted(broken & set(group.keys.values())))} holds NaN or infinite values"
                 )
-            paths = {at for content in found for at in content.paths}
-            again = sorted(paths & taken.setdefault(component, set()))
-            if again:
-                raise AdapterError(f"{', '.join(again)} has tensors under another name already")
             built = builder.build(component, found)
+            paths = {at for content in found for at in content.paths}
+            again = sorted(at for at in paths if (component, at) in origins)
+            if again:
+                held = layers[component]
+                chosen = winners(held, built) if paths == built.keys() else None
+                if chosen is None:
+                    raise AdapterError(f"{', '.join(again)} has tensors under another name already")
+                built = chosen
         except AdapterError as error:
             faults += _faults(component, path, group, error)
             continue
+        good.append(place)
         layers.setdefault(component, {}).update(built)
-        taken[component] |= paths
-        used += len(group.keys)
+        origins.update({(component, at): place for at in ({*built} & paths or paths if built else ())})
+    kept = set(origins.values())
+    used = sum(len(groups[place].keys) for place in good if place in kept)
+    ignored += ((key, _TWICE) for place in good if place not in kept for key in groups[place].keys.values())
     tokens = textual_inversion.plan(
         resolved, checkpoint, models, tokenizers, broken=broken, settled=builder.settled, leaving=leaving
     )
@@ -232,7 +248,7 @@ def _targets(models: Mapping[str, nn.Module] | None, wanted: set[str] | None) ->
 
 
 def _gather(
-    groups: dict[tuple[str, str], Group],
+    groups: dict[_Id, Group],
     key: str,
     place: Place,
     tensor: Tensor,

@@ -3,10 +3,13 @@
 A token's vectors belong to the adapter, like all its parameters: they hang beside its layers in the bank of the text
 encoder, and the token embedding looks the new ids up there (`attach.Extended`). The weight of the embedding keeps its
 rows, so adapters on it, casting, offloading, merging and the model's own state dict see nothing of them. The result is
-that of a weight with these rows at its end, which is what diffusers' `load_textual_inversion` makes.
+that of a weight with these rows at its end, which is what diffusers' `load_textual_inversion` makes. A token may also
+have vectors that replace what the text encoder gives where it stands, in all its hidden states but the first
+(`Bank.after_call`).
 
 Tokens are known as long as their adapter is loaded; no strength and no `activate` changes them. A token of several
-vectors has the names diffusers gives it (`token`, `token_1`, ...), to which its pipelines spell a prompt out.
+vectors has the names diffusers gives it (`token`, `token_1`, ...), to which the tokenizer spells a prompt out, as most
+pipelines do before.
 """
 
 import re
@@ -23,6 +26,7 @@ from diffadapt import vocabulary
 from diffadapt.adapter import BANK, Adapter
 from diffadapt.attach import Extended, bank_of, extend_
 from diffadapt.errors import AdapterError
+from diffadapt.formats.embeddings import OUTPUT
 from diffadapt.formats.format import Vectors
 from diffadapt.io import Checkpoint
 from diffadapt.layer import LayerSpec
@@ -41,11 +45,17 @@ _KINDS = {"clip": "clip", "t5": "t5", "t5xxl": "t5", "llama": "llama", "gemma": 
 
 
 class Token(NamedTuple):
-    """One token: its name, what files call its text encoder, and its number of rows."""
+    """One token: its name, what files call its text encoder, and its number of rows.
+
+    Attributes:
+        written: "" for a token that the text encoder reads zeros for.
+        output: what files call the text encoder's output, "" for a token that has no vectors for it.
+    """
 
     name: str
     written: str
     rows: int
+    output: str = ""
 
 
 class LearnedTokens(nn.Module):
@@ -55,19 +65,31 @@ class LearnedTokens(nn.Module):
         tokens: in the order of their rows.
         tokenizer: that knows them while they are installed; `None` where there is only a file.
         vectors: (rows, width), a row for every name.
+        outputs: the same for the output of the text encoder, `None` where no token has any.
         ids: (rows,), the tokenizer's present ids of the names, -1 for one that it does not know.
         scale: constant that the embedding multiplies with what it looks up.
     """
 
     ids: Tensor
+    _replaced: Tensor
 
-    def __init__(self, tokens: Sequence[Token], vectors: Tensor, tokenizer: Any = None, scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        tokens: Sequence[Token],
+        vectors: Tensor,
+        outputs: Tensor | None = None,
+        tokenizer: Any = None,
+        scale: float = 1.0,
+    ) -> None:
         super().__init__()
         self.scale = scale
         self.tokens = tuple(tokens)
         self.tokenizer = tokenizer
         self.names = tuple(name for token in tokens for name in vocabulary.names_of(token.name, token.rows))
         self.vectors = nn.Parameter(vectors, requires_grad=False)
+        self.outputs = None if outputs is None else nn.Parameter(outputs, requires_grad=False)
+        replaced = torch.tensor([bool(token.output) for token in tokens for _ in range(token.rows)])
+        self.register_buffer("_replaced", replaced.to(vectors.device), persistent=False)
         self._numbers = [-1] * len(self.names)
         self.register_buffer("ids", torch.full((len(self.names),), -1, device=vectors.device), persistent=False)
 
@@ -90,16 +112,47 @@ class LearnedTokens(nn.Module):
         rows = F.embedding(found.int().argmax(-1), self.vectors.to(embedded.device, embedded.dtype))
         return torch.where(found.any(-1, keepdim=True), rows if self.scale == 1.0 else rows * self.scale, embedded)
 
+    def replaced(self, ids: Tensor, output: Any) -> Any:
+        """What a text encoder gives for `ids`, its hidden states with the vectors of these tokens in their places."""
+        if isinstance(output, tuple):
+            return tuple(self._replaced_in(ids, value) for value in output)  # type: ignore[misc]
+        for name, value in output.items():
+            output[name] = self._replaced_in(ids, value)
+        return output
+
+    def _replaced_in(self, ids: Tensor, value: Any) -> Any:
+        assert self.outputs is not None
+        if isinstance(value, tuple):
+            # The first of the hidden states are the embeddings.
+            first, *others = value  # type: ignore[misc]
+            return (first, *(self._replaced_in(ids, state) for state in others))  # type: ignore[misc]
+        if not isinstance(value, Tensor) or value.shape != (*ids.shape, self.outputs.shape[1]):
+            return value  # type: ignore[misc]
+        found = (ids.unsqueeze(-1) == self.ids.to(ids.device)) & self._replaced.to(ids.device)
+        found = found.to(value.device)
+        rows = F.embedding(found.int().argmax(-1), self.outputs.to(value.device, value.dtype))
+        return torch.where(found.any(-1, keepdim=True), rows, value)
+
     @property
-    def by_token(self) -> dict[Token, Tensor]:
-        """The vectors of each token, (rows, width)."""
-        parts = self.vectors.detach().split([token.rows for token in self.tokens])
-        return dict(zip(self.tokens, parts, strict=True))
+    def by_token(self) -> dict[Token, tuple[Tensor, Tensor | None]]:
+        """The vectors of each token, (rows, width), for the text encoder and for its output."""
+        sizes = [token.rows for token in self.tokens]
+        given = (None,) * len(sizes) if self.outputs is None else self.outputs.detach().split(sizes)
+        return {
+            token: (vectors, output if token.output else None)
+            for token, vectors, output in zip(self.tokens, self.vectors.detach().split(sizes), given, strict=True)
+        }
 
     @property
     def state(self) -> dict[tuple[str, str], Tensor]:
         """What a file would say of them, as in `AdapterState.embeddings`."""
-        return {(token.name, token.written): vectors.clone() for token, vectors in self.by_token.items()}
+        found: dict[tuple[str, str], Tensor] = {}
+        for token, (vectors, output) in self.by_token.items():
+            if token.written:
+                found[token.name, token.written] = vectors.clone()
+            if output is not None:
+                found[token.name, token.output] = output.clone()
+        return found
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         # A state dict of the text encoder is the base model's and says nothing of adapters.
@@ -170,7 +223,8 @@ def resolve(
             continue
         try:
             vectors = _matrix(checkpoint.tensors[key])
-            component = verdict.written if encoders is None else _component(verdict.written, vectors, encoders)
+            written = verdict.written.removesuffix(OUTPUT) if verdict.output else verdict.written
+            component = written if encoders is None else _component(written, vectors, encoders)
             if wanted is not None and component not in wanted:
                 resolved.ignored.append((key, f"component {component} was not asked for"))
                 continue
@@ -210,25 +264,25 @@ def plan(
     faults = list(resolved.faults)
     rooms: dict[str, _Room] = {}
     used = 0
-    for key, (component, verdict, vectors) in resolved.found.items():
+    for keys, inward, outward in _paired(resolved):
+        component, verdict, vectors = inward or outward  # type: ignore[misc]
         try:
-            if key in broken:
+            if any(key in broken for key in keys):
                 raise AdapterError("holds NaN or infinite values")
             if component not in rooms:
                 encoder = None if encoders is None else encoders[component]
                 rooms[component] = _Room.of(component, encoder, tokenizers, leaving)
-            rooms[component].take(_named(verdict, checkpoint, len(vectors)), vectors)
+            tokens = _named(verdict, checkpoint, len(vectors))
+            if outward is not None:
+                written = "" if inward is None else inward.verdict.written
+                tokens = [token._replace(written=written, output=outward.verdict.written) for token in tokens]
+            output = None if outward is None else outward.vectors
+            rooms[component].take(tokens, torch.zeros_like(vectors) if inward is None else vectors, output)
         except AdapterError as error:
-            faults.append((key, str(error)))
+            faults += ((key, str(error)) for key in keys)
             continue
-        used += 1
-    components = {
-        component: LearnedTokens(
-            room.tokens, _joined([settled(component, part) for part in room.vectors]), room.tokenizer, room.scale
-        )
-        for component, room in rooms.items()
-        if room.tokens
-    }
+        used += len(keys)
+    components = {component: room.filled(settled) for component, room in rooms.items() if room.tokens}
     return Learned(components, used, faults, list(resolved.ignored))
 
 
@@ -244,6 +298,8 @@ def install_(models: Mapping[str, nn.Module], name: str, learned: Mapping[str, L
         bank.adapters[name]._modules[_CHILD] = tokens
         known = vocabulary.added(tokens.tokenizer)
         vocabulary.add_(tokens.tokenizer, (token for token in tokens.names if token not in known))
+        spelled = {t.name: vocabulary.names_of(t.name, t.rows)[1:] for t in tokens.tokens if t.rows > 1}
+        vocabulary.spell_out_(tokens.tokenizer, spelled)
         refused = sorted(set(tokens.names) - set(vocabulary.added(tokens.tokenizer)))
         if refused:
             raise AdapterError(f"the tokenizer of {component} does not take {', '.join(map(repr, refused))} as tokens")
@@ -284,6 +340,9 @@ def refresh_(model: nn.Module) -> None:
     Ids change when tokens are removed, and diffusers' `unload_textual_inversion` puts another embedding in place.
     """
     held = tuple(_held(model).values())
+    bank = bank_of(model)
+    if bank is not None:
+        bank.replacing = tuple(tokens for tokens in held if tokens.outputs is not None)
     hosts = _hosts(model) if held else []
     for tokens in held:
         tokens.number()
@@ -332,6 +391,7 @@ class _Room:
     scale: float = 1.0
     tokens: list[Token] = field(default_factory=list[Token])
     vectors: list[Tensor] = field(default_factory=list[Tensor])
+    outputs: list[Tensor | None] = field(default_factory=list[Tensor | None])
 
     @classmethod
     def of(
@@ -349,20 +409,33 @@ class _Room:
         known, added = set(tokenizer.get_vocab()) - gone, set(vocabulary.added(tokenizer)) - gone
         return cls(component, tokenizer, known, added, held, spec.output_scale)
 
-    def take(self, tokens: Sequence[Token], vectors: Tensor) -> None:
-        """Add tokens, with the rows of `vectors`; all of them or, by an `AdapterError`, none."""
+    def take(self, tokens: Sequence[Token], vectors: Tensor, output: Tensor | None) -> None:
+        """Add tokens, with the rows of `vectors` and of `output`; all of them or, by an `AdapterError`, none."""
+        if output is not None and output.shape != vectors.shape:
+            raise AdapterError(f"{len(vectors)} vectors, and {len(output)} for what the text encoder gives for them")
         if len(vectors) > getattr(self.tokenizer, "model_max_length", len(vectors)):
             raise AdapterError(
                 f"{len(vectors)} vectors do not fit into the {self.tokenizer.model_max_length} tokens of a prompt"
             )
         for token, part in zip(tokens, vectors.split([token.rows for token in tokens]), strict=True):
-            self._refuse_taken(token, part)
+            self._refuse_taken(token, part, output)
         for token in tokens:
             self.added.update(vocabulary.names_of(token.name, token.rows))
         self.tokens += tokens
         self.vectors.append(vectors)
+        self.outputs.append(output)
 
-    def _refuse_taken(self, token: Token, vectors: Tensor) -> None:
+    def filled(self, settled: Callable[[str, Tensor], Tensor]) -> LearnedTokens:
+        """The tokens taken, with their vectors settled as `plan` says."""
+        outputs = None
+        if any(output is not None for output in self.outputs):
+            pairs = zip(self.vectors, self.outputs, strict=True)
+            every = [torch.zeros_like(vectors) if output is None else output for vectors, output in pairs]
+            outputs = _joined([settled(self.component, part) for part in every])
+        vectors = _joined([settled(self.component, part) for part in self.vectors])
+        return LearnedTokens(self.tokens, vectors, outputs, self.tokenizer, self.scale)
+
+    def _refuse_taken(self, token: Token, vectors: Tensor, output: Tensor | None) -> None:
         """Raise `AdapterError` if the prompt could mean something else by the token."""
         name, names = token.name, vocabulary.names_of(token.name, token.rows)
         where = f"token {name!r}: the tokenizer of {self.component}"
@@ -371,7 +444,7 @@ class _Room:
         held = ((owner, *item) for owner, tokens in self.held.items() for item in tokens.by_token.items())
         owner, others = next(((owner, others) for owner, other, others in held if other.name == name), (None, None))
         if others is not None:
-            if others.shape == vectors.shape and torch.equal(others, vectors.to(others)):
+            if _alike(others[0], vectors) and _alike(others[1], output):
                 return
             raise AdapterError(
                 f"{where} knows it from adapter {owner!r}, with other vectors; remove that one first, or load this one "
@@ -394,6 +467,28 @@ class _Room:
 def _encoders(models: Mapping[str, nn.Module] | None) -> dict[str, nn.Module] | None:
     """The text encoders among the models, by component."""
     return None if models is None else {name: models[name] for name in sorted(models) if "text_encoder" in name}
+
+
+def _paired(resolved: Resolved) -> Iterator[tuple[tuple[str, ...], _Found | None, _Found | None]]:
+    """Keys and content of every tensor of vectors, and of that for the output of the text encoder, if there is one."""
+    outward: dict[tuple[str, str | None], list[str]] = {}
+    for key, found in resolved.found.items():
+        if found.verdict.output:
+            outward.setdefault((found.component, found.verdict.token), []).append(key)
+    for key, found in resolved.found.items():
+        if not found.verdict.output:
+            others = outward.get((found.component, found.verdict.token))
+            other = others.pop(0) if others and not found.verdict.apart else None
+            yield (key,) if other is None else (key, other), found, None if other is None else resolved.found[other]
+    for key in (key for keys in outward.values() for key in keys):
+        yield (key,), None, resolved.found[key]
+
+
+def _alike(tensor: Tensor | None, other: Tensor | None) -> bool:
+    """Whether two are equal in the dtype of the first, or both are missing."""
+    if tensor is None or other is None:
+        return tensor is other
+    return tensor.shape == other.shape and torch.equal(tensor, other.to(tensor))
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

@@ -1,11 +1,89 @@
 """Tokens added to a tokenizer of transformers, and taken out again, which transformers itself cannot do.
 
 An added token's id is its place behind the vocabulary, so taking one out moves those behind it.
+
+A token of several vectors is one word of a prompt and several ids. Of diffusers' pipelines most spell prompts out
+themselves (`maybe_convert_prompt`) and others, as Stable Diffusion 3's, do not, so the tokenizer does: what is spelled
+out it leaves.
 """
 
+import copyreg
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
+from functools import cache
 from typing import Any
+
+_REST = "_diffadapt_rest"
+
+
+class _SpellsOut:
+    """Mixed into the class of a tokenizer that knows tokens of several vectors."""
+
+    def __call__(self, text: Any = None, text_pair: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(self._spelled(text), self._spelled(text_pair), *args, **kwargs)  # type: ignore[misc]
+
+    def encode(self, text: Any, text_pair: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return super().encode(self._spelled(text), self._spelled(text_pair), *args, **kwargs)  # type: ignore[misc]
+
+    def tokenize(self, text: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().tokenize(self._spelled(text), *args, **kwargs)  # type: ignore[misc]
+
+    def _spelled(self, text: Any) -> Any:
+        if isinstance(text, (list, tuple)):
+            return type(text)(self._spelled(part) for part in text)  # type: ignore[arg-type]
+        rest: Mapping[str, tuple[str, ...]] = self.__dict__[_REST]
+        # Most prompts have none; tokenizers ignore case or not.
+        if not isinstance(text, str) or not any(name.lower() in text.lower() for name in rest):
+            return text
+        pieces = [(name, end) for name, end in self._pieces(text) if name is None or name.strip()]
+        spelled, start = "", 0
+        for position, (name, end) in enumerate(pieces):
+            names = rest.get(name or "", ())
+            if names and tuple(after for after, _ in pieces[position + 1 : position + 1 + len(names)]) != names:
+                spelled += text[start:end] + "".join(names)
+                start = end
+        return spelled + text[start:]
+
+    def _pieces(self, text: str) -> list[tuple[str | None, int]]:
+        """The added tokens in a text and what is between them (`None`, or white space), each with its end."""
+        by_id = {index: name for name, index in added(self).items()}
+        if hasattr(self, "_tokenizer"):
+            options = {
+                "add_special_tokens": False,
+                "return_offsets_mapping": True,
+                "truncation": False,
+                "verbose": False,
+            }
+            found = super().__call__(text, **options)  # type: ignore[misc]
+            ids, places = found["input_ids"], found["offset_mapping"]
+            return [
+                (by_id.get(index) or ("" if text[start:end].isspace() else None), end)
+                for index, (start, end) in zip(ids, places, strict=True)
+            ]
+        pieces: list[tuple[str | None, int]] = []
+        end = 0
+        for piece in self.tokens_trie.split(text):  # type: ignore[attr-defined]
+            end += len(piece)
+            pieces.append((piece if piece in added(self) or piece.isspace() else None, end))
+        return pieces
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Pickle finds classes by name, and the dynamic class has none: name the tokenizer's own class instead.
+        function, args, *rest = super().__reduce_ex__(protocol)
+        if function is copyreg.__newobj__ and args[0] is type(self):  # type: ignore[attr-defined]
+            return _new_spelling, (type(self)._diffadapt_base, *args[1:]), *rest  # type: ignore[attr-defined]
+        return function, args, *rest
+
+
+@cache
+def _spelling(base: type[Any]) -> type[Any]:
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "_diffadapt_base": base}
+    return type(base.__name__, (_SpellsOut, base), names)
+
+
+def _new_spelling(base: type[Any], *args: Any) -> Any:
+    spelling = _spelling(base)
+    return spelling.__new__(spelling, *args)
 
 
 def names_of(token: str, count: int) -> tuple[str, ...]:
@@ -23,10 +101,24 @@ def add_(tokenizer: Any, names: Iterable[str]) -> None:
     tokenizer.add_tokens(list(names))
 
 
+def spell_out_(tokenizer: Any, rest: Mapping[str, tuple[str, ...]]) -> None:
+    """Make these tokens stand for themselves and the rest of their names wherever they occur in a text."""
+    if rest:
+        tokenizer.__dict__[_REST] = {**tokenizer.__dict__.get(_REST, {}), **rest}
+        if not hasattr(tokenizer, "_diffadapt_base"):
+            tokenizer.__class__ = _spelling(type(tokenizer))
+
+
 def remove_(tokenizer: Any, names: Collection[str]) -> None:
     """Take added tokens out again; those behind them move up, so that ids have no gaps."""
     if not names:
         return
+    if _REST in tokenizer.__dict__:
+        rest = tokenizer.__dict__[_REST]
+        tokenizer.__dict__[_REST] = left = {name: others for name, others in rest.items() if name not in names}
+        if not left:
+            del tokenizer.__dict__[_REST]
+            tokenizer.__class__ = type(tokenizer)._diffadapt_base
     gone = sorted(index for name, index in added(tokenizer).items() if name in names)
 
     def moved(index: int) -> int:

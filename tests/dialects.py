@@ -112,7 +112,10 @@ _DOWN_UP = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weigh
 _LYCORIS = {
     **{name: name for name in (*_KRONECKER, *_HADAMARD)},
     **{name: name for name in ("lora_mid.weight", "dora_scale", "diff", "diff_b", "w_norm", "b_norm", "rescale")},
-    **{name: name for name in ("oft_blocks", "oft_diag", "oft_R.weight", "on_input")},
+    **{
+        name: name
+        for name in ("oft_blocks", "oft_diag", "oft_R.weight", "oft_R.scaled_oft", "initial_norm", "on_input")
+    },
     **{f"{name}.weight": f"{name}.weight" for name in ("a1", "a2", "b1", "b2")},
     "ia3_w": "weight",
 }

@@ -252,7 +252,7 @@ def triangles(triangle: Tensor, size: int) -> Tensor:
     return upper - upper.mT
 
 
-def oft_of_peft(shared: bool = False, exact: bool = False, **extra: Tensor) -> Variant:
+def oft_of_peft(shared: bool = False, exact: bool = False, scaled: bool = False, **extra: Tensor) -> Variant:
     """On the inputs, of a convolution on those of the whole patch. Without a config it is the Neumann series."""
 
     def make(weight: Tensor, bias: Tensor | None) -> Content | None:
@@ -262,7 +262,7 @@ def oft_of_peft(shared: bool = False, exact: bool = False, **extra: Tensor) -> V
             return None
         number = columns // size
         triangle = normal(1 if shared else number, size * (size - 1) // 2) / 3
-        q = triangles(triangle, size)
+        q = triangles(triangle / (2 * (size - 1) ** 0.5 if scaled else 1), size)
         if exact:
             # It turns the other way round.
             turn = cayley(-q)
@@ -272,6 +272,21 @@ def oft_of_peft(shared: bool = False, exact: bool = False, **extra: Tensor) -> V
         config = {"r": 0, "oft_block_size": size, "block_share": shared, "use_cayley_neumann": not exact}
         turned = (weight.flatten(1) @ turn.T).view_as(weight)
         return Content({"oft_R.weight": triangle, **extra}, turned, bias, config)
+
+    return make
+
+
+def oft_of_onetrainer(lengths: bool = False) -> Variant:
+    """Its scaled OFT says so by a tensor beside the others; with `lengths` it is a DoRA of a rotation, as in forks."""
+    turned = oft_of_peft(scaled=True, **{"oft_R.scaled_oft": torch.tensor(True)})
+
+    def make(weight: Tensor, bias: Tensor | None) -> Content | None:
+        content = turned(weight, bias)
+        if content is None or not lengths:
+            return content
+        norm, wanted = normal(len(weight), mean=2.0), normal(len(weight), mean=2.0)
+        stored = {"dora_scale": per_output(wanted, weight), "initial_norm": per_output(norm, weight)}
+        return Content({**content.tensors, **stored}, content.weight * per_output(wanted / norm, weight), bias)
 
     return make
 
@@ -370,6 +385,8 @@ VARIANTS: dict[str, tuple[str, Variant]] = {
     "oft-peft": ("oft", oft_of_peft()),
     # OneTrainer writes an alpha that means nothing there.
     "oft-peft-shared": ("oft", oft_of_peft(shared=True, **alpha(1.0))),
+    "oft-scaled": ("oft", oft_of_onetrainer()),
+    "oft-scaled-lengths": ("oft", oft_of_onetrainer(lengths=True)),
     "oft": ("oft", oft_of_lycoris(eight)),
     "oft-rescaled": ("oft", oft_of_lycoris(eight, rescaled=True)),
     "oft-old": ("oft", oft_of_old_lycoris),

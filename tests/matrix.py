@@ -100,6 +100,8 @@ KINDS: dict[str, Kind] = {
     "OFT of 2023": _of("oft-old"),
     "OFT on inputs": Kind((oft_of_peft(),)),
     "OFT on inputs, exact": Kind((oft_of_peft(exact=True),)),
+    "OFT on inputs, scaled": _of("oft-scaled"),
+    "DoRA of OFT": _of("oft-scaled-lengths"),
     "BOFT": Kind((boft_of_lycoris(eight, 2, rescaled=True),)),
     "BOFT on inputs": _of("boft-peft"),
     "IA3": _of("ia3-lycoris", "ia3"),

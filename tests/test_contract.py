@@ -37,6 +37,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "oft": [
         {"block_size": 2},
         {"num_blocks": 1, "neumann_terms": 0},
+        {"num_blocks": 1, "scaled": True},
         {"block_size": 2, "block_share": True, "coft_eps": 0.5},
         {"block_size": 2, "side": "output", "rescale": True},
         {"num_blocks": 2, "side": "output", "constraint": 0.1},

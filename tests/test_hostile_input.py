@@ -624,6 +624,35 @@ def test_pickles_are_not_read(suffix: str, write: Callable[[Any], bytes], tmp_pa
         assert diffadapt.load_adapter(net(), diffadapt.read_pickle(file)).used == 2
 
 
+def _rezipped(content: Any, *, level: int = zipfile.ZIP_DEFLATED) -> bytes:
+    """What `torch.save` writes, with its entries compressed."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(_zipped(content))) as stored, zipfile.ZipFile(buffer, "w", level) as packed:
+        for name in stored.namelist():
+            packed.writestr(name, stored.read(name))
+    return buffer.getvalue()
+
+
+def _overlapping(content: Any) -> bytes:
+    """A zip whose directory has one entry many times."""
+    buffer = io.BytesIO(_zipped(content))
+    with zipfile.ZipFile(buffer, "a") as opened:
+        largest = max(opened.infolist(), key=lambda entry: entry.file_size)
+        opened.filelist.extend([largest] * 100)
+        opened._didModify = True  # type: ignore[attr-defined]
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("write", [_rezipped, _overlapping])
+def test_a_zip_that_unpacks_to_more_than_it_is(write: Callable[[Any], bytes], tmp_path: Path) -> None:
+    file = tmp_path / "bomb.pt"
+    file.write_bytes(write({DOWN: torch.zeros(1000, 1000)}))
+    with pytest.raises(AdapterError, match=r"bomb.pt: \d+ bytes that unpack to \d{7,}, expected no more"):
+        diffadapt.read_pickle(file)
+    file.write_bytes(_rezipped(FITTING, level=zipfile.ZIP_STORED))
+    assert diffadapt.load_adapter(net(), diffadapt.read_pickle(file)).used == 2
+
+
 @pytest.mark.parametrize("content", [[FITTING[DOWN]], {"state_dict": [1]}, {"a": 1}, {1: FITTING[DOWN]}], ids=str)
 def test_pickles_of_something_else(content: Any, tmp_path: Path) -> None:
     file = tmp_path / "a.pt"

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -156,8 +157,28 @@ def test_a_modular_pipeline_and_the_picture() -> None:
     assert torch.equal(models.draw(plain, prompt="a pix fox"), picture)
 
 
-def test_a_pipeline_that_does_not_spell_prompts_out_knows_every_name() -> None:
+def test_a_pipeline_that_does_not_spell_prompts_out() -> None:
     """Stable Diffusion 3 has no `maybe_convert_prompt`."""
+    pipe, oracle = models.sd3(), models.sd3()
+    before = Before(pipe)
+    tokens = {"clip_l": vectors(2), "clip_g": vectors(3, 1), "t5": vectors(3, 2, 2 * models.WIDTH)}
+    pipe.load_adapter(bundle({"pix": tokens}), "a")
+    for suffix, rows in zip(("", "_2", "_3"), tokens.values(), strict=True):
+        tokenizer, encoder = getattr(oracle, f"tokenizer{suffix}"), getattr(oracle, f"text_encoder{suffix}")
+        tokenizer.add_tokens(["pix", "pix_1", "pix_2"][: len(rows)])
+        encoder.resize_token_embeddings(len(tokenizer))
+        encoder.get_input_embeddings().weight.data[-len(rows) :] = rows
+    with torch.no_grad():
+        expected = oracle.encode_prompt("a pix pix_1 fox", *["a pix pix_1 pix_2 fox"] * 2, device="cpu")
+        again = pipe.encode_prompt("a pix pix_1 fox", *["a pix pix_1 pix_2 fox"] * 2, device="cpu")
+    found = [tensor for tensor in expected if tensor is not None]
+    assert_equal(encoded(pipe, "a pix fox"), found)
+    assert_equal([tensor for tensor in again if tensor is not None], found)
+    pipe.adapters.remove("a")
+    before.assert_there(pipe)
+
+
+def test_a_pipeline_without_text_inversions_knows_every_name() -> None:
     pipe = models.sd3()
     before = Before(pipe)
     base = pipe.text_encoder_3.get_input_embeddings().weight[:1].detach()
@@ -269,6 +290,81 @@ def test_numbers_come_in_the_dtype_that_the_encoder_computes_in() -> None:
     assert torch.equal(embedded, torch.cat([vectors(1), vectors(1, 1).half()]).bfloat16())
 
 
+# Vectors for what the text encoder gives
+
+
+def with_outputs(pipe: DiffusionPipeline, outputs: Mapping[str, Tensor]) -> None:
+    """OneTrainer's formula: tokens' embeddings are zero, and their outputs are replaced, by suffix of the encoder."""
+    for suffix, rows in outputs.items():
+        tokenizer, encoder = getattr(pipe, f"tokenizer{suffix}"), getattr(pipe, f"text_encoder{suffix}")
+        names = ["pix", "pix_1"][: len(rows)]
+        tokenizer.add_tokens(names)
+        encoder.resize_token_embeddings(len(tokenizer))
+        encoder.get_input_embeddings().weight.data[-len(rows) :] = 0
+        plain = encoder.forward
+        numbers = tokenizer.convert_tokens_to_ids(names)
+
+        def forward(ids: Tensor, *args: Any, p: Any = plain, n: Any = numbers, r: Tensor = rows, **kwargs: Any) -> Any:
+            found = p(ids, *args, **kwargs)
+            for number, row in zip(n, r, strict=True):
+                for state in (found["last_hidden_state"], *(found.get("hidden_states") or (None,))[1:]):
+                    state[ids == number] = row
+            return found
+
+        encoder.forward = forward
+
+
+OUTPUTS = {"sd15": {"clip_l": ""}, "sdxl": {"clip_l": "", "clip_g": "_2"}, "flux": {"t5": "_2"}}
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("family", OUTPUTS)
+def test_outputs_of_the_text_encoder_are_replaced(family: str, zeros: bool, tmp_path: Path) -> None:
+    build, encoders = FAMILIES[family][0], OUTPUTS[family]
+    pipe, oracle = build(), build()
+    before, base = Before(pipe), encoded(pipe, "a pix fox")
+    tokens = {f"{key}_out": vectors(2, seed) for seed, key in enumerate(encoders)}
+    if zeros:
+        # OneTrainer saves them, too.
+        tokens |= {key: torch.zeros(2, models.WIDTH) for key in encoders}
+    file = bundle({"pix": tokens})
+    report = pipe.load_adapter(file, "a")
+    assert (report.unused, report.used, report.tokens) == ([], len(file), {"pix": 2})
+    with_outputs(oracle, {suffix: tokens[f"{key}_out"] for key, suffix in encoders.items()})
+    found = encoded(pipe, "a pix fox")
+    assert_equal(found, encoded(oracle, "a pix fox"))
+    assert_differs(found[0], base[0])
+    assert_equal(encoded(pipe, "a fox"), encoded(build(), "a fox"))
+    pipe.adapters.save("a", tmp_path / "a.safetensors", format="onetrainer")
+    saved = load_file(tmp_path / "a.safetensors")
+    assert saved.keys() == file.keys()
+    assert all(torch.equal(saved[key], file[key]) for key in file)
+    pipe.adapters.remove("a")
+    before.assert_there(pipe)
+    (key, suffix), *_ = encoders.items()
+    save_file({"emp_params_out": tokens[f"{key}_out"]}, tmp_path / "pix.safetensors")
+    if len(encoders) == 1 and not suffix:
+        assert pipe.load_adapter(tmp_path / "pix.safetensors").tokens == {"pix": 2}
+        assert_equal(encoded(pipe, "a pix fox"), found)
+
+
+def test_other_numbers_of_vectors_and_outputs_are_refused() -> None:
+    pipe = models.sd15()
+    before = Before(pipe)
+    with pytest.raises(AdapterError, match="1 vectors, and 2 for what the text encoder gives"):
+        pipe.load_adapter(bundle({"pix": {"clip_l": vectors(1), "clip_l_out": vectors(2)}}))
+    before.assert_there(pipe)
+
+
+def test_the_same_token_with_other_outputs_is_refused() -> None:
+    pipe = models.sd15()
+    pipe.load_adapter(bundle({"pix": {"clip_l_out": vectors(1)}}), "a")
+    pipe.load_adapter(bundle({"pix": {"clip_l_out": vectors(1)}}), "b")
+    for other in ({"clip_l_out": vectors(1, 1)}, {"clip_l": torch.zeros(1, models.WIDTH)}):
+        with pytest.raises(AdapterError, match="knows it from adapter 'a', with other vectors"):
+            pipe.load_adapter(bundle({"pix": other}), "c")
+
+
 # Faults: nothing is installed if anything is wrong
 
 
@@ -281,7 +377,7 @@ FAULTS: dict[str, tuple[dict[str, Tensor], str]] = {
     "integers": (bundle({"pix": {"clip_l": vectors(1).long()}}), "dtype torch.int64"),
     "not finite": (bundle({"pix": {"clip_l": vectors(1) / 0}}), "NaN or infinite"),
     "too many": (bundle({"pix": {"clip_l": vectors(17)}}), "17 vectors do not fit into the 16 tokens of a prompt"),
-    "output": (bundle({"pix": {"clip_l_out": vectors(1)}}), "replace what a text encoder gives"),
+    "outputs": (bundle({"pix": {"clip_l_out": vectors(1), "clip_g_out": vectors(1)}}), "under another key already"),
     "twice": (bundle({"pix": {"clip_l": vectors(1), "string_to_param.*": vectors(1)}}), "under another key already"),
     "both clip": (bundle({"pix": {"clip_l": vectors(1), "clip_g": vectors(1)}}), "under another key already"),
     "known": (bundle({"q": {"clip_l": vectors(1)}}), "the tokenizer of text_encoder has 'q' already"),
@@ -653,8 +749,10 @@ def test_converted_tokens_keep_every_bit(tmp_path: Path) -> None:
 
 # Tokenizers
 
+TOKENIZERS = [models.clip_tokenizer, models.t5_tokenizer, ByT5Tokenizer]
 
-@pytest.mark.parametrize("build", [models.clip_tokenizer, models.t5_tokenizer, ByT5Tokenizer])
+
+@pytest.mark.parametrize("build", TOKENIZERS)
 def test_added_tokens_are_taken_out_of_fast_and_slow_tokenizers(build: Callable[[], Any]) -> None:
     tokenizer, plain = build(), build()
     vocabulary.add_(tokenizer, ["<a>", "<b>", "<c>"])
@@ -670,3 +768,35 @@ def test_added_tokens_are_taken_out_of_fast_and_slow_tokenizers(build: Callable[
     assert len(tokenizer) == size
     assert tokenizer.get_vocab() == plain.get_vocab()
     assert tokenizer("a <a> b <c>").input_ids == plain("a <a> b <c>").input_ids
+
+
+@pytest.mark.parametrize("build", TOKENIZERS)
+def test_tokenizers_spell_tokens_of_several_vectors_out(build: Callable[[], Any], tmp_path: Path) -> None:
+    tokenizer, plain, kind = build(), build(), type(build())
+    for each in (tokenizer, plain):
+        vocabulary.add_(each, ["<p>", "<p>_1", "<p>_2", "<q>"])
+    vocabulary.spell_out_(tokenizer, {"<p>": ("<p>_1", "<p>_2")})
+    wanted = plain("a <p><p>_1<p>_2 b <q>").input_ids
+    for text in ("a <p> b <q>", "a <p><p>_1<p>_2 b <q>"):
+        assert tokenizer(text).input_ids == wanted
+        assert tokenizer([text, "b"]).input_ids == [wanted, plain("b").input_ids]
+        assert tokenizer.encode(text) == wanted
+        assert tokenizer.tokenize(text) == plain.tokenize("a <p><p>_1<p>_2 b <q>")
+    spaced = "<p> <p>_1 <p>_2"
+    assert tokenizer(spaced).input_ids == plain(spaced).input_ids
+    assert tokenizer("<p>", "<p>").input_ids == plain("<p><p>_1<p>_2", "<p><p>_1<p>_2").input_ids
+    cut: dict[str, Any] = {"padding": "max_length", "max_length": 6, "truncation": True, "return_tensors": "pt"}
+    assert torch.equal(tokenizer("<p> b c", **cut).input_ids, plain("<p><p>_1<p>_2 b c", **cut).input_ids)
+    assert tokenizer("a <p> b <q>").input_ids == wanted
+    for twin in (copy.deepcopy(tokenizer), pickle.loads(pickle.dumps(tokenizer))):
+        assert twin("a <p> b <q>").input_ids == wanted
+        assert isinstance(twin, kind)
+    tokenizer.save_pretrained(tmp_path)
+    assert type(kind.from_pretrained(tmp_path)) is kind
+    vocabulary.remove_(tokenizer, {"<q>"})
+    assert len(tokenizer("<p>", add_special_tokens=False).input_ids) == 3
+    vocabulary.remove_(tokenizer, {"<p>", "<p>_1", "<p>_2"})
+    assert type(tokenizer) is kind
+    assert tokenizer.get_vocab() == build().get_vocab()
+    assert tokenizer("a <p> b").input_ids == build()("a <p> b").input_ids
+    assert tokenizer.__dict__.keys() == build().__dict__.keys()

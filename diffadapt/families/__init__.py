@@ -25,6 +25,7 @@ from diffadapt.families.sd import CONTROLNET, SD, SD2, SDXL
 from diffadapt.families.sd3 import SD3
 from diffadapt.families.wan import WAN
 from diffadapt.layer import LayerSpec
+from diffadapt.pieces import Piece
 from diffadapt.state import Layout
 from diffadapt.targets import Targets
 
@@ -61,6 +62,11 @@ FAMILIES: tuple[Family, ...] = (
 
 _BY_MODEL = {model: family for family in reversed(FAMILIES) for model in family.models}
 _SIGNS = [(family.name, pattern(family.signs)) for family in FAMILIES if family.signs]
+_FUSED = (
+    (".to_q", ".to_qkv", (".to_q", ".to_k", ".to_v")),
+    (".to_k", ".to_kv", (".to_k", ".to_v")),
+    (".add_q_proj", ".to_added_qkv", (".add_q_proj", ".add_k_proj", ".add_v_proj")),
+)
 _DENOISERS = ("unet", "transformer", "prior", "decoder")
 
 
@@ -95,6 +101,18 @@ def aliases(targets: Targets) -> Aliases:
     """The names that the layers of a model have in files in the original layout of its family, if it has one."""
     family = _BY_MODEL.get(type(targets.model).__name__)
     return {} if family is None else family.names(targets)
+
+
+def fused(targets: Targets) -> Aliases:
+    """The names of the projections that diffusers' `fuse_projections()` makes one, which trainers may have found so."""
+    found: dict[str, tuple[Piece, ...]] = {}
+    for path in targets.modules:
+        for last, name, parts in _FUSED:
+            if path.endswith(last):
+                pieces = [path.removesuffix(last) + part for part in parts]
+                if all(piece in targets.modules for piece in pieces):
+                    found[path.removesuffix(last) + name] = tuple(Piece(piece) for piece in pieces)
+    return found
 
 
 def layout(targets: Targets) -> Layout:

@@ -19,7 +19,7 @@ from diffadapt.formats.xlabs import XLABS
 
 _TIERS: tuple[tuple[Format, ...], ...] = (
     # Those whose names nobody else writes.
-    (KOHYA, COMFY, PEFT, CLONEOFSIMO, XLABS, BFL_CONTROL, CONTROL_LORA, FACEID, CONTROLNET_LLLITE),
+    (PEFT, KOHYA, COMFY, CLONEOFSIMO, XLABS, BFL_CONTROL, CONTROL_LORA, FACEID, CONTROLNET_LLLITE),
     # FaceID's LoRA comes inside an IP-Adapter.
     (IP_ADAPTER,),
     (DIFFUSERS,),
@@ -27,6 +27,9 @@ _TIERS: tuple[tuple[Format, ...], ...] = (
     (EMBEDDINGS,),
 )
 """Who is asked first. A later tier is asked only about files that none of an earlier one recognises."""
+
+_MIXED = (PEFT, KOHYA, COMFY)
+"""Those whose names stand side by side in some files; each reads the others', and the first has a config."""
 
 FORMATS: tuple[Format, ...] = tuple(format for tier in _TIERS for format in tier)
 
@@ -49,8 +52,13 @@ def detect(header: Header, name: str | None = None) -> Format:
         named = {format.name: format for format in FORMATS}
         if name not in named:
             raise AdapterError(f"format={name!r} is not known; use one of {', '.join(named)}")
+        if not named[name].matches(header):
+            shown = ", ".join(header.keys[:5]) or "no tensors at all"
+            raise AdapterError(f"format={name!r} cannot be used: there is no name of that format, but {shown}")
         return named[name]
     found = matching(header)
+    if found and set(found) <= set(_MIXED):
+        return found[0]
     if len(found) == 1:
         return found[0]
     shown = ", ".join(header.keys[:5]) or "no tensors at all"

@@ -16,14 +16,12 @@ from typing import Any
 from torch import Tensor
 
 from diffadapt.errors import AdapterError
-from diffadapt.formats import embeddings, peft_config, peft_dump, suffixes
-from diffadapt.formats.format import Alphas, Format, Header, Names, Unused, Verdict
+from diffadapt.formats import embeddings, peft_config, peft_dump, prefixes, suffixes
+from diffadapt.formats.format import Alphas, Format, Header, Names, Verdict
 from diffadapt.formats.metadata import parsed
 from diffadapt.state import AdapterState, Document, LayerState
 
 _METADATA = "lora_adapter_metadata"
-_COMPONENT = re.compile(r"unet|transformer(_\d|_ref)?|text_encoder(_\d)?|prior|decoder|connectors|text_conditioner")
-_ORIGINAL_LEVEL = "net."
 _CLIP_LAYERS = "encoder.layers."
 _NORM_PATH = r".+\.norm_(?:added_)?[qk]"
 _NORM = re.compile(rf"transformer\.(?:transformer\.)?({_NORM_PATH})\.weight")
@@ -34,17 +32,7 @@ def _matches(header: Header) -> bool:
 
 
 def _locate(header: Header, names: Names) -> dict[str, Verdict]:
-    def place(path: str, name: str) -> Verdict:
-        component, _, rest = path.partition(".")
-        if _COMPONENT.fullmatch(component) or (names.models is not None and component in names.models):
-            # Of two transformers, pipelines number the second only.
-            return names.dotted("transformer" if component == "transformer_1" else component, rest, name)
-        verdict = names.bare(path, name)
-        if isinstance(verdict, Unused) and path.startswith(_ORIGINAL_LEVEL):
-            return names.bare(path.removeprefix(_ORIGINAL_LEVEL), name)
-        return verdict
-
-    verdicts = suffixes.located(header.keys, place)
+    verdicts = suffixes.located(header.keys, lambda path, name: prefixes.place(path, name, names))
     for key in header.keys:
         norm = _NORM.fullmatch(key) if ".norm_" in key else None
         if norm:

@@ -1,6 +1,7 @@
 """Learned token embeddings (textual inversions): beside the layers in any adapter file, or a file of nothing else.
 
-* `bundle_emb.<token>.<text encoder>`: OneTrainer, one tensor for each text encoder;
+* `bundle_emb.<token>.<text encoder>`: OneTrainer, one tensor for each text encoder, and with `_out` behind it one that
+  replaces what the text encoder gives where the token is, and not what it reads, which then is zero;
   `bundle_emb.<token>.string_to_param.*`: LyCORIS, kohya and A1111, whatever was in the embedding's own file.
 * `<token>`: cloneofsimo, and diffusers' `learned_embeds`, where the one key is the token, with or without brackets.
 * `clip_l`, `clip_g`, `t5`: ComfyUI and OneTrainer, the file's name is the token; and the pivotal tuning of diffusers'
@@ -26,6 +27,8 @@ _BRACKETED = re.compile(r"<[^<>]+>")
 _NAMELESS = re.compile(r"(?:clip_[lgh]|t5(?:xxl)?|llama|gemma|qwen)(?:_out)?|em[bp]_params(?:_out)?|string_to_.+")
 _PIVOTAL = {"text_encoders_0": "clip_l", "text_encoders_1": "clip_g"}
 _ANY = "string_to_param.*"
+OUTPUT = "_out"
+"""What is behind the name of a text encoder whose output the vectors are."""
 
 
 def embedded(key: str) -> Vectors | Unused | None:
@@ -53,11 +56,10 @@ def refuse(state: AdapterState, format: str) -> None:
 
 
 def _vectors(token: str | None, written: str) -> Vectors | Unused:
+    """OneTrainer's output embeddings: Nerogar/OneTrainer `modules/model/BaseModel.py`, `_apply_output_embeddings`."""
     if written.startswith("string_to_token"):
         return Unused("bookkeeping of a trainer, without effect", harmless=True)
-    if written.endswith("_out"):
-        return Unused("vectors that replace what a text encoder gives, which cannot be loaded")
-    return Vectors(token, written)
+    return Vectors(token, written, output=written.endswith(OUTPUT))
 
 
 def _alone(key: str) -> Verdict | None:

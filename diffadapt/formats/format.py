@@ -24,9 +24,10 @@ _OWN_MODELS = {
 }
 """Parts of a denoiser's original checkpoint (Anima's, LTX-2's) that are components of their own in diffusers."""
 
-BESIDE = ("alpha", "reshape_weight", "set_bias", "bias_indices", "bias_values", "bias_size")
+BESIDE = ("alpha", "reshape_weight", "set_bias", "bias_indices", "bias_values", "bias_size", "scaled_oft")
 """What files have beside a type's tensors: alpha; ComfyUI's word for the shape that the weight is filled up to; a new
-bias; the rest of the weight's change that LyCORIS keeps as a sparse matrix when it extracts a LoRA from a model."""
+bias; the rest of the weight's change that LyCORIS keeps as a sparse matrix when it extracts a LoRA from a model; the
+mark of OneTrainer's scaled OFT."""
 
 _LEVELS = re.compile(r"(?:(?:model|language_model|text_model|transformer)[._])*")
 """Levels above the layers of a text encoder, which come and go with versions of transformers and with programs."""
@@ -88,11 +89,13 @@ class Vectors:
         token: the word for the prompt; `None` where it is the file's name.
         written: for which text encoder, as files spell it ("clip_l"), or what they spell where they do not say.
         apart: every row is a token of its own, `<s0>`, `<s1>` and so on.
+        output: they replace what the text encoder gives for the token, and not what it reads.
     """
 
     token: str | None
     written: str
     apart: bool = False
+    output: bool = False
 
 
 Verdict: TypeAlias = Place | Vectors | Unused
@@ -241,7 +244,7 @@ class Names:
         """Names of the original layout, and the same by their flattened form."""
         if component not in self._known:
             assert self.models is not None
-            layers = families.aliases(self.models[component])
+            layers = {**families.fused(self.models[component]), **families.aliases(self.models[component])}
             # Some programs keep the original names and number the parts of a fused layer.
             parts = {
                 f"{name}.{index}": (piece,)

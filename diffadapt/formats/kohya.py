@@ -10,38 +10,25 @@ OneTrainer 23df383.
 """
 
 import re
-from collections.abc import Sequence
 
-from diffadapt.formats import suffixes
+from diffadapt.formats import prefixes, suffixes
 from diffadapt.formats.format import Alphas, Format, Header, Names, Settings, Unused, Verdict
 from diffadapt.formats.lycoris_dump import ALWAYS_LIMITED, dump_kohya, dump_onetrainer, is_original
 
-_PREFIX = re.compile(r"(lora_(?:unet|transformer|te\d?|prior_unet|prior_te)|oft_(?:unet|te\d?)|lycoris)_")
-_TEXT_ENCODERS = {
-    "": ("text_encoder",),
-    "1": ("text_encoder",),
-    "2": ("text_encoder_2",),
-    # The T5 of SD3; sd-scripts counts that of Flux so too.
-    "3": ("text_encoder_3", "text_encoder_2"),
-}
 _SPLIT_OFT = re.compile(r"(.+)\.(oft_blocks\.(?:0|[1-9]\d{0,2}))")
 
 
 def _matches(header: Header) -> bool:
-    return any(map(_PREFIX.match, header.keys))
+    return any(map(prefixes.FLAT.match, header.keys))
 
 
 def _locate(header: Header, names: Names) -> dict[str, Verdict]:
     keys = set(header.keys)
 
     def place(path: str, name: str) -> Verdict:
-        prefix = _PREFIX.match(path)
-        if prefix is None:
-            return Unused("a name without the prefix that others in this file have")
-        if prefix[1].startswith("oft_") and f"{path}.alpha" not in keys:
+        if path.startswith("oft_") and f"{path}.alpha" not in keys:
             return Unused("sd-scripts limits every rotation by an alpha, which is missing")
-        flat = path[prefix.end() :]
-        return names.flat(_components(prefix[1], flat, names), flat, name)
+        return prefixes.place(path, name, names)
 
     verdicts = suffixes.located(header.keys, place)
     for key in header.keys:
@@ -49,18 +36,6 @@ def _locate(header: Header, names: Names) -> dict[str, Verdict]:
         if part:
             verdicts[key] = place(part[1], part[2])
     return verdicts
-
-
-def _components(prefix: str, flat: str, names: Names) -> Sequence[str]:
-    """Which components a prefix and the flattened path after it may mean, the likeliest first."""
-    if prefix == "lora_prior_te":
-        return "text_encoder", "prior_text_encoder"
-    if prefix == "lora_prior_unet":
-        return "prior", "prior_prior", names.denoiser
-    _, text_encoder, number = prefix.partition("_te")
-    if not text_encoder:
-        return names.owners(flat)
-    return _TEXT_ENCODERS.get(number, (f"text_encoder_{number}",))
 
 
 def _alphas(header: Header) -> Alphas:

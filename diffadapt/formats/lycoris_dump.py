@@ -13,6 +13,7 @@ from torch import Tensor
 from diffadapt.errors import AdapterError
 from diffadapt.formats.embeddings import bundled
 from diffadapt.formats.original import original
+from diffadapt.formats.prefixes import TOP
 from diffadapt.state import AdapterState, Document, LayerState
 from diffadapt.types import named
 
@@ -30,8 +31,9 @@ _SPELLINGS = {
     "oft_R": "oft_R.weight",
 }
 _NORM_SPELLINGS = {"diff": "w_norm", "diff_b": "b_norm"}
-_POINTWISE = frozenset({"lora_up", "dora_scale", "glora_a1", "glora_a2", "glora_b1"})
+_POINTWISE = frozenset({"lora_up", "dora_scale", "initial_norm", "glora_a1", "glora_a2", "glora_b1"})
 _PEFT_ONLY = frozenset({"boft_R", "ia3_l"})
+_TRANSPOSED = {"lora_down": "lora_up", "lora_up": "lora_down"}
 _IN_CHECKPOINT = ("unet", "transformer", "prior", "text_conditioner", "connectors")
 """Components that are the denoiser of the original checkpoint, or parts of it."""
 
@@ -46,9 +48,6 @@ _COMFY_TEXT_ENCODERS = {
     "chroma": {"text_encoder": "t5xxl"},
     "pixart": {"text_encoder": "t5xxl"},
 }
-TOP = "text_embedding_projection."
-"""What of LTX-2's connectors is beside the denoiser in its checkpoint, and not in it."""
-
 ALWAYS_LIMITED = {"constraint_eps": 1e-8}
 """Settings of sd-scripts' own OFT, which its files have by the name of their layers."""
 
@@ -191,7 +190,12 @@ def _text_encoders(state: AdapterState) -> list[str]:
 def _spelled(where: str, layer: LayerState) -> Iterator[tuple[str, Tensor]]:
     """A layer's tensors by sd-scripts' and LyCORIS' names and in their shapes."""
     ones = (1,) * layer.kernel_dims
+    if layer.settings.get("scaled_oft"):
+        yield "oft_R.scaled_oft", torch.tensor(True)
     for name, tensor in layer.tensors.items():
+        if layer.is_embedding and name in _TRANSPOSED:
+            # Tools that read these know the weight, which has its outputs last.
+            name, tensor = _TRANSPOSED[name], tensor.mT
         if name in _PEFT_ONLY:
             raise AdapterError(f"{where}: format='kohya' has no place for {name}; use 'peft', or to_lora()")
         if name in _POINTWISE:
@@ -222,7 +226,7 @@ def _alpha(where: str, layer: LayerState, implied: Mapping[str, float]) -> float
     """
     kind = named(layer.type)
     for name, value in layer.settings.items():
-        if name not in (kind.alpha_is, "rank") and value != implied.get(name, kind.settings[name]):
+        if name not in (kind.alpha_is, "rank", *kind.marks) and value != implied.get(name, kind.settings[name]):
             raise AdapterError(f"{where}: format='kohya' has no place for {name}={value:g}; use 'peft', or to_lora()")
     if kind.alpha_is is not None:
         return float(layer.settings[kind.alpha_is])

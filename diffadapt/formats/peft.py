@@ -3,19 +3,25 @@
 Files without the config occur too; they have a scale of 1 unless there are alpha tensors.
 """
 
+import re
+from collections.abc import Mapping
+from typing import Any
+
 from diffadapt.errors import AdapterError
-from diffadapt.formats import embeddings, peft_config, peft_dump, suffixes
+from diffadapt.formats import embeddings, peft_config, peft_dump, prefixes, suffixes
 from diffadapt.formats.format import Alphas, Format, Header, Names, Place, Settings, Unused, Verdict
 from diffadapt.layer import LayerSpec
 from diffadapt.state import AdapterState, Document
 from diffadapt.types.ia3 import FEEDFORWARD
 
-_PREFIX = "base_model.model."
+_WHOLE = {"weight": "set_weight", "bias": "set_bias"}
+_COPY = re.compile(r"\.(?:modules_to_save|base_layer)$")
+_AS_IT_WAS = ".original_module"
 _TYPES = ("LORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3")
 
 
 def _matches(header: Header) -> bool:
-    return any(key.startswith(_PREFIX) for key in header.keys)
+    return any(key.startswith(prefixes.PEFT) for key in header.keys)
 
 
 def _locate(header: Header, names: Names) -> dict[str, Verdict]:
@@ -24,19 +30,28 @@ def _locate(header: Header, names: Names) -> dict[str, Verdict]:
     if peft_type not in _TYPES:
         raise AdapterError(f"adapter_config.json says peft_type={peft_type!r}, expected one of {', '.join(_TYPES)}")
 
-    def place(path: str, name: str) -> Verdict:
-        if not path.startswith(_PREFIX):
-            return Unused(f"a name without the {_PREFIX!r} that others in this file have")
-        path = path.removeprefix(_PREFIX)
-        return names.bare(path, name)
-
-    verdicts = suffixes.located(header.keys, place)
+    verdicts = suffixes.located(header.keys, lambda path, name: prefixes.place(path, name, names))
     for key, verdict in verdicts.items():
-        if isinstance(verdict, Place):
+        path, _, last = key.rpartition(".")
+        if isinstance(verdict, Unused) and last in _WHOLE and _is_whole(config, path, last):
+            layer = _COPY.sub("", path)
+            if path.endswith(_AS_IT_WAS) or (layer != path and f"{layer}.{last}" in verdicts):
+                verdicts[key] = Unused("beside the trained copy of this layer, which is used", harmless=True)
+            else:
+                verdicts[key] = prefixes.place(layer, _WHOLE[last], names)
+        elif isinstance(verdict, Place):
             if verdict.name == "ia3_l" and peft_config.is_feedforward(config, verdict.written):
                 verdict = verdict._replace(name=FEEDFORWARD)
             verdicts[key] = _unless_misread(names, verdict)
     return verdicts
+
+
+def _is_whole(config: Mapping[str, Any], path: str, last: str) -> bool:
+    """Whether the config says that parameters of this layer are in the file as they are, trained beside the adapter."""
+    saved = config.get("modules_to_save") or []
+    if isinstance(saved, list) and any(isinstance(name, str) and f".{path}".endswith(f".{name}") for name in saved):
+        return True
+    return last == "bias" and config.get("bias", "none") in ("all", "lora_only")
 
 
 def _unless_misread(names: Names, verdict: Verdict) -> Verdict:

@@ -14,6 +14,7 @@ from torch import Tensor
 from diffadapt.errors import AdapterError
 from diffadapt.formats import peft_config
 from diffadapt.state import Document, LayerState
+from diffadapt.types.oft import block_size, scaling
 
 Layers: TypeAlias = Mapping[str, LayerState]
 
@@ -66,7 +67,9 @@ def spelled(path: str, layer: LayerState) -> dict[str, Tensor]:
     """
     found: dict[str, Tensor] = {}
     for name, tensor in layer.tensors.items():
-        if name in ("lora_mid", "oft_blocks", "oft_diag"):
+        if name in ("lora_mid", "oft_blocks", "oft_diag", "initial_norm") or (
+            name == "dora_scale" and layer.type == "oft"
+        ):
             raise AdapterError(f"{path}: PEFT has nothing like {name}; save with format='kohya', or use to_lora()")
         if name == "dora_scale":
             if tensor.shape[0] == 1 and tensor.shape[1] > 1:
@@ -83,6 +86,8 @@ def spelled(path: str, layer: LayerState) -> dict[str, Tensor]:
         elif name == "ia3_l" and layer.kernel_dims:
             tensor = tensor.view(1, -1, *(1,) * layer.kernel_dims)
         elif name == "oft_R":
+            if layer.settings["scaled_oft"]:
+                tensor = tensor / scaling(block_size(tensor))
             found["oft_embedding_R.weight" if layer.is_embedding else "oft_R.weight"] = tensor
             continue
         spellings = {**(_EMBEDDING if layer.is_embedding else _LORA), **_MAGNITUDE}
@@ -133,8 +138,9 @@ def _lokr(layers: Layers) -> dict[str, Any]:
 def _oft(layers: Layers) -> dict[str, Any]:
     for path, layer in layers.items():
         spelled(path, layer)
-    sizes = {_block_size(layer.tensors["oft_R"].shape[1]) for layer in layers.values()}
-    settings = {tuple(sorted(layer.settings.items())) for layer in layers.values()}
+    sizes = {block_size(layer.tensors["oft_R"]) for layer in layers.values()}
+    # The mark of a scaled OFT is in the tensors now.
+    settings = {tuple(sorted({**layer.settings, "scaled_oft": 0.0}.items())) for layer in layers.values()}
     shared = {layer.tensors["oft_R"].shape[0] == 1 for layer in layers.values()}
     if len(sizes) > 1 or len(settings) > 1 or len(shared) > 1:
         raise AdapterError("PEFT has one block size and one set of options for all layers of an OFT; these differ")
@@ -184,10 +190,6 @@ def _tucker(layers: Layers, core: str) -> bool:
     if len(answers) > 1:
         raise AdapterError("some convolutions have a Tucker core and some have not, which PEFT cannot express")
     return answers == {True}
-
-
-def _block_size(elements: int) -> int:
-    return int((1 + (1 + 8 * elements) ** 0.5) / 2 + 0.5)
 
 
 Shapes: TypeAlias = tuple[tuple[int, int], tuple[int, int], bool, bool]

@@ -19,18 +19,26 @@ _SPELLINGS = {
     "lora_B.bias": "lora_bias",
     "lora_A": "lora_down",
     "lora_B": "lora_up",
+    "lora_a.weight": "lora_down",
+    "lora_b.weight": "lora_up",
     "lora_embedding_A": "lora_down",
     "lora_embedding_B": "lora_up",
     "lora_down.weight": "lora_down",
     "lora_up.weight": "lora_up",
     "lora_up.bias": "lora_bias",
     "lora_mid.weight": "lora_mid",
+    "lora_down": "lora_down",
+    "lora_up": "lora_up",
+    "lora_mid": "lora_mid",
+    "lora.down": "lora_down",
+    "lora.up": "lora_up",
     "lora.down.weight": "lora_down",
     "lora.up.weight": "lora_up",
     "lora_linear_layer.down.weight": "lora_down",
     "lora_linear_layer.up.weight": "lora_up",
     "alpha": "alpha",
     "lora_magnitude_vector.weight": "lora_magnitude_vector",
+    "dora_scale.weight": "dora_scale",
     "magnitude": "lora_magnitude_vector",
     "oft_R.weight": "oft_R",
     "oft_embedding_R.weight": "oft_R",
@@ -40,20 +48,21 @@ _SPELLINGS = {
     "b2.weight": "glora_b2",
     "w_norm": "diff",
     "b_norm": "diff_b",
-    **{name: name for name in BESIDE if name not in ("alpha", "set_bias")},
+    "oft_R.scaled_oft": "scaled_oft",
+    **{name: name for name in BESIDE if name not in ("alpha", "set_bias", "scaled_oft")},
 }
 
 _PARAMETERS = frozenset(
-    name for name in _SPELLINGS if name.startswith(("lora_embedding_", "hada_", "lokr_", "oft_", "boft_", "ia3_l"))
+    name
+    for name in _SPELLINGS
+    if name.startswith(("lora_embedding_", "lora_magnitude_vector", "hada_", "lokr_", "oft_", "boft_", "ia3_l"))
 )
 _PROCESSORS = {"to_q_lora": "to_q", "to_k_lora": "to_k", "to_v_lora": "to_v", "to_out_lora": "to_out.0"}
 _TEXT_PROJECTIONS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out.0": "out_proj"}
 
 
+_MODULATION = "a change of the block's own modulation (lightx2v), which is a parameter of no layer; pass strict=False"
 _BOOKKEEPING = re.compile(r"_aux\.|sshs_|ss_|modelspec\.")
-_NOT_LOADED = {
-    "scaled_oft": "it marks OneTrainer's scaled OFT, which cannot be loaded",
-}
 
 
 def located(keys: Collection[str], place: Callable[[str, str], Verdict]) -> dict[str, Verdict]:
@@ -86,11 +95,12 @@ def located(keys: Collection[str], place: Callable[[str, str], Verdict]) -> dict
 
 
 def _aside(key: str) -> Verdict | None:
-    """The verdict on what is in adapter files and is no tensor of a layer, or of none that can be loaded."""
+    """The verdict on what is in adapter files and is no tensor of a layer."""
     if _BOOKKEEPING.match(key):
         return Unused("bookkeeping of a trainer, without effect", harmless=True)
-    reason = _NOT_LOADED.get(key.rpartition(".")[2])
-    return embedded(key) if reason is None else Unused(reason)
+    if key.endswith(".diff_m"):
+        return Unused(_MODULATION)
+    return embedded(key)
 
 
 def split(key: str) -> tuple[str, str] | None:

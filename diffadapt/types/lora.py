@@ -54,6 +54,9 @@ def fit(tensors: Tensors, layer: LayerSpec) -> dict[str, Tensor]:
     down, up = tensors["lora_down"], tensors["lora_up"]
     if down.ndim < 2 or up.ndim < 2 or 0 in down.shape or 0 in up.shape:
         raise AdapterError(f"factors have shapes {shape_of(down)} and {shape_of(up)}, expected at least one rank")
+    if layer.kind == "embedding" and (up.shape[0], down.shape[1]) == (layer.in_features, layer.out_features):
+        # Tools that know weights and not layers have `W + up down`, and an embedding's weight has its outputs last.
+        down, up = up.mT, down.mT
     rank, out = down.shape[0], layer.out_features
     fitted: dict[str, Tensor] = {}
     if "lora_mid" in tensors:

@@ -9,6 +9,7 @@ Neumann series as in "OFTv2", arXiv 2506.19847. Two families of files share the 
 | `oft_blocks` | (blocks, b, b) | outputs | LyCORIS f49d30d, sd-scripts 48d368f |
 | `oft_diag` | (blocks, b, b), rotations already | outputs | LyCORIS before 2.0 |
 | `rescale` | (out), with `oft_blocks` | a factor per output | LyCORIS |
+| `dora_scale`, `initial_norm` | (out, 1), with `oft_R` | `dora_scale / initial_norm` per output | forks of OneTrainer |
 
 With a skew-symmetric Q per block (`oft_R` as the upper triangle, or `B - B'` of `oft_blocks`) a row v becomes `v R`:
 
@@ -16,7 +17,9 @@ With a skew-symmetric Q per block (`oft_R` as the upper triangle, or `B - B'` of
     I + 2 Q + 2 Q^2 + ... + 2 Q^(n-2) + Q^(n-1)   oft_R, n terms of the Neumann series; it turns the other way round
     (I + Q) (I - Q)^-1                            oft_blocks
 
-Which of the first two a file means is in its config; the tensors are the same.
+Which of the first two a file means is in its config; the tensors are the same. OneTrainer marks a scaled OFT, whose
+`oft_R` counts `2 sqrt(b - 1)` times less, by a `scaled_oft` beside it (OneTrainer, `modules/module/oft_utils.py`).
+Since a rotation keeps the length of a row, a DoRA of it needs no norm but the base weight's, which is in the file.
 
 An alpha beside `oft_blocks` is a limit, in parts of the number of outputs, for the norm of all blocks of a layer
 together. For LyCORIS 0 is no limit; sd-scripts limits always, `Q (min(|Q|, c) + e) / (|Q| + e)`: its `constraint_eps`.
@@ -35,7 +38,8 @@ from diffadapt.errors import AdapterError
 from diffadapt.kind import AdapterType, Stage, Surroundings, Tensors
 from diffadapt.layer import LayerSpec, blockwise, layer_of, pick, shape_of
 
-_TURN = "oft_turn"
+_TURN, _GAIN = "oft_turn", "oft_gain"
+_LENGTHS = frozenset({"dora_scale", "initial_norm"})
 _OLD = "oft_r"
 
 
@@ -93,16 +97,18 @@ class OFTConfig(RotationConfig):
         neumann_terms: terms of the Neumann series; 0 for the exact inverse. Input side only.
         block_share: all blocks of a layer are one. Input side only.
         coft_eps: radius of constrained OFT (PEFT's `coft` and `eps`); 0 for none. Input side only.
+        scaled: count the parameters less in large blocks, as OneTrainer's scaled OFT. Input side only.
     """
 
     neumann_terms: int | None = None
     block_share: bool = False
     coft_eps: float = 0.0
+    scaled: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.side == "output":
-            self._refuse("neumann_terms", "block_share", "coft_eps")
+            self._refuse("neumann_terms", "block_share", "coft_eps", "scaled")
         if self.coft_eps < 0:
             raise AdapterError(f"coft_eps is {self.coft_eps}, expected at least 0")
         if self.neumann_terms is not None and (self.neumann_terms < 0 or self.neumann_terms == 1):
@@ -114,7 +120,7 @@ class OFTConfig(RotationConfig):
         if self.side == "output":
             return {"constraint": self.constraint}
         terms = 5 if self.neumann_terms is None else self.neumann_terms
-        return {"neumann_terms": terms, "coft_eps": self.coft_eps}
+        return {"neumann_terms": terms, "coft_eps": self.coft_eps, "scaled_oft": float(self.scaled)}
 
 
 def fit(tensors: Tensors, layer: LayerSpec) -> dict[str, Tensor]:
@@ -128,7 +134,7 @@ def fit(tensors: Tensors, layer: LayerSpec) -> dict[str, Tensor]:
     blocks, channels = tensors[names[0]], _rotated_channels(names[0], layer)
     shape = shape_of(blocks)
     if names[0] == "oft_R":
-        size = (1 + math.isqrt(1 + 8 * shape[-1])) // 2
+        size = block_size(blocks)
         fits = len(shape) == 2 and 0 not in shape and size * (size - 1) // 2 == shape[1]
         fits = fits and (shape[0] * size == channels or (shape[0] == 1 and channels % size == 0))
         expected = "(blocks, b (b - 1) / 2)"
@@ -142,14 +148,21 @@ def fit(tensors: Tensors, layer: LayerSpec) -> dict[str, Tensor]:
         if names[0] == "oft_R" or tensors["rescale"].numel() != layer.out_features:
             raise AdapterError(f"rescale has shape {shape_of(tensors['rescale'])}, expected ({layer.out_features},)")
         fitted["rescale"] = tensors["rescale"].reshape(layer.out_features)
+    for name in _LENGTHS & tensors.keys():
+        if names[0] != "oft_R" or "dora_scale" not in tensors or tensors[name].numel() != layer.out_features:
+            raise AdapterError(
+                f"{name} has shape {shape_of(tensors[name])}, expected ({layer.out_features}, 1), with oft_R and "
+                "dora_scale"
+            )
+        fitted[name] = tensors[name].reshape(layer.out_features, 1)
     return fitted
 
 
 def geometry(tensors: Tensors) -> LayerSpec:
     """A linear layer with as many channels as the blocks cover."""
     if "oft_R" in tensors:
-        number, elements = tensors["oft_R"].shape[0], tensors["oft_R"].shape[-1]
-        return layer_of(0, number * ((1 + math.isqrt(1 + 8 * elements)) // 2))
+        triangle, lengths = tensors["oft_R"], tensors.get("dora_scale")
+        return layer_of(0 if lengths is None else lengths.numel(), triangle.shape[0] * block_size(triangle))
     blocks = tensors.get("oft_blocks", tensors.get("oft_diag"))
     return layer_of(0 if blocks is None else blocks.shape[0] * blocks.shape[-1], 0)
 
@@ -177,7 +190,8 @@ def stages(tensors: Tensors, layer: LayerSpec) -> tuple[Stage, ...]:
     """On the output, or on the input of the layer; a kernel makes that the patch."""
     if "oft_R" not in tensors or layer.kind == "embedding":
         return ("output",)
-    return ("patch",) if layer.has_kernel else ("input",)
+    side: Stage = "patch" if layer.has_kernel else "input"
+    return (side, "gain") if "dora_scale" in tensors else (side,)
 
 
 def prepare(tensors: Tensors, layer: LayerSpec, surroundings: Surroundings) -> Tensors:
@@ -188,13 +202,20 @@ def prepare(tensors: Tensors, layer: LayerSpec, surroundings: Surroundings) -> T
         return {_TURN: rotation - torch.eye(rotation.shape[-1]).to(rotation)}
     if "oft_R" in tensors:
         skew = _skew(_widened(tensors["oft_R"]))
+        if settings["scaled_oft"]:
+            skew = skew / scaling(skew.shape[-1])
         if settings["coft_eps"]:
             skew = _within(skew, settings["coft_eps"] / math.sqrt(skew.shape[0]), (1, 2))
         terms = int(settings["neumann_terms"])
         turn = _neumann(skew, terms) if terms else cayley(-skew)
         size = skew.shape[-1]
         channels = _rotated_channels("oft_R", layer)
-        return {_TURN: turn.expand(channels // size, size, size)}
+        prepared = {_TURN: turn.expand(channels // size, size, size)}
+        if "dora_scale" in tensors:
+            norm = tensors.get("initial_norm")
+            norm = surroundings.weight().flatten(1).norm(dim=1, keepdim=True) if norm is None else norm
+            prepared[_GAIN] = (_widened(tensors["dora_scale"]) / _widened(norm).clamp_min(1e-12)).view(-1) - 1
+        return prepared
     blocks = _widened(tensors["oft_blocks"])
     skew = blocks - blocks.transpose(-1, -2)
     limited = constrained(skew, settings["constraint"], layer, settings["constraint_eps"])
@@ -209,13 +230,18 @@ def turn(
     return blockwise(vectors, blocks.mul(gate).to(vectors.dtype), axis, onto)
 
 
+def gain(tensors: Tensors) -> Tensor:
+    """`dora_scale / initial_norm - 1`."""
+    return tensors[_GAIN]
+
+
 def rows(tensors: Tensors, layer: LayerSpec, rows: Sequence[range]) -> dict[str, Tensor] | None:
     """Whole blocks of a rotation of the outputs, `None` where some would be cut; all rows share one of the inputs."""
     if stages(tensors, layer) != ("output",):
-        return dict(tensors)
+        return {name: pick(tensor, rows) if name in _LENGTHS else tensor for name, tensor in tensors.items()}
     name = next(name for name in ("oft_R", "oft_blocks", "oft_diag") if name in tensors)
     blocks = tensors[name]
-    size = (1 + math.isqrt(1 + 8 * blocks.shape[1])) // 2 if name == "oft_R" else blocks.shape[-1]
+    size = block_size(blocks) if name == "oft_R" else blocks.shape[-1]
     if any(part.start % size or part.stop % size for part in rows):
         return None
     cut = dict(tensors)
@@ -224,6 +250,16 @@ def rows(tensors: Tensors, layer: LayerSpec, rows: Sequence[range]) -> dict[str,
     if "rescale" in tensors:
         cut["rescale"] = pick(tensors["rescale"], rows)
     return cut
+
+
+def block_size(triangle: Tensor) -> int:
+    """Of blocks that have `oft_R`, (blocks, b (b - 1) / 2), above their diagonals."""
+    return (1 + math.isqrt(1 + 8 * triangle.shape[-1])) // 2 if triangle.ndim else 0
+
+
+def scaling(size: int) -> float:
+    """By what OneTrainer's scaled OFT divides the parameters of blocks of this size."""
+    return 2 * math.sqrt(size - 1)
 
 
 def cayley(skew: Tensor) -> Tensor:
@@ -266,7 +302,7 @@ def _within(skew: Tensor, radius: float, axes: tuple[int, ...] | None) -> Tensor
 
 
 def _skew(triangle: Tensor) -> Tensor:
-    size = (1 + math.isqrt(1 + 8 * triangle.shape[1])) // 2
+    size = block_size(triangle)
     rows, columns = torch.triu_indices(size, size, 1, device=triangle.device)
     upper = triangle.new_zeros(triangle.shape[0], size, size)
     upper[:, rows, columns] = triangle
@@ -288,7 +324,7 @@ def _refuse_groups(layer: LayerSpec) -> None:
 
 OFT = AdapterType(
     name="oft",
-    tensors=("oft_R", "oft_blocks", "oft_diag", "rescale", _OLD),
+    tensors=("oft_R", "oft_blocks", "oft_diag", "rescale", "dora_scale", "initial_norm", _OLD),
     identified_by=frozenset({"oft_R", "oft_blocks", "oft_diag", _OLD}),
     claims=lambda tensors: "oft_blocks" not in tensors or tensors["oft_blocks"].ndim != 4,
     config=OFTConfig,
@@ -299,7 +335,9 @@ OFT = AdapterType(
     prepare=prepare,
     rows=rows,
     turn=turn,
-    settings={"neumann_terms": 5, "coft_eps": 0.0, "constraint": 0.0, "constraint_eps": 0.0},
+    gain=gain,
+    settings={"neumann_terms": 5, "coft_eps": 0.0, "scaled_oft": 0.0, "constraint": 0.0, "constraint_eps": 0.0},
+    marks=frozenset({"scaled_oft"}),
     alpha_is="constraint",
     blocks={_TURN: 0},
 )
