@@ -186,14 +186,14 @@ def arrange(
     models: Mapping[str, nn.Module],
     new: Mapping[str, ByComponent],
     staying: Collection[str],
-    first: Collection[str] = (),
+    gone: Collection[str] = (),
 ) -> dict[str, Arrangement]:
     """Seats for adapters in the slots of every component. Changes nothing.
 
     Args:
         new: adapter name -> component -> its layers.
         staying: seated adapters that keep their seats; all others may lose theirs, those seated longest first.
-        first: who loses theirs before others do.
+        gone: who loses theirs in any case.
 
     Raises:
         AdapterError: there is no room.
@@ -207,10 +207,10 @@ def arrange(
             if bank is None or reservation is None:
                 raise AdapterError(f"{component}: no slots are reserved there")
             others = [name for name in reservation.seated if name not in staying]
-            leaving = [name for name in first if name in others] + [name for name in others if name not in first]
+            leaving = [name for name in others if name not in gone]
             try:
                 forms = {name: _lowered(layers, bank.hosts, reservation) for name, layers in mine.items()}
-                arrangements[component] = reservation.arrange(forms, leaving)
+                arrangements[component] = reservation.arrange(forms, leaving, [name for name in others if name in gone])
             except AdapterError as error:
                 raise AdapterError(f"{component}.{error}") from error
     return arrangements

@@ -72,8 +72,10 @@ def lower(layer: AdapterLayer, weight: Callable[[], Tensor], device: torch.devic
     """
     kind, spec = layer.kind, layer.spec
     if kind is LORA and spec.groups == 1 and len(layer._parameters) == 2:
-        # The usual case, without the detours.
-        return [_rows(*kind.as_low_rank(layer.tensors, spec))]  # type: ignore[misc]
+        # The usual case, without the detours: two factors are what is wanted.
+        down, up = layer._parameters["lora_down"], layer._parameters["lora_up"]
+        assert down is not None and up is not None
+        return [_rows(down, up)]
     tensors = layer.prepared(weight, device=device)
     forms: list[Form] = []
     rest: list[Stage] = [stage for stage in layer.stages if stage not in ("patch", "gain")]
@@ -292,26 +294,28 @@ class Reservation(LayerTree):
         """Size of all slots."""
         return sum(parameter.numel() * parameter.element_size() for parameter in self.parameters())
 
-    def arrange(self, new: Mapping[str, Forms], leaving: Sequence[str]) -> "Arrangement":
-        """Seats for adapters, of which as few others as possible have to leave theirs. Changes nothing.
+    def arrange(self, new: Mapping[str, Forms], leaving: Sequence[str], gone: Sequence[str] = ()) -> "Arrangement":
+        """Seats for adapters, for which as few others as possible have to leave theirs. Changes nothing.
 
         Args:
             new: adapter name -> module path -> what `lower` made of the adapter layer there, in the order of
                 `Adapter.layers`.
             leaving: who may have to leave, in this order.
+            gone: who leaves in any case.
 
         Raises:
             AdapterError: there is no room; the message names a layer, what it needs and what there is.
         """
         problem: AdapterError | None = None
         for count in range(len(leaving) + 1):
-            free = self._free_without(leaving[:count])
+            left = (*gone, *leaving[:count])
+            free = self._free_without(left)
             try:
                 seats = {name: self._find(forms, free) for name, forms in new.items()}
             except AdapterError as error:
                 problem = error
             else:
-                return Arrangement(self, new, seats, leaving[:count])
+                return Arrangement(self, new, seats, left)
         assert problem is not None
         raise problem
 
