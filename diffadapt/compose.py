@@ -54,9 +54,9 @@ def weight(ready: Sequence[Ready], base: Tensor, *, overwrite: bool = False) -> 
         elif "input" in r.layer.stages:
             total = total + r.turned(base, 1, transposed=True)
     total = _turned(ready, "output", total, 0)
-    gains = [r.gained() for r in ready if "gain" in r.layer.stages]
-    if gains:
-        total = total * (1 + torch.stack(gains).sum(0)).view(-1, *(1,) * (base.ndim - 1))
+    factor = gain(ready)
+    if factor is not None:
+        total = total * factor.view(-1, *(1,) * (base.ndim - 1))
     for r in ready:
         if "add" in r.layer.stages:
             spec = r.layer.spec
@@ -71,6 +71,31 @@ def weight(ready: Sequence[Ready], base: Tensor, *, overwrite: bool = False) -> 
                 total = total.view(spec.weight_shape)
             else:
                 total = torch.addcmul(total, r.layer.kind.delta_weight(r.tensors, spec), r.gate)
+    return total
+
+
+def gain(ready: Sequence[Ready]) -> Tensor | None:
+    """What all output scales together multiply the rows with: (out,), `None` if there are none."""
+    gains = [r.gained() for r in ready if "gain" in r.layer.stages]
+    return 1 + torch.stack(gains).sum(0) if gains else None
+
+
+def nearly_undone(ready: Sequence[Ready], change: Tensor) -> Tensor:
+    """The change of the original weight for which that of `weight` is `change`: exactly for output scales, and for
+    rotations with the strength one, else as a first guess.
+    """
+    factor = gain(ready)
+    total = change if factor is None else change / factor.view(-1, *(1,) * (change.ndim - 1))
+    for r in ready:
+        # What drops out by blocks is a rotation, whose inverse is its transpose.
+        if not r.layer.kind.blocks:
+            continue
+        if "output" in r.layer.stages:
+            total = total + r.turned(total, 0, transposed=True)
+        if "input" in r.layer.stages:
+            total = total + r.turned(total, 1)
+        if "patch" in r.layer.stages:
+            total = total + r.turned(total.flatten(1), 1).view_as(total)
     return total
 
 

@@ -13,8 +13,8 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from diffadapt.adapter import AdapterLayer, weight_of
-from diffadapt.attach import bank_of, reserve_
+from diffadapt.adapter import AdapterLayer
+from diffadapt.attach import Bank, bank_of, reserve_
 from diffadapt.config import AdapterConfig
 from diffadapt.create import new_layers
 from diffadapt.errors import AdapterError
@@ -23,6 +23,7 @@ from diffadapt.io import Source, read
 from diffadapt.layer import LayerSpec
 from diffadapt.load import plan
 from diffadapt.loaded import Loaded
+from diffadapt.merge import original_weight
 from diffadapt.slots import Arrangement, Form, Forms, Needs, Reservation, lower
 from diffadapt.targets import Targets
 
@@ -209,14 +210,14 @@ def arrange(
             others = [name for name in reservation.seated if name not in staying]
             leaving = [name for name in others if name not in gone]
             try:
-                forms = {name: _lowered(layers, bank.hosts, reservation) for name, layers in mine.items()}
+                forms = {name: _lowered(layers, bank, reservation) for name, layers in mine.items()}
                 arrangements[component] = reservation.arrange(forms, leaving, [name for name in others if name in gone])
             except AdapterError as error:
                 raise AdapterError(f"{component}.{error}") from error
     return arrangements
 
 
-def _lowered(layers: Mapping[str, AdapterLayer], hosts: Mapping[str, nn.Module], room: Reservation) -> Forms:
+def _lowered(layers: Mapping[str, AdapterLayer], bank: Bank, room: Reservation) -> Forms:
     forms: dict[str, list[Form]] = {}
     with torch.inference_mode(False), torch.no_grad():
         for path, layer in layers.items():
@@ -227,7 +228,8 @@ def _lowered(layers: Mapping[str, AdapterLayer], hosts: Mapping[str, nn.Module],
                 raise AdapterError(
                     f"{path}: {layer.spec.in_features} inputs expected, slots for {here} are reserved there"
                 )
-            forms[path] = lower(layer, partial(weight_of, hosts[path], layer.spec), room.device)
+            # Not the weight that others are merged into now: it may be another one when this adapter runs.
+            forms[path] = lower(layer, partial(original_weight, bank, path, layer.spec), room.device)
     return forms
 
 

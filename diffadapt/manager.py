@@ -24,7 +24,7 @@ from diffadapt.load import Plan, attach_all_, detach_all_, plan
 from diffadapt.loaded import Chosen, Loaded, LoadedAdapter, Numbers
 from diffadapt.locks import held
 from diffadapt.lowrank import Conversion, Maker, Sources, conversion, derive_
-from diffadapt.merge import expand_, merge_, refuse_mixture, undo_bytes, unmerge_
+from diffadapt.merge import expand_, is_compact, merge_, refuse_mixture, remerged, unmerge_
 from diffadapt.report import Report
 from diffadapt.scales import Strength
 from diffadapt.schedules import Moment
@@ -213,7 +213,9 @@ class Adapters:
     ) -> Report:
         """Put another adapter in the place of `name`, in all components or, if anything is wrong, in none.
 
-        After `prepare_hotswap` a compiled model takes it without a recompile: other rank, alpha, type and layers.
+        After `prepare_hotswap` a compiled model takes it without a recompile: other rank, alpha, type and layers. In
+        the place of a merged adapter it is merged, too, into the same parameters, and others stay merged: no recompile
+        either, without slots if none of its layers is new to adapters.
 
         Args:
             source: as for `pipe.load_adapter`, or what `prefetch` returned.
@@ -222,17 +224,19 @@ class Adapters:
 
         Raises:
             AdapterError: no such adapter, the source cannot be read or applied, or there is no room for it; the
-                message says what to reserve. The old adapter goes on running then.
+                message says what to reserve. Or it cannot be merged in the place of a merged one. The old adapter goes
+                on running then, and what was merged is, bit for bit.
         """
         old = self[name]
-        if name in self.merged:
-            raise AdapterError(f"adapter {name!r} is merged into the weights; call unmerge() before hotswap()")
         models = self._models()
         _, planned = self._planned(source, where, None, dtype, models, name=name, leaving=name)
         strength = next(iter(old.components.values())).strength if scale is None else scale
         scales.check(name, strength)
         planned.refuse_faults(strict)
-        self._bring(name, planned, strength, old.active, allow_recompile, old=old, kept=scale is None)
+        if name in self.merged:
+            self._swap_merged(old, planned, strength, kept=scale is None)
+        else:
+            self._bring(name, planned, strength, old.active, allow_recompile, old=old, kept=scale is None)
         return planned.report(name)
 
     def prefetch(
@@ -355,7 +359,7 @@ class Adapters:
     def disabled(self) -> Generator[None, None, None]:
         """The base model inside; on leaving, also by an exception, the state before."""
         with held(self._models().values()):
-            merged = self.merged
+            merged, compact = self.merged, is_compact(self._models())
             self.unmerge()
             try:
                 with self._restored():
@@ -363,7 +367,7 @@ class Adapters:
                     yield
             finally:
                 if merged:
-                    merge_(self._models(), merged)
+                    merge_(self._models(), merged, compact=compact)
 
     @contextmanager
     def _restored(self) -> Generator[None, None, None]:
@@ -425,14 +429,16 @@ class Adapters:
             self.remove(name)
 
     @_exclusive
-    def merge(self, *names: str, compact: bool = False) -> None:
+    def merge(self, *names: str, compact: bool | None = None) -> None:
         """Add adapters into the weights, at their present strengths; without names, all that are active.
 
-        A merged adapter costs nothing at run time. `unmerge` undoes all merges, bit for bit.
+        A merged adapter costs nothing at run time, and `hotswap` puts another in its place. `unmerge` undoes all
+        merges, bit for bit, as long as neither the merged weights nor the adapters are written meanwhile.
 
         Args:
-            compact: do not keep the changed weights for that, but what rounding lost, a few percent of them; merging
-                and unmerging take longer. `undo_bytes` says what is kept.
+            compact: keep for that not the changed weights but what rounding lost, a few percent of them. The default
+                does so where it also is the faster way, when memory has to be found for copies: for sums of low-rank
+                changes (LoRA, LoHa, LoKr) in weights of half precision. `undo_bytes` says what is kept.
 
         Raises:
             AdapterError: unknown or already merged, or nothing to merge; quantised or unreachable weights; a result
@@ -458,13 +464,23 @@ class Adapters:
         """Memory that is kept to undo merges."""
         banks = self._loaded().banks.values()
         copies = sum(original.nbytes for bank in banks for _, original in bank.originals)
-        return copies + sum(undo_bytes(small) for bank in banks for small in bank.compact)
+        return copies + sum(small.nbytes for bank in banks for small in bank.compact)
 
     @_exclusive
     def unmerge(self) -> None:
-        """Undo every merge: all weights as they were, bit for bit, and the adapters active beside them."""
+        """Undo every merge: all weights as they were, bit for bit, and the adapters active beside them.
+
+        Raises:
+            AdapterError: a merged weight or adapter has been written since, so that the original is not known.
+        """
+        merged = self.merged
         for model in self._models().values():
             unmerge_(model)
+        loaded = self._loaded()
+        # Others may have taken their seats; without one they run beside the slots.
+        with suppress(AdapterError):
+            seat_(loaded, merged, staying=loaded.active)
+        loaded.refresh_()
 
     @_exclusive
     def to_lora(self, adapters: Chosen, name: str, rank: int | None = None, energy: float | None = None) -> Conversion:
@@ -620,6 +636,39 @@ class Adapters:
             adapter.beside = component in beside
         for model in models.values():
             refresh_(model)
+        self._keep_time(self._follow)
+        self._changed()
+
+    def _swap_merged(self, old: LoadedAdapter, planned: Plan, scale: Strength, *, kept: bool) -> None:
+        """Merge planned adapters in the place of a merged one, or change nothing; arguments as for `_bring`."""
+        loaded, adapters, name = self._loaded(), planned.adapters, old.name
+        self._refuse_schedule("hotswap", name, scale)
+        for part in (*old.components.values(), *adapters.values()):
+            if any(layer.widens for layer in part.layers.values()):
+                raise AdapterError(f"hotswap: {name!r} is merged, and a layer's inputs would change; unmerge() first")
+        strengths = loaded.strengths(name, scale, adapters, strict=not kept)
+        wanted: dict[str, dict[str, Adapter]] = {}
+        for component in loaded.models:
+            bank = loaded.banks.get(component)
+            after = {} if bank is None else bank.adapters
+            if component in adapters:
+                after[name] = adapters[component]
+            else:
+                after.pop(name, None)
+            merged = {name, *(() if bank is None else bank.merged)}
+            refuse_mixture(component, after, merged)
+            wanted[component] = {n: adapter for n, adapter in after.items() if n in merged}
+        for component, adapter in adapters.items():
+            if planned.device is not None:
+                adapter.to(execution_device(planned.targets[component].all))
+            adapter.strength, adapter.active, adapter.beside = scale, True, False
+            adapter.set_strengths(strengths[component])
+        hosts = {component: planned.hosts(component) for component in adapters}
+        with remerged(loaded.models, wanted, hosts=hosts, compact=is_compact(loaded.models)):
+            attach_all_(loaded.models, name, planned, replacing=True)
+        for bank in self._loaded().banks.values():
+            if bank.reservation is not None:
+                bank.reservation.vacate(name)
         self._keep_time(self._follow)
         self._changed()
 

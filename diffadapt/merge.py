@@ -5,26 +5,30 @@ and rounded once, however many adapters are merged. Weights are written in place
 compiled graphs stay valid.
 
 Undoing is no subtraction, which rounding would make inexact. Either the originals are kept, or, in a few percent of
-their memory, what a prediction from the merged weight gets wrong (`corrections`). The prediction solves `W' = F(W)` for
-W in float64 by fixed-point steps `W <- W - (F(W) - W')`: one is enough for sums; rotations and factors are near one.
+their memory, what a prediction from the merged weight (`folding`) gets wrong (`corrections`).
+
+One base tensor is done after the other, so that no more than one is there twice. What is kept of each leads back: if
+anything fails, those that were written already become what they were.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Generator, Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from diffadapt import compose
-from diffadapt.adapter import PATCH_DELTA, Adapter, AdapterLayer
+from diffadapt.adapter import Adapter, weight_of
 from diffadapt.attach import Bank, bank_of, refresh_
 from diffadapt.corrections import Corrections
 from diffadapt.errors import AdapterError
+from diffadapt.folding import Fixed, Folding, General, Layers, LowRank, folding, wide_dtype
 from diffadapt.hooks import FLOAT8, resting_tensor
-from diffadapt.kind import Tensors
+from diffadapt.layer import LayerSpec
 
-_STEPS = 8
-_PIECE = 1 << 18
+ByName = Mapping[str, Adapter]
+"""The adapters that are merged into a model. In the order of attachment, whatever way led to them: it decides bits."""
 
 
 @dataclass(frozen=True)
@@ -32,58 +36,111 @@ class Compact:
     """How to get a base tensor back that is not kept.
 
     Attributes:
-        paths: of the layers that have it, one after the other as they were merged.
-        names: of the merged adapters.
-        fixed: path and adapter -> what was prepared with the help of the original weight, which the merged one cannot
-            give again (the norms of a DoRA).
+        where: a path of the tensor, for messages.
+        dtype: it had.
+        layers: what is merged into it.
+        fixed, steps: see `folding.General`.
+        corrections: of its pieces.
     """
 
     tensor: Tensor
-    paths: tuple[str, ...]
-    names: tuple[str, ...]
-    fixed: Mapping[tuple[str, str], Tensors]
-    corrections: Corrections
+    where: str
+    dtype: torch.dtype
+    layers: Layers
+    fixed: Fixed
+    steps: int
+    corrections: tuple[Corrections, ...]
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that is kept to undo the change."""
+        fixed = sum(tensor.nbytes for tensors in self.fixed.values() for tensor in tensors.values())
+        return fixed + sum(piece.nbytes for piece in self.corrections)
 
-def undo_bytes(small: Compact) -> int:
-    """Memory that is kept to undo one change."""
-    fixed = (tensor for tensors in small.fixed.values() for tensor in tensors.values())
-    return small.corrections.nbytes + sum(tensor.nbytes for tensor in fixed)
+    def restored(self) -> Tensor:
+        """The original, in new memory.
+
+        Raises:
+            AdapterError: it cannot be known any more.
+        """
+        # A model that was made wider since is wider without loss; narrower is told by the checksum.
+        weight = self.tensor.detach().to(self.dtype, copy=True, memory_format=torch.contiguous_format)
+        way: Folding = LowRank.of(self.layers, weight, back=True) or General(self.layers, self.fixed, self.steps)
+        try:
+            for rows, piece in zip(way.pieces(), self.corrections, strict=True):
+                way.predict_(weight[rows], rows)
+                piece.apply_(weight[rows])
+        except (ArithmeticError, ValueError) as error:
+            raise AdapterError(
+                f"{self.where}: its weight cannot be restored, since it or a merged adapter has been changed since; "
+                "load the model again"
+            ) from error
+        return weight
 
 
 @torch.no_grad()
-def merge_(models: Mapping[str, nn.Module], names: Iterable[str], *, compact: bool = False) -> None:
+def merge_(models: Mapping[str, nn.Module], names: Iterable[str], *, compact: bool | None = None) -> None:
     """Merge adapters `names`, at their present strengths, into every model that has them.
 
     Args:
-        compact: keep what rounding lost instead of copies, where that is less.
+        compact: keep what rounding lost instead of copies, where that is less; `None` for where it also is faster: sums
+            of low-rank changes on weights of half precision.
 
     Raises:
         AdapterError: a weight is quantised or out of reach, a bias is missing, a result is not finite, or an adapter
-            that is not merged would act on the weights of one that is. Nothing has been written then.
+            that is not merged would act on the weights of one that is. Nothing has changed then.
     """
     names = tuple(names)
-    banks = {component: bank for component, model in models.items() if (bank := bank_of(model)) is not None}
-    changes: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    for component, bank in banks.items():
-        merged = (*bank.merged, *names)
-        refuse_mixture(component, bank.adapters, merged)
-        expand_(bank)
-        changes[component] = _changes(component, bank, merged)
-    for component, bank in banks.items():
-        kept = {id(tensor) for tensor, _ in bank.originals}
-        groups = _groups(component, bank, (*bank.merged, *names)) if compact else {}
-        for tensor, rounded in changes[component]:
-            paths = groups.get(id(tensor), ())
-            if id(tensor) in kept:
-                tensor.copy_(rounded)
-            elif paths and (small := _compacted(bank, tensor, rounded, paths, (*bank.merged, *names))):
-                bank.compact.append(small)
-                tensor.copy_(rounded)
-            else:
-                bank.originals.append((tensor, _exchanged_(tensor, rounded)))
-        bank.merged = (*bank.merged, *(name for name in names if name in bank.adapters))
-        refresh_(models[component])
+    wanted: dict[str, dict[str, Adapter]] = {}
+    for component, model in models.items():
+        bank = bank_of(model)
+        if bank is not None:
+            merged = (*bank.merged, *names)
+            refuse_mixture(component, bank.adapters, merged)
+            wanted[component] = {name: adapter for name, adapter in bank.adapters.items() if name in merged}
+    with remerged(models, wanted, compact=compact):
+        pass
+
+
+@contextmanager
+def remerged(
+    models: Mapping[str, nn.Module],
+    wanted: Mapping[str, ByName],
+    *,
+    hosts: Mapping[str, Mapping[str, nn.Module]] | None = None,
+    compact: bool | None = None,
+) -> Generator[None, None, None]:
+    """Put `wanted` adapters, by component, into the weights in the place of those that are merged now.
+
+    Inside they are there; the body attaches what is new and detaches what is old. If it raises, or merging does, the
+    weights are bit for bit what they were.
+
+    Args:
+        hosts: component -> module path -> layer, for adapters that are not attached yet.
+        compact: see `merge_`.
+    """
+    moves = [
+        _Moves(models[component], component, adapters, (hosts or {}).get(component, {}))
+        for component, adapters in wanted.items()
+    ]
+    try:
+        with torch.no_grad():
+            for model in moves:
+                model.carry_out(compact)
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for model in moves:
+                model.take_back()
+        raise
+    finally:
+        for model in moves:
+            model.keep()
+    for component, adapters in wanted.items():
+        bank = bank_of(models[component])
+        if bank is not None:
+            bank.merged = (*(n for n in bank.merged if n in adapters), *(n for n in adapters if n not in bank.merged))
+            refresh_(models[component])
 
 
 @torch.no_grad()
@@ -92,9 +149,9 @@ def unmerge_(model: nn.Module) -> None:
     bank = bank_of(model)
     if bank is None or not bank.merged:
         return
-    for small in bank.compact:
-        small.tensor.copy_(_restored(bank, small))
-    bank.compact.clear()
+    while bank.compact:
+        bank.compact[-1].tensor.copy_(bank.compact[-1].restored())
+        bank.compact.pop()
     for tensor, original in bank.originals:
         tensor.copy_(original)
     bank.originals.clear()
@@ -106,9 +163,25 @@ def unmerge_(model: nn.Module) -> None:
 def expand_(bank: Bank) -> None:
     """Copies in the place of what is kept compactly, for what needs the originals themselves."""
     while bank.compact:
-        small = bank.compact[-1]
-        bank.originals.append((small.tensor, _restored(bank, small)))
+        bank.originals.append((bank.compact[-1].tensor, bank.compact[-1].restored()))
         bank.compact.pop()
+
+
+def original_weight(bank: Bank, path: str, layer: LayerSpec) -> Tensor:
+    """A layer's own weight, canonical and decoded, as it was before anything was merged into it."""
+    host = bank.hosts[path]
+    tensor = resting_tensor(host, "weight") if bank.merged else None
+    kept = next((original for other, original in bank.originals if other is tensor), None)
+    if kept is None:
+        kept = next((small.restored() for small in bank.compact if small.tensor is tensor), None)
+    if kept is None:
+        return weight_of(host, layer)
+    return layer.to_stored(kept.detach().to(wide_dtype(kept)))
+
+
+def is_compact(models: Mapping[str, nn.Module]) -> bool:
+    """Whether something is merged for which no copies are kept."""
+    return any(bank.compact for model in models.values() if (bank := bank_of(model)) is not None)
 
 
 def refuse_mixture(component: str, adapters: Mapping[str, Adapter], merged: Collection[str]) -> None:
@@ -126,110 +199,159 @@ def refuse_mixture(component: str, adapters: Mapping[str, Adapter], merged: Coll
                 )
 
 
-def _changes(component: str, bank: Bank, names: Collection[str]) -> list[tuple[Tensor, Tensor]]:
-    """Base tensors, and what they become, from the originals; rounded as soon as they are known."""
-    originals = {id(tensor): original for tensor, original in bank.originals}
-    changes: list[tuple[Tensor, Tensor]] = []
-    for paths in _groups(component, bank, names).values():
-        total: Tensor | None = None
-        for path in paths:
-            host, where = bank.hosts[path], f"{component}.{path}"
-            layers = list(_merged_layers(bank, path, names).values())
-            if total is not None and not all(layer.is_additive for layer in layers):
-                raise AdapterError(f"{where}: its weight is shared with another layer; keep it unmerged")
-            tensor = _writable(host, where, "weight")
-            base = layers[0].spec.to_stored(_wide(tensor, originals) if total is None else total)
-            ready = [compose.wide(layer, base) for layer in layers]
-            own = base.dtype != tensor.dtype or total is not None
-            total = layers[0].spec.to_stored(compose.weight(ready, base, overwrite=own))
-            if compose.changes_bias(ready, getattr(host, "bias", None) is not None):
-                bias = _writable(host, where, "bias")
-                changes.append((bias, _rounded(where, bias, compose.bias(ready, _wide(bias, originals)))))
-        tensor = _writable(bank.hosts[paths[0]], paths[0], "weight")
-        assert total is not None
-        changes.append((tensor, _rounded(f"{component}.{paths[0]}", tensor, total)))
-    return changes
+@dataclass
+class _Place:
+    """A base weight, and what is to be merged into it.
+
+    Attributes:
+        where: component and path, for messages.
+        biases: of the layers that have the weight, those that are changed too, by `id`.
+    """
+
+    tensor: Tensor
+    where: str
+    layers: Layers = ()
+    biases: dict[int, tuple[Tensor, Layers]] = field(default_factory=dict[int, tuple[Tensor, Layers]])
 
 
-def _groups(component: str, bank: Bank, names: Collection[str]) -> dict[int, list[str]]:
-    """`id` of a weight -> the paths of the layers that have it."""
-    sharing: dict[int, list[str]] = {}
-    for path in dict.fromkeys(path for name in names if name in bank.adapters for path in bank.adapters[name].layers):
-        sharing.setdefault(id(_writable(bank.hosts[path], f"{component}.{path}", "weight")), []).append(path)
-    return sharing
+class _Moves:
+    """The way of one model's weights from what is merged to what is wanted, tensor by tensor."""
+
+    def __init__(self, model: nn.Module, component: str, wanted: ByName, hosts: Mapping[str, nn.Module]) -> None:
+        """
+        Args:
+            hosts: of layers that have no adapters yet.
+
+        Raises:
+            AdapterError: a weight cannot be written.
+        """
+        bank = bank_of(model)
+        present = {} if bank is None else {n: adapter for n, adapter in bank.adapters.items() if n in bank.merged}
+        hosts = hosts if bank is None else {**hosts, **bank.hosts}
+        self._model = model
+        self._before, self._after = (_places(component, adapters, hosts) for adapters in (present, wanted))
+        self._copies = {} if bank is None else {id(tensor): (tensor, original) for tensor, original in bank.originals}
+        self._compact: dict[int, Compact] = {} if bank is None else {id(small.tensor): small for small in bank.compact}
+        self._done: list[int] = []
+
+    def carry_out(self, compact: bool | None) -> None:
+        """Write, see `remerged`."""
+        for key in (*self._before, *(key for key in self._after if key not in self._before)):
+            old, new = self._before.get(key), self._after.get(key)
+            if old is None or new is None or old.layers != new.layers:
+                self._write_(key, old, new, compact)
+
+    def take_back(self) -> None:
+        """Undo what `carry_out` has done so far."""
+        done, self._done = self._done, []
+        for key in reversed(done):
+            self._write_(key, self._after.get(key), self._before.get(key), key in self._compact)
+
+    def keep(self) -> None:
+        """Leave with the model what undoes the changes."""
+        bank = bank_of(self._model)
+        if bank is not None:
+            bank.originals[:] = self._copies.values()
+            bank.compact[:] = self._compact.values()
+
+    def _write_(self, key: int, old: _Place | None, new: _Place | None, compact: bool | None) -> None:
+        place = new or old
+        assert place is not None
+        tensor, original = place.tensor, self._original(place.tensor)
+        biases: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        for number, (bias, _) in old.biases.items() if old else ():
+            biases[number] = bias, self._original(bias), self._original(bias)
+        for number, (bias, layers) in new.biases.items() if new else ():
+            biases[number] = bias, self._original(bias), _with_bias(place.where, layers, original, self._original(bias))
+        fresh = key not in self._compact and key not in self._copies
+        small = None if new is None else _merge_(new, original, fresh, compact)
+        self._done.append(key)
+        if new is None:
+            tensor.copy_(original)
+        self._compact.pop(key, None)
+        self._copies.pop(key, None)
+        if small is not None:
+            self._compact[key] = small
+        elif new is not None:
+            self._copies[key] = tensor, original
+        for number, (bias, content, total) in biases.items():
+            bias.copy_(total)
+            self._copies[number] = bias, content
+            if new is None or number not in new.biases:
+                del self._copies[number]
+
+    def _original(self, tensor: Tensor) -> Tensor:
+        """Content before any merging, not in the tensor itself."""
+        if id(tensor) in self._compact:
+            return self._compact[id(tensor)].restored()
+        return self._copies[id(tensor)][1] if id(tensor) in self._copies else tensor.detach().clone()
 
 
-def _compacted(
-    bank: Bank, tensor: Tensor, rounded: Tensor, paths: Sequence[str], names: Sequence[str]
-) -> Compact | None:
-    """What restores `tensor` from `rounded`, unless that is more than a copy."""
-    fixed: dict[tuple[str, str], Tensors] = {}
-    for path in paths:
-        for name, layer in _merged_layers(bank, path, names).items():
-            bases = (layer.spec.to_stored(weight.detach().double()) for weight in (tensor, rounded))
-            original, merged = (layer.prepared(lambda base=base: base, torch.float64) for base in bases)
-            differ = {key for key in original if key != PATCH_DELTA and not torch.equal(original[key], merged[key])}
-            if differ:
-                fixed[path, name] = {key: original[key] for key in differ}
-    predicted = _predicted(bank, rounded, paths, names, fixed)
-    corrections = Corrections.between(predicted, tensor)
-    small = Compact(tensor, tuple(paths), tuple(names), fixed, corrections)
-    return small if undo_bytes(small) < tensor.nbytes else None
+def _places(component: str, adapters: ByName, hosts: Mapping[str, nn.Module]) -> dict[int, _Place]:
+    """`id` of a base weight -> what these adapters do to it."""
+    found: dict[int, _Place] = {}
+    for path in dict.fromkeys(path for adapter in adapters.values() for path in adapter.layers):
+        host, where = hosts[path], f"{component}.{path}"
+        layers = tuple(adapter.layers[path] for adapter in adapters.values() if path in adapter.layers)
+        weight = _writable(host, where, "weight")
+        place = found.setdefault(id(weight), _Place(weight, where))
+        if place.layers and not all(layer.is_additive for layer in layers):
+            raise AdapterError(f"{where}: its weight is shared with another layer; keep it unmerged")
+        place.layers = (*place.layers, layers)
+        has_bias = getattr(host, "bias", None) is not None
+        if any(
+            layer.kind.delta_bias(layer.tensors) is not None
+            or (has_bias and layer.kind.gains_bias and "gain" in layer.stages)
+            for layer in layers
+        ):
+            bias = _writable(host, where, "bias")
+            place.biases[id(bias)] = bias, (layers,)
+    return found
 
 
-def _exchanged_(tensor: Tensor, other: Tensor) -> Tensor:
-    """The content of `tensor`, which gets that of `other`; in the memory of `other` where that can be."""
-    if not (tensor.is_contiguous() and other.is_contiguous()):
-        content = tensor.detach().clone()
-        tensor.copy_(other)
-        return content
-    for mine, its in zip(tensor.detach().view(-1).split(_PIECE), other.view(-1).split(_PIECE), strict=True):
-        kept = mine.clone()
-        mine.copy_(its)
-        its.copy_(kept)
-    return other
+def _merge_(place: _Place, original: Tensor, fresh: bool, compact: bool | None) -> Compact | None:
+    """Write the original with adapters in it, or nothing; what restores it, unless that is to be a copy.
 
-
-def _restored(bank: Bank, small: Compact) -> Tensor:
+    Args:
+        original: content of the tensor before any merging, in memory of its own.
+        fresh: the tensor still has that.
+    """
+    weight, original = place.tensor.detach(), original.contiguous()
+    way, back = folding(place.layers, original)
+    if compact is None:
+        compact = isinstance(back, LowRank) and original.element_size() < 4
+    target = weight if fresh and weight.is_contiguous() else original.clone()
+    corrections: list[Corrections] = []
     try:
-        return small.corrections.applied(_predicted(bank, small.tensor, small.paths, small.names, small.fixed))
-    except ArithmeticError as error:
-        raise AdapterError(
-            f"{small.paths[0]}: its weight cannot be restored, since it or a merged adapter has been changed since; "
-            "load the model again"
-        ) from error
+        for rows in back.pieces():
+            piece = target[rows]
+            way.merge_(piece, rows)
+            compact = compact and back.settle(original[rows], piece)
+            if compact:
+                corrections.append(Corrections.between(original[rows], back.bounds(piece, rows)))
+        _refuse_non_finite(place.where, target)
+    except BaseException:
+        if target is weight:
+            weight.copy_(original)
+        raise
+    if target is not weight:
+        weight.copy_(target)
+    if not compact:
+        return None
+    fixed, steps = (back.fixed, back.steps) if isinstance(back, General) else ({}, 0)
+    small = Compact(place.tensor, place.where, original.dtype, place.layers, fixed, steps, tuple(corrections))
+    return small if small.nbytes < original.nbytes else None
 
 
-def _predicted(
-    bank: Bank,
-    merged: Tensor,
-    paths: Sequence[str],
-    names: Sequence[str],
-    fixed: Mapping[tuple[str, str], Tensors],
-) -> Tensor:
-    """The original of a merged tensor, up to rounding: always the same one for the same arguments."""
-    target = merged.detach().double()
-    original = target
-    layers = {path: _merged_layers(bank, path, names) for path in paths}
-    is_sum = all(layer.is_additive for found in layers.values() for layer in found.values())
-    for _ in range(1 if is_sum else _STEPS):
-        total = original
-        for path, found in layers.items():
-            spec = next(iter(found.values())).spec
-            base = spec.to_stored(total)
-            ready = [compose.wide(layer, base) for layer in found.values()]
-            ready = [
-                r._replace(tensors={**r.tensors, **fixed.get((path, name), {})})
-                for r, name in zip(ready, found, strict=True)
-            ]
-            total = spec.to_stored(compose.weight(ready, base))
-        original = original - (total - target)
-    return original.to(merged.dtype)
-
-
-def _merged_layers(bank: Bank, path: str, names: Collection[str]) -> dict[str, AdapterLayer]:
-    """In the order of attachment, so that every way to the same set of merged adapters gives the same bits."""
-    return {name: a.layers[path] for name, a in bank.adapters.items() if name in names and path in a.layers}
+def _with_bias(where: str, layers: Layers, weight: Tensor, original: Tensor) -> Tensor:
+    """A bias with what belongs to the changes of its weight."""
+    total = original.to(wide_dtype(original))
+    for each in layers:
+        base = each[0].spec.to_stored(weight.to(wide_dtype(weight)))
+        total = compose.bias([compose.wide(layer, base) for layer in each], total)
+    rounded = total.to(original.dtype)
+    _refuse_non_finite(where, rounded)
+    return rounded
 
 
 def _writable(host: nn.Module, where: str, name: str) -> Tensor:
@@ -246,16 +368,9 @@ def _writable(host: nn.Module, where: str, name: str) -> Tensor:
     return tensor
 
 
-def _wide(tensor: Tensor, originals: Mapping[int, Tensor]) -> Tensor:
-    """The original content, in a dtype to add in; possibly the original itself, so it must not be written."""
-    original = originals.get(id(tensor), tensor).detach()
-    return original.to(device=tensor.device, dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32)
-
-
-def _rounded(where: str, tensor: Tensor, total: Tensor) -> Tensor:
-    rounded = total.to(tensor.dtype)
-    # Both are NaN if there is one. float8 has no order of its own; widening keeps its NaNs.
-    extremes = torch.aminmax(rounded.float() if rounded.dtype in FLOAT8 else rounded)
-    if not all(torch.isfinite(extreme) for extreme in extremes):
+def _refuse_non_finite(where: str, rounded: Tensor) -> None:
+    # float8 has no order of its own, and no sum; widening keeps its NaNs.
+    wide = rounded.float() if rounded.dtype in FLOAT8 else rounded
+    # A sum is quick, and finite only if all of its terms are; a large one need not be.
+    if not torch.isfinite(wide.sum()) and not all(torch.isfinite(extreme) for extreme in torch.aminmax(wide)):
         raise AdapterError(f"{where}: merging gives values that {rounded.dtype} cannot hold; nothing was written")
-    return rounded

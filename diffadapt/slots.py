@@ -73,9 +73,8 @@ def lower(layer: AdapterLayer, weight: Callable[[], Tensor], device: torch.devic
     kind, spec = layer.kind, layer.spec
     if kind is LORA and spec.groups == 1 and len(layer._parameters) == 2:
         # The usual case, without the detours: two factors are what is wanted.
-        down, up = layer._parameters["lora_down"], layer._parameters["lora_up"]
-        assert down is not None and up is not None
-        return [_rows(down, up)]
+        factors: Any = layer._parameters
+        return [_rows(factors["lora_down"], factors["lora_up"])]
     tensors = layer.prepared(weight, device=device)
     forms: list[Form] = []
     rest: list[Stage] = [stage for stage in layer.stages if stage not in ("patch", "gain")]

@@ -90,14 +90,17 @@ def speed_of_diffusers(unet: nn.Module, sources: list[Tensors], file: Path, figu
 
 
 def merge_of_ours(unet: nn.Module, sources: list[Tensors], file: Path, figures: Figures) -> None:
-    """Into the weights and back, with copies and without; how much memory either keeps."""
+    """Into the weights and back, with copies and without, and one in the place of another; what memory either keeps."""
     adapters = diffadapt.adapters(unet)
     # As strong as usual: random factors of unit size change a weight by many times its size.
     diffadapt.load_adapter(unet, sources[0], "a", scale=3e-5)
-    for compact, how in ((False, ""), (True, ", without copies")):
+    other = adapters.prefetch(sources[1])
+    for compact, how in ((None, ""), (False, ", keeping copies")):
         with timed(figures, f"merge{how}"):
             adapters.merge("a", compact=compact)
         figures.setdefault(f"memory kept, MiB{how}", []).append(adapters.undo_bytes / 2**20)
+        with timed(figures, f"hotswap of the merged one{how}"):
+            adapters.hotswap("a", other if compact is None else sources[0])
         with timed(figures, f"unmerge, exact{how}"):
             adapters.unmerge()
     adapters.clear()
@@ -111,6 +114,12 @@ def merge_of_diffusers(unet: nn.Module, sources: list[Tensors], file: Path, figu
         unet.fuse_lora()
     with timed(figures, "unmerge, not exact"):
         unet.unfuse_lora()
+    unet.fuse_lora()
+    with timed(figures, "hotswap of the merged one"):
+        unet.unfuse_lora()
+        unet.load_lora_adapter(dict(sources[1]), prefix="unet", adapter_name="a", hotswap=True)
+        unet.fuse_lora()
+    unet.unfuse_lora()
     unet.unload_lora()
 
 

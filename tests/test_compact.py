@@ -10,6 +10,7 @@ from torch import nn
 import diffadapt
 from diffadapt.attach import bank_of
 from diffadapt.corrections import Corrections
+from diffadapt.folding import LowRank
 from tests.compare import assert_unchanged, snapshot
 from tests.test_compile import unet
 from tests.test_hotswap import CONFIGS, ON_CONVOLUTIONS, make
@@ -27,15 +28,16 @@ def test_corrections_are_exact(count: int, dtype: torch.dtype) -> None:
     # The first and the last element, and distances from 1 to thousands.
     places = torch.tensor([0, 1, 255, 256, 511, 4000, 6999])[:count]
     predicted.view(-1)[places] = torch.tensor(float("nan"), dtype=torch.float32).to(dtype)
-    corrections = Corrections.between(predicted, actual)
-    restored = corrections.applied(predicted)
+    corrections = Corrections.between(actual, [predicted])
+    restored = predicted.clone()
+    corrections.apply_(restored)
     assert torch.equal(restored.view(torch.uint8), actual.view(torch.uint8))
     assert len(corrections.values) == count
     assert corrections.nbytes <= 7 * actual.element_size() + 40
     other = predicted.clone()
     other.view(-1)[5000] = 3.0
     with pytest.raises(ArithmeticError):
-        corrections.applied(other)
+        corrections.apply_(other)
 
 
 @torch.no_grad()
@@ -107,3 +109,168 @@ def test_a_weight_changed_meanwhile_is_told(tmp_path: Path) -> None:
     next(iter(bank.hosts.values())).weight[0, 0] += 1
     with pytest.raises(diffadapt.AdapterError, match="cannot be restored"):
         diffadapt.adapters(model).unmerge()
+
+
+# What is kept has to suit whatever the original is predicted with later.
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float32], ids=str)
+@pytest.mark.parametrize("product", ["float32", "float64"])
+@pytest.mark.parametrize("kind", ["lora", "lora in float32", "loha", "dora", "lokr whole"])
+@torch.no_grad()
+def test_other_threads_and_another_order_of_ranks_restore_every_bit(
+    kind: str, product: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(192, 320, bias=False))
+    adapter = diffadapt.add_adapter(net, replace(CONFIGS[kind.split(" in ")[0]], target_modules=["0"]), "a")
+    adapter.requires_grad_(False)
+    adapter.to(torch.float32 if "float32" in kind else torch.bfloat16)
+    net[0].weight[:, ::7] = 0.0
+    net[0].weight[:2, ::7] = -0.0
+    net[0].weight.data = net[0].weight.data.to(dtype)
+    before = net[0].weight.clone()
+    adapters = diffadapt.adapters(net)
+    adapters.activate({"a": 0.02})
+    adapters.merge("a", compact=True)
+    assert not torch.equal(net[0].weight.float(), before.float())
+    assert bank_of(net).compact
+    order = torch.randperm(2)
+    for name, axis in (("lora_down", 0), ("lora_up", 1), ("hada_w1_a", 1), ("hada_w1_b", 0)):
+        tensor = adapter.layers["0"].tensors.get(name)
+        if tensor is not None and tensor.shape[axis] == 2:
+            tensor.copy_(tensor.index_select(axis, order))
+    # The other ways to compute a product, too: in float64 as on other devices.
+    monkeypatch.setattr("diffadapt.folding._rounds_once", lambda like: False)
+    monkeypatch.setattr("diffadapt.folding._multiplies_in_float32", lambda: product == "float32")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        adapters.unmerge()
+    finally:
+        torch.set_num_threads(threads)
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    assert torch.equal(net[0].weight.data.view(bits), before.data.view(bits))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("rank", [1, 16, 200])
+@torch.no_grad()
+def test_every_prediction_is_within_the_bounds(rank: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(256, 384, bias=False).to(dtype))
+    adapter = diffadapt.add_adapter(net, replace(CONFIGS["lora"], rank=rank, target_modules=["0"]), "a")
+    adapter.requires_grad_(False).to(torch.bfloat16)
+    # Far stronger than usual, so that much is near a tie.
+    diffadapt.adapters(net).activate({"a": 3.0})
+    layers, weight, rows = ((adapter.layers["0"],),), net[0].weight.detach(), slice(None)
+    way = LowRank.of(layers, weight, back=True)
+    assert way is not None
+    low, high = (bound.clone() for bound in way.bounds(weight, rows))
+    same = low == high
+    assert 0.9 < same.float().mean() < 1 or dtype == torch.float32
+    wide = LowRank(way.up.double() * way.scale, way.down.double(), 1.0, way.total)
+    for other in (way, wide, *(permuted(wide, seed) for seed in range(4)), *(permuted(way, seed) for seed in range(4))):
+        found = weight.clone()
+        other.predict_(found, rows)
+        assert torch.equal(found[same], low[same])
+        assert ((low <= found) & (found <= high)).all()
+
+
+def permuted(way: LowRank, seed: int) -> LowRank:
+    order = torch.randperm(way.up.shape[1], generator=torch.Generator().manual_seed(seed))
+    return replace(way, up=way.up[:, order], down=way.down[order])
+
+
+@torch.no_grad()
+def test_a_bfloat16_product_is_rounded_once_on_this_processor() -> None:
+    """What `folding._rounds_once` says of it, beside the same in float32."""
+    torch.manual_seed(0)
+    for rank in (1, 16, 17, 128, 512):
+        weight, up, down = (torch.randn(shape).bfloat16() for shape in ((384, 256), (384, rank), (rank, 256)))
+        short, long = weight.clone(), weight.clone()
+        LowRank(up, down, 0.037, torch.float32).merge_(short, slice(None))
+        LowRank(up.float() * 0.037, down.float(), 1.0, torch.float32).merge_(long, slice(None))
+        assert (short != long).float().mean() < 2e-3
+        exact = weight.double() + 0.037 * up.double() @ down.double()
+        assert ((short.double() - exact).abs() <= exact.abs() * 2.0**-8 * 1.0001 + 1e-6).all()
+
+
+@torch.no_grad()
+def test_by_default_low_rank_changes_in_half_precision_are_compact(tmp_path: Path) -> None:
+    for name, dtype, is_compact in (
+        ("lora", torch.bfloat16, True),
+        ("loha", torch.float16, True),
+        ("lora", torch.float32, False),
+        ("dora", torch.bfloat16, False),
+    ):
+        model = unet().to(dtype)
+        diffadapt.load_adapter(model, make(unet, ALL[name], tmp_path / "a"), "a", scale=0.05)
+        diffadapt.adapters(model).merge()
+        bank = bank_of(model)
+        assert (bool(bank.compact), bool(bank.originals)) == (is_compact, not is_compact)
+        with diffadapt.adapters(model).disabled():
+            assert not bank.compact
+        assert bool(bank.compact) == is_compact
+        diffadapt.adapters(model).unmerge()
+        diffadapt.adapters(model).merge(compact=not is_compact)
+        assert bool(bank.compact) != is_compact
+
+
+@torch.no_grad()
+def test_a_model_made_wider_meanwhile_gets_its_weights_back(tmp_path: Path) -> None:
+    model = unet().to(torch.bfloat16)
+    before = {path: parameter.clone() for path, parameter in model.named_parameters()}
+    diffadapt.load_adapter(model, make(unet, ALL["lora"], tmp_path / "a"), "a", scale=0.1)
+    diffadapt.adapters(model).merge()
+    model.float()
+    diffadapt.adapters(model).clear()
+    assert all(torch.equal(parameter, before[path].float()) for path, parameter in model.named_parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize("stack", [False, True])
+def test_a_merge_that_fails_halfway_changes_nothing(compact: bool, stack: bool, tmp_path: Path) -> None:
+    model = unet().to(torch.float16)
+    diffadapt.load_adapter(model, make(unet, ALL["lora"], tmp_path / "a"), "a", scale=0.1)
+    diffadapt.load_adapter(model, make(unet, ALL["loha"], tmp_path / "b"), "b", scale=0.1)
+    adapters, first = diffadapt.adapters(model), snapshot(model)
+    if stack:
+        adapters.merge("a", compact=compact)
+    before, kept = snapshot(model), adapters.undo_bytes
+    adapter = next(iter(adapters["b"].components.values()))
+    last = list(adapter.layers.values())[-1]
+    right = {name: tensor.clone() for name, tensor in last.tensors.items()}
+    for tensor in last.tensors.values():
+        tensor.mul_(1e3)
+    with pytest.raises(diffadapt.AdapterError, match="cannot hold"):
+        adapters.merge("b", compact=compact)
+    for name, tensor in last.tensors.items():
+        tensor.copy_(right[name])
+    assert_unchanged(model, before)
+    assert adapters.merged == (["a"] if stack else [])
+    assert adapters.undo_bytes == kept
+    adapters.merge("b", compact=compact)
+    adapters.unmerge()
+    assert_unchanged(model, first)
+
+
+@torch.no_grad()
+def test_a_weight_that_two_layers_share_is_restored() -> None:
+    torch.manual_seed(0)
+    net = nn.ModuleDict({"table": nn.Embedding(64, 48), "head": nn.Linear(48, 64, bias=False)}).bfloat16()
+    net["head"].weight = net["table"].weight
+    before = net["table"].weight.clone()
+    adapter = diffadapt.add_adapter(net, replace(CONFIGS["lora"], target_modules=["table", "head"]), "a")
+    adapter.requires_grad_(False)
+    diffadapt.adapters(net).activate({"a": 0.01})
+    changes = [layer.kind.delta_weight(layer.tensors, layer.spec) for layer in adapter.layers.values()]
+    diffadapt.adapters(net).merge(compact=True)
+    spread = sum(
+        layer.spec.to_stored(c) * layer.gate for c, layer in zip(changes, adapter.layers.values(), strict=True)
+    )
+    assert torch.equal(net["table"].weight, (before.float() + spread).bfloat16())
+    assert bank_of(net).compact
+    diffadapt.adapters(net).unmerge()
+    assert torch.equal(net["head"].weight, before)

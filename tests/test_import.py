@@ -161,6 +161,7 @@ def test_imports_point_one_way() -> None:
             {
                 "loaded",
                 "load",
+                "merge",
                 "create",
                 "config",
                 "io",
@@ -181,7 +182,8 @@ def test_imports_point_one_way() -> None:
             "diffadapt.textual_inversion",
             {"attach", "adapter", "vocabulary", "formats", "io", "layer", "errors"},
         ),
-        ("diffadapt.merge", {"compose", "attach", "adapter", "corrections", "kind", "hooks", "errors"}),
+        ("diffadapt.folding", {"compose", "adapter", "kind"}),
+        ("diffadapt.merge", {"compose", "attach", "adapter", "folding", "corrections", "hooks", "layer", "errors"}),
         ("diffadapt.corrections", set[str]()),
         ("diffadapt.pool", {"manager", "loaded", "load", "io", "locks", "errors"}),
     ],
