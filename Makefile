@@ -9,11 +9,13 @@ PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Every worker loads torch and diffusers, about 1.5 GB: not one for each core of a large machine.
+PYTEST := $(BIN)/pytest -q --numprocesses=logical --maxprocesses=4 --dist=worksteal
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint check fix bench matrix clean
+.PHONY: help demo test unit lint check fix bench matrix clean
 
 help:
 	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -22,7 +24,10 @@ demo: $(STAMP)  ## draw pictures with and without adapters
 	$(BIN)/diffadapt demo
 
 test: $(STAMP)  ## run the tests
-	$(BIN)/pytest -q
+	$(PYTEST)
+
+unit: $(STAMP)  ## run the tests that need no whole pipeline, compiled model or other process
+	$(PYTEST) -m "not slow"
 
 lint: $(STAMP)  ## run the linters and the type checker
 	$(BIN)/ruff check

@@ -3,11 +3,15 @@
 import importlib
 import sys
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
-pytest.register_assert_rewrite("tests.compare")
+if TYPE_CHECKING:
+    from torch._dynamo.testing import CompileCounterWithBackend  # Which takes long to load.
+
+pytest.register_assert_rewrite("tests.compare", "tests.effort")
 importlib.import_module("diffadapt")
 
 
@@ -18,7 +22,8 @@ def _one_thread() -> None:
 
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
-    torch.manual_seed(0)
+    # `torch.manual_seed` asks every kind of device, too, which takes longer than many a test.
+    torch.default_generator.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +32,15 @@ def _fresh_compiler() -> Iterator[None]:
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is not None:
         dynamo.reset()
+
+
+@pytest.fixture
+def counter() -> "Iterator[CompileCounterWithBackend]":
+    """A backend that counts graphs; compiling one again is an error."""
+    from torch._dynamo.testing import CompileCounterWithBackend  # Which takes long to load.
+
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield CompileCounterWithBackend("aot_eager")
 
 
 @pytest.fixture

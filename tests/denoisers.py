@@ -12,7 +12,7 @@ from typing import Any
 import diffusers
 import torch
 from torch import nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from tests import models
 
@@ -90,16 +90,14 @@ def _unet(**config: Any) -> Callable[[], nn.Module]:
     )
 
 
-def _clip() -> nn.Module:
+def _clip(kind: Callable[[CLIPTextConfig], nn.Module] = CLIPTextModel) -> nn.Module:
     config = models.clip_text_config()
     config.num_hidden_layers = 1
-    return CLIPTextModel(config)
+    return kind(config)
 
 
 def _clip_with_projection() -> nn.Module:
-    config = models.clip_text_config()
-    config.num_hidden_layers = 1
-    return CLIPTextModelWithProjection(config)
+    return _clip(CLIPTextModelWithProjection)
 
 
 def _t5() -> nn.Module:
@@ -110,6 +108,14 @@ def _t5() -> nn.Module:
 
 
 _ONE_OF_BOTH: dict[str, Any] = {"num_layers": 1, "num_single_layers": 1}
+_LIKE_FLUX: dict[str, Any] = {
+    **_ONE_OF_BOTH,
+    **_SQUARE,
+    "in_channels": 16,
+    "joint_attention_dim": 64,
+    "axes_dims_rope": (4, 4, 8),
+}
+_FLUX = _LIKE_FLUX | {"pooled_projection_dim": 48, "guidance_embeds": True}
 
 
 SMALL: dict[str, Small] = {
@@ -168,17 +174,7 @@ SMALL: dict[str, Small] = {
     "flux": Small(
         "FluxPipeline",
         {
-            "transformer": _denoiser(
-                "FluxTransformer2DModel",
-                in_channels=16,
-                num_layers=1,
-                num_single_layers=1,
-                joint_attention_dim=64,
-                pooled_projection_dim=48,
-                guidance_embeds=True,
-                axes_dims_rope=(4, 4, 8),
-                **_SQUARE,
-            ),
+            "transformer": _denoiser("FluxTransformer2DModel", **_FLUX),
             "text_encoder": _clip,
             "text_encoder_2": _t5,
         },
@@ -186,20 +182,7 @@ SMALL: dict[str, Small] = {
     ),
     "flux control": Small(
         "FluxControlPipeline",
-        {
-            "transformer": _denoiser(
-                "FluxTransformer2DModel",
-                in_channels=32,
-                out_channels=16,
-                num_layers=1,
-                num_single_layers=1,
-                joint_attention_dim=64,
-                pooled_projection_dim=48,
-                guidance_embeds=True,
-                axes_dims_rope=(4, 4, 8),
-                **_SQUARE,
-            )
-        },
+        {"transformer": _denoiser("FluxTransformer2DModel", **_FLUX | {"in_channels": 32, "out_channels": 16})},
         # Its converter takes all blocks for granted.
         tall=_tall("FluxTransformer2DModel", 384, in_channels=128, out_channels=64, guidance_embeds=True),
     ),
@@ -207,26 +190,16 @@ SMALL: dict[str, Small] = {
         "ChromaPipeline",
         "ChromaTransformer2DModel",
         tall=_tall("ChromaTransformer2DModel", **_ONE_OF_BOTH),
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        joint_attention_dim=64,
-        axes_dims_rope=(4, 4, 8),
         approximator_num_channels=16,
         approximator_hidden_dim=48,
         approximator_layers=2,
-        **_SQUARE,
+        **_LIKE_FLUX,
     ),
     "flux2": _transformer(
         "Flux2Pipeline",
         "Flux2Transformer2DModel",
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        joint_attention_dim=64,
         timestep_guidance_channels=16,
-        axes_dims_rope=(4, 4, 4, 4),
-        **_SQUARE,
+        **_LIKE_FLUX | {"axes_dims_rope": (4, 4, 4, 4)},
     ),
     "auraflow": _transformer(
         "AuraFlowPipeline",

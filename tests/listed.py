@@ -40,7 +40,8 @@ class Listed:
 
 
 @cache
-def _published(family: str) -> list[dict[str, nn.Module]]:
+def published_models(family: str) -> list[dict[str, nn.Module]]:
+    """The models without weights, built once: they are only looked at."""
     return list(published(family))
 
 
@@ -56,7 +57,7 @@ def listed(file: Path) -> Listed:
     if not family:
         return replace(found, reason="its names alone do not tell for which models it is")
     try:
-        candidates = _published(family)
+        candidates = published_models(family)
     except AdapterError as error:
         return replace(found, reason=reason(error))
     # As in `convert`: of a family's models the one that has most of the file's layers.

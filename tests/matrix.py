@@ -205,7 +205,7 @@ class Workbench:
         """Contents for these layers, by component, parts and whether they are swapped; the same for the same layers."""
         key = (kind, variant, tuple(layers))
         if key not in self._made:
-            torch.manual_seed(3)
+            torch.default_generator.manual_seed(3)
             self._made[key] = [self._make(KINDS[kind].variants[variant], *layer) for layer in layers]
         return self._made[key]
 

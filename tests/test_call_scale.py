@@ -13,6 +13,8 @@ from tests import files, models
 from tests.compare import assert_differs, assert_same, assert_unchanged, snapshot
 from tests.models import draw
 
+pytestmark = pytest.mark.slow
+
 KEYWORDS = {
     "sd15": "cross_attention_kwargs",
     "sdxl": "cross_attention_kwargs",

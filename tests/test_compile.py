@@ -1,6 +1,6 @@
 """Compiled models: no graph breaks, and no recompile when only numbers change."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,19 +13,9 @@ import diffadapt
 from tests import files, models
 from tests.compare import assert_differs, assert_same, assert_unchanged, snapshot
 
+pytestmark = pytest.mark.slow
+
 Layers = dict[str, files.Factors]
-
-
-@pytest.fixture
-def counter() -> CompileCounterWithBackend:
-    torch._dynamo.reset()
-    return CompileCounterWithBackend("aot_eager")
-
-
-@pytest.fixture(autouse=True)
-def _recompiles_are_errors() -> Iterator[None]:
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        yield
 
 
 def unet() -> UNet2DConditionModel:

@@ -1,5 +1,6 @@
 """From file to file: other names, the same adapter."""
 
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import diffadapt
 from diffadapt import AdapterError
 from diffadapt.cli import main
 from tests import files, models
+from tests.listed import published_models
 
 DOUBLE, SINGLE = "lora_unet_double_blocks_3", "lora_unet_single_blocks_37"
 
@@ -212,7 +214,9 @@ MODELS: dict[str, dict[str, tuple[str, int, int]]] = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_models_of_every_family(name: str, tmp_path: Path) -> None:
+def test_models_of_every_family(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Three conversions of every file, and several files of a family.
+    monkeypatch.setattr(import_module("diffadapt.convert"), "published", published_models)
     tensors: dict[str, Tensor] = {}
     for original, (_, out, columns) in MODELS[name].items():
         outside = original.startswith("text_embedding_projection.")

@@ -2,7 +2,6 @@
 
 import json
 import re
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from diffadapt.formats.format import Header, Names, Place
 from diffadapt.targets import Targets
 from tests import files, models
 from tests.compare import assert_differs, assert_same
+from tests.effort import assert_linear
 from tests.test_loading import clip_l, sd_unet, sdxl_unet
 
 Tensors = dict[str, Tensor]
@@ -159,6 +159,7 @@ def assert_loads(
                 assert not torch.equal(weight, originals[key])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", models.FAMILIES)
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_pipeline_in_every_dialect(dialect: str, family: str) -> None:
@@ -168,6 +169,7 @@ def test_pipeline_in_every_dialect(dialect: str, family: str) -> None:
     assert_loads(models.FAMILIES[family], write(parts, family), parts, format)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", models.FAMILIES)
 @pytest.mark.parametrize("dialect", OF_DENOISERS)
 def test_denoiser_in_every_dialect(dialect: str, family: str) -> None:
@@ -977,10 +979,8 @@ def test_patterns_that_take_forever_are_refused(option: str, pattern: str, tmp_p
     chosen = {pattern: 4} if option == "alpha_pattern" else pattern
     kind = "LORA" if option == "alpha_pattern" else "IA3"
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": kind, "lora_alpha": 4, option: chosen}))
-    started = time.perf_counter()
     with pytest.raises(AdapterError, match=f"{option}.*pattern"):
         pipe.load_adapter(tmp_path)
-    assert time.perf_counter() - started < 5
 
 
 @pytest.fixture(scope="module")
@@ -990,10 +990,14 @@ def flux_models() -> dict[str, nn.Module]:
 
 
 @pytest.mark.parametrize("body", BODIES)
-def test_hostile_names_are_refused_at_once(body: str, flux_models: dict[str, nn.Module]) -> None:
-    started = time.perf_counter()
-    for prefix in PREFIXES:
-        keys = [f"{prefix}{BODIES[body]}.{end}" for end in ("lora_A.weight", "lora_up.weight", "alpha", "x")]
-        report = diffadapt.inspect({key: torch.zeros(2, 2) for key in keys}, flux_models)
-        assert (report.used, len(report.unused)) == (0, len(keys))
-    assert time.perf_counter() - started < 5
+def test_hostile_names_are_refused_at_once(
+    body: str, flux_models: dict[str, nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(size: int) -> None:
+        for prefix in PREFIXES:
+            keys = [f"{prefix}{BODIES[body][:size]}.{end}" for end in ("lora_A.weight", "lora_up.weight", "alpha", "x")]
+            report = diffadapt.inspect({key: torch.zeros(2, 2) for key in keys}, flux_models)
+            assert (report.used, len(report.unused)) == (0, len(keys))
+
+    assert_linear(refuse, 150, monkeypatch)
+    refuse(900)

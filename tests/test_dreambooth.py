@@ -22,6 +22,8 @@ from torch import Tensor
 
 from tests import models
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "dreambooth"
 
@@ -273,7 +275,6 @@ def test_a_diverged_run_stops_and_says_so(
     assert not (tmp_path / WEIGHTS).exists()
 
 
-@pytest.mark.slow
 def test_processes_train_one_adapter_together(base: Path, pictures: Path, tmp_path: Path) -> None:
     options = (
         f"--instance_prompt sks --resolution 16 --max_train_steps 2 --checkpointing_steps 2 --output_dir {tmp_path}"

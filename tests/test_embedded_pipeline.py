@@ -13,6 +13,8 @@ from torch import Tensor
 from diffadapt import demo
 from diffadapt.cli import main
 
+pytestmark = pytest.mark.slow
+
 FOLDER = Path(__file__).parents[1] / "examples" / "tiny_pipeline"
 ADAPTERS = sorted((FOLDER / "adapters").glob("*.safetensors"))
 

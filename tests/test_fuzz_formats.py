@@ -18,6 +18,8 @@ from tests import files, models
 from tests.compare import assert_unchanged, snapshot
 from tests.test_dialects import DIALECTS, OF_DENOISERS
 
+pytestmark = pytest.mark.slow
+
 Tensors = dict[str, Tensor]
 
 FORMATS = ("diffusers", "peft", "kohya", "comfy", "onetrainer")

@@ -15,6 +15,8 @@ from tests import files, models
 from tests.compare import assert_differs, assert_same
 from tests.models import draw
 
+pytestmark = pytest.mark.slow
+
 FP8 = torch.float8_e4m3fn
 CPU = torch.device("cpu")
 ORDERS = ["hook first", "adapter first", "hook between two adapters"]

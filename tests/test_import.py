@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -25,6 +26,7 @@ def run(script: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_import_adds_two_names_to_pipelines_and_touches_nothing_else() -> None:
     run(f"""
 import sys, torch
@@ -49,6 +51,7 @@ assert sys.meta_path == finders
 """)
 
 
+@pytest.mark.slow
 def test_names_are_there_when_pipelines_are_imported_later_and_peft_is_not_needed() -> None:
     """Without peft, on a pipeline that is imported after this library, with a per-call scale."""
     run("""
@@ -103,6 +106,7 @@ def test_public_names_exist() -> None:
 # Import directions
 
 
+@cache
 def imports_of(file: Path) -> set[str]:
     """Modules that a file imports anywhere, functions included, by full name."""
     found: set[str] = set()

@@ -16,7 +16,7 @@ from diffadapt.types import TYPES, named
 from tests import files, models
 from tests.compare import assert_differs, assert_same, assert_unchanged, snapshot
 from tests.models import draw
-from tests.test_contract import VARIANTS, Case, Variant
+from tests.test_contract import VARIANTS, Case, Variant, on_layers, variant_of
 
 ATTENTION = ["to_q", "to_k", "to_v"]
 ON_LAYERS = [
@@ -72,8 +72,7 @@ def decaying(rows: int, columns: int, decay: float) -> Tensor:
 # The same effect
 
 
-@pytest.mark.parametrize("layer", ON_LAYERS)
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@on_layers(ON_LAYERS)
 def test_every_type_on_every_layer(variant: Variant, layer: str) -> None:
     case = Case(variant, layer)
     case.attach(case.random())
@@ -93,8 +92,7 @@ def test_every_type_on_every_layer(variant: Variant, layer: str) -> None:
     assert row.error == report.error < 1e-12
 
 
-@pytest.mark.parametrize("layer", ["linear", "transformers-conv1d", "conv2d", "conv2d-grouped", "embedding"])
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@on_layers(["linear", "transformers-conv1d", "conv2d", "conv2d-grouped", "embedding"])
 def test_error_is_the_true_one_and_the_least(variant: Variant, layer: str) -> None:
     case = Case(variant, layer)
     base = matrices(case.root[0], case.root[0].weight.detach().clone())
@@ -113,7 +111,7 @@ def test_error_is_the_true_one_and_the_least(variant: Variant, layer: str) -> No
 
 @pytest.mark.parametrize("kinds", [("lora", "lora"), ("lora", "oft"), ("dora", "oft"), ("ia3-lycoris", "glora")])
 def test_several_adapters_do_together_what_they_do_when_active(kinds: tuple[str, str]) -> None:
-    first, second = (next(variant for variant in VARIANTS if variant[0].name == kind) for kind in kinds)
+    first, second = (variant_of(kind) for kind in kinds)
     case = Case(first, "linear")
     other = Case(second, "linear")
     case.attach(case.random(), "a")
@@ -192,7 +190,7 @@ def test_strength_by_prefix_and_what_it_leaves_out() -> None:
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "oft", "ia3-lycoris"])
 def test_merged_weights_are_not_taken_for_the_base(kind: str) -> None:
-    variant = next(variant for variant in VARIANTS if variant[0].name == kind)
+    variant = variant_of(kind)
     case = Case(variant, "linear")
     case.attach(case.random())
     adapters = diffadapt.adapters(case.root)
@@ -394,7 +392,7 @@ def test_layer_without_a_change_is_left_out() -> None:
 @pytest.mark.parametrize("kind", ["lora", "dora", "oft", "ia3-lycoris"])
 def test_adapter_without_any_effect_is_refused(kind: str) -> None:
     unet = models.unet_sd15()
-    variant = next(variant for variant in VARIANTS if variant[0].name == kind)
+    variant = variant_of(kind)
     diffadapt.add_adapter(unet, variant[0].config(target_modules=["to_q"], **configs(variant[0])), "a")
     with pytest.raises(diffadapt.AdapterError, match="change no layer"):
         diffadapt.adapters(unet).to_lora("a", "b", rank=2)

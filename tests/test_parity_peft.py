@@ -15,6 +15,8 @@ from tests import files, models
 from tests.compare import assert_differs, assert_same
 from tests.models import draw
 
+pytestmark = pytest.mark.slow
+
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj"]
 CONVOLUTIONS = ["conv1", "conv2", "conv_shortcut", "time_emb_proj", "proj_in"]
 FEED_FORWARD = ["ff.net.0.proj", "ff.net.2", "proj_mlp", "fc1", "fc2"]

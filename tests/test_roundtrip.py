@@ -26,6 +26,8 @@ from tests.judge import in_diffusers, judge
 from tests.listed import FOREIGN, listed, refusal
 from tests.matrix import KINDS, File, Workbench, file_of, files
 
+pytestmark = pytest.mark.slow
+
 DIALECT = {dialect.name: dialect for dialect in DIALECTS}
 REFUSED = "length for every input|constraint is over all outputs|new weight of a norm"
 """Why some files cannot be used: what joins the outputs of several layers cannot be cut, and norms are no change."""

@@ -13,6 +13,8 @@ import diffadapt
 from tests import files, models
 from tests.compare import assert_unchanged, snapshot
 
+pytestmark = pytest.mark.slow
+
 Tensors = dict[str, Tensor]
 SPELLINGS: dict[str, Callable[[files.Parts], Tensors]] = {
     "peft": files.peft_names,

@@ -22,6 +22,8 @@ from diffadapt import AdapterError, vocabulary
 from tests import files, models
 from tests.compare import assert_differs, assert_same, assert_unchanged, snapshot
 
+pytestmark = pytest.mark.slow
+
 PARTS = {"": ("text_encoder", "tokenizer"), "_2": ("text_encoder_2", "tokenizer_2")}
 Encoders = Mapping[str, str]
 """Key in files -> suffix of the components."""
@@ -636,7 +638,6 @@ def test_a_compiled_text_encoder_sees_new_ids() -> None:
     pipe = models.sd15()
     for seed, name in enumerate("ab"):
         pipe.load_adapter(bundle({f"<{name}>": {"clip_l": vectors(1, seed)}}), name)
-    torch._dynamo.reset()
     compiled = torch.compile(pipe.text_encoder, backend="aot_eager", fullgraph=True)
 
     def embedded() -> Tensor:

@@ -1,0 +1,180 @@
+"""How much work the library has with names, counted and not timed: its calls, and what its expressions look at.
+
+`re` does not say how often it tried. So every expression is followed once more, by backtracking as `re` does it, and
+what is found is compared with what `re` finds.
+"""
+
+import importlib
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+
+_PARSER: Any = importlib.import_module("re._parser")
+_MOST = 2 * 10**5
+"""Steps after which an expression is given up: for names of some hundred characters it takes forever."""
+_CLASSES: dict[str, Callable[[str], bool]] = {
+    "CATEGORY_DIGIT": str.isdecimal,
+    "CATEGORY_SPACE": str.isspace,
+    "CATEGORY_WORD": lambda letter: letter.isalnum() or letter == "_",
+}
+
+Node = tuple[Any, Any]
+
+
+def assert_linear(work: Callable[[int], object], size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice the size is at most twice the work, in calls and in every expression."""
+    # The first time some things are done that are never done again.
+    _, once, twice = (effort(partial(work, size * times), monkeypatch) for times in (1, 1, 2))
+    assert once["calls"]
+    # A tenth and some more, as a size of 0 takes work, too, and names differ.
+    steep = {what: (once[what], count) for what, count in twice.items() if count > 2.2 * once[what] + 50}
+    assert not steep, f"more than linear: {steep}"
+
+
+def effort(work: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Steps of every expression that `work` uses, and the calls that the library makes.
+
+    An expression is counted where it is a variable of a module, or in a tuple or list that is one.
+    """
+    counts: Counter[str] = Counter()
+
+    def called(frame: Any, event: str, arg: object) -> None:
+        if event in ("call", "c_call") and frame.f_globals.get("__name__", "").startswith("diffadapt"):
+            counts["calls"] += 1
+
+    with monkeypatch.context() as patch:
+        for name, module in list(sys.modules.items()):
+            if name.startswith("diffadapt"):
+                for variable, value in list(vars(module).items()):
+                    if (counted := _counted(value, counts)) is not value:
+                        patch.setattr(module, variable, counted)
+        before = sys.getprofile()
+        sys.setprofile(called)
+        try:
+            work()
+        finally:
+            sys.setprofile(before)
+    return counts
+
+
+def _counted(value: Any, counts: Counter[str]) -> Any:
+    """The same with every expression in it counted; the very same if there is none."""
+    if isinstance(value, re.Pattern):
+        return Expression(value, counts)
+    if type(value) in (list, tuple):
+        items = [_counted(item, counts) for item in value]
+        if any(new is not old for new, old in zip(items, value, strict=True)):
+            return type(value)(items)
+    return value
+
+
+class Expression:
+    """Stands in for a compiled expression and counts what it does."""
+
+    def __init__(self, real: re.Pattern[str], counts: Counter[str]) -> None:
+        self._real, self._counts = real, counts
+        self._multiline = bool(real.flags & re.MULTILINE)
+        self._nodes: Sequence[Node] = _PARSER.parse(real.pattern, real.flags)
+
+    def __getattr__(self, name: str) -> Any:
+        # What is not counted.
+        return getattr(self._real, name)
+
+    def match(self, text: str) -> re.Match[str] | None:
+        return self._found(self._real.match, text, self._ends(self._nodes, text, 0))
+
+    def fullmatch(self, text: str) -> re.Match[str] | None:
+        ends = (end for end in self._ends(self._nodes, text, 0) if end == len(text))
+        return self._found(self._real.fullmatch, text, ends)
+
+    def search(self, text: str) -> re.Match[str] | None:
+        ends = (end for start in range(len(text) + 1) for end in self._ends(self._nodes, text, start))
+        return self._found(self._real.search, text, ends)
+
+    def _found(
+        self, real: Callable[[str], re.Match[str] | None], text: str, ends: Iterator[int]
+    ) -> re.Match[str] | None:
+        profile = sys.getprofile()
+        sys.setprofile(None)
+        end = next(ends, None)
+        sys.setprofile(profile)
+        # What takes forever is given up before `re` is asked.
+        found = real(text)
+        assert end == (None if found is None else found.end()), self._real.pattern
+        return found
+
+    def _ends(self, nodes: Sequence[Node], text: str, at: int) -> Iterator[int]:
+        """Where a match of `nodes` from `at` on can end, in the order in which it is tried."""
+        if not len(nodes):
+            yield at
+            return
+        for end in self._ends_of(nodes[0], text, at):
+            yield from self._ends(nodes[1:], text, end)
+
+    def _ends_of(self, node: Node, text: str, at: int) -> Iterator[int]:
+        kind, value = str(node[0]), node[1]
+        self._step()
+        if kind == "SUBPATTERN":
+            yield from self._ends(value[3], text, at)
+        elif kind == "BRANCH":
+            for branch in value[1]:
+                yield from self._ends(branch, text, at)
+        elif kind in ("MAX_REPEAT", "MIN_REPEAT"):
+            least, most, body = value
+            yield from self._repeated(body, least, int(most), kind == "MAX_REPEAT", text, at)
+        elif kind in ("ASSERT", "ASSERT_NOT"):
+            direction, body = value
+            start = at if direction > 0 else at - body.getwidth()[0]
+            found = start >= 0 and next(self._ends(body, text, start), None) is not None
+            if found == (kind == "ASSERT"):
+                yield at
+        elif kind == "AT":
+            if self._is_at(str(value), text, at):
+                yield at
+        elif at < len(text) and _fits(kind, value, text[at]):
+            yield at + 1
+
+    def _repeated(self, body: Sequence[Node], least: int, most: int, greedy: bool, text: str, at: int) -> Iterator[int]:
+        if least <= 0 and not greedy:
+            yield at
+        if most > 0:
+            for end in self._ends(body, text, at):
+                if end > at:
+                    yield from self._repeated(body, least - 1, most - 1, greedy, text, end)
+        if least <= 0 and greedy:
+            yield at
+
+    def _is_at(self, place: str, text: str, at: int) -> bool:
+        if place == "AT_BEGINNING":
+            return at == 0 or (self._multiline and text[at - 1] == "\n")
+        if place == "AT_END":
+            return at >= len(text.removesuffix("\n")) or (self._multiline and text[at] == "\n")
+        raise NotImplementedError(place)
+
+    def _step(self) -> None:
+        self._counts[self._real.pattern] += 1
+        assert self._counts[self._real.pattern] < _MOST, f"{self._real.pattern} takes forever"
+
+
+def _fits(kind: str, value: Any, letter: str) -> bool:
+    """Whether a node for one letter matches this one."""
+    if kind == "ANY":
+        return letter != "\n"
+    if kind == "LITERAL":
+        return ord(letter) == value
+    if kind == "NOT_LITERAL":
+        return ord(letter) != value
+    if kind == "RANGE":
+        return value[0] <= ord(letter) <= value[1]
+    if kind == "CATEGORY":
+        positive = str(value).replace("_NOT_", "_")
+        return _CLASSES[positive](letter) == (str(value) == positive)
+    if kind == "IN":
+        negated = str(value[0][0]) == "NEGATE"
+        return any(_fits(str(inner), what, letter) for inner, what in value[negated:]) != negated
+    raise NotImplementedError(kind)
