@@ -85,8 +85,8 @@ class Expression:
         # What is not counted.
         return getattr(self._real, name)
 
-    def match(self, text: str) -> re.Match[str] | None:
-        return self._found(self._real.match, text, self._ends(self._nodes, text, 0))
+    def match(self, text: str, start: int = 0) -> re.Match[str] | None:
+        return self._found(lambda text: self._real.match(text, start), text, self._ends(self._nodes, text, start))
 
     def fullmatch(self, text: str) -> re.Match[str] | None:
         ends = (end for end in self._ends(self._nodes, text, 0) if end == len(text))
