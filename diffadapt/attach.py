@@ -12,9 +12,7 @@ What attaching changes, and detaching puts back:
 (casting, offloading) runs inside, in whichever order it was installed.
 """
 
-import copyreg
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from functools import cache
 from typing import Any
 
 import torch
@@ -25,6 +23,7 @@ from diffadapt.adapter import BANK, Adapter, AdapterLayer, CallState
 from diffadapt.errors import AdapterError
 from diffadapt.hooks import diffusers_scales_with_peft, is_bypassed
 from diffadapt.locks import refuse_other_threads
+from diffadapt.mixed import Mixin, mixed, own_class
 from diffadapt.slots import Reservation
 from diffadapt.widen import level_
 
@@ -36,7 +35,7 @@ _INPUTS = ("sample", "hidden_states", "x", "input_ids", "inputs_embeds")
 _SCALE_KWARGS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
 
 
-class Adapted:
+class Adapted(Mixin):
     """Mixed into the class of an adapted layer: the layer's own call, then its active adapter layers."""
 
     _diffadapt_active: tuple[AdapterLayer, ...]
@@ -46,14 +45,6 @@ class Adapted:
         if not active:
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
         return compose.run(active, self, super().__call__, args, kwargs)  # type: ignore[misc,arg-type]
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # Pickle finds classes by name, and the dynamic class has none: name the layer's own class instead.
-        function, args, *rest = super().__reduce_ex__(protocol)  # type: ignore[misc]
-        if function is copyreg.__newobj__ and args[0] is type(self):  # type: ignore[attr-defined]
-            mixin = Extended if isinstance(self, Extended) else Adapted
-            return _new_adapted, (type(self)._diffadapt_base, mixin, *args[1:]), *rest  # type: ignore[attr-defined]
-        return function, args, *rest
 
 
 class Extended(Adapted):
@@ -73,17 +64,6 @@ class Extended(Adapted):
         for more in self._diffadapt_tokens:
             output = more(input, output)
         return output
-
-
-@cache
-def _adapted(base: type[nn.Module], mixin: type[Adapted]) -> type[nn.Module]:
-    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "_diffadapt_base": base}
-    return type(base.__name__, (mixin, base), names)
-
-
-def _new_adapted(base: type[nn.Module], mixin: type[Adapted], *args: Any) -> nn.Module:
-    adapted = _adapted(base, mixin)
-    return adapted.__new__(adapted, *args)
 
 
 class Bank(nn.Module):
@@ -324,7 +304,7 @@ def _adapt_(model: nn.Module, hosts: Mapping[str, nn.Module]) -> Bank:
             base = type(host)
             try:
                 if not isinstance(host, Adapted):
-                    host.__class__ = _adapted(base, Adapted)
+                    host.__class__ = mixed(base, Adapted)
             except TypeError as error:
                 for changed, before in classes:
                     changed.__class__ = before
@@ -379,10 +359,10 @@ def extend_(host: nn.Module, tokens: tuple[nn.Module, ...]) -> None:
     """
     if host.__dict__.get(_TOKENS, ()) == tokens:
         return
-    base = getattr(type(host), "_diffadapt_base", type(host))
+    base = own_class(host)
     mixin = Extended if tokens else Adapted if _ACTIVE in host.__dict__ else None
     try:
-        host.__class__ = base if mixin is None else _adapted(base, mixin)
+        host.__class__ = base if mixin is None else mixed(base, mixin)
     except TypeError as error:
         raise AdapterError(f"a {type(host).__name__} cannot get further tokens ({error})") from error
     if tokens:
@@ -415,9 +395,8 @@ def _batch_of(args: Any, kwargs: Mapping[str, Any]) -> int:
 
 def _release_(host: nn.Module) -> None:
     host.__dict__.pop(_ACTIVE, None)
-    base = getattr(type(host), "_diffadapt_base", None)
-    if base is not None and type(host) is _adapted(base, Adapted):
-        host.__class__ = base
+    if isinstance(host, Adapted) and not isinstance(host, Extended):
+        host.__class__ = own_class(host)
 
 
 def _carrying(checkpoint: Callable[..., Any], call: CallState, value: Tensor) -> Callable[..., Any]:

@@ -8,7 +8,7 @@ It does not depend on the order of the adapters, and for one adapter of any type
 m = 1. D sees the input before any R, and the bias is added once, unscaled (but for types that say they scale it).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from diffadapt.adapter import AdapterLayer, Ready
 from diffadapt.hooks import resting_tensor
+from diffadapt.kind import Tensors
 from diffadapt.layer import LayerSpec
 
 
@@ -111,12 +112,11 @@ def bias(ready: Sequence[Ready], base: Tensor) -> Tensor:
     return total
 
 
-def changes_bias(ready: Sequence[Ready], has_bias: bool) -> bool:
+def changes_bias(layers: Iterable[tuple[AdapterLayer, Tensors]], has_bias: bool) -> bool:
     """Whether `bias` is more than the layer's own: a scale needs one to act on, a change does not."""
     return any(
-        r.layer.kind.delta_bias(r.tensors) is not None
-        or (has_bias and r.layer.kind.gains_bias and "gain" in r.layer.stages)
-        for r in ready
+        layer.kind.delta_bias(tensors) is not None or (has_bias and layer.kind.gains_bias and "gain" in layer.stages)
+        for layer, tensors in layers
     )
 
 

@@ -422,7 +422,7 @@ def _own_factors(ready: Ready) -> Factors | None:
 
 def _bias_change(part: Part, ready: Sequence[Ready], like: Tensor) -> Tensor | None:
     stored = part.base("bias") if any(r.layer.kind.gains_bias for r in ready) else None
-    if not compose.changes_bias(ready, stored is not None):
+    if not compose.changes_bias(((r.layer, r.tensors) for r in ready), stored is not None):
         return None
     bias = like.new_zeros(part.layer.spec.out_features) if stored is None else stored.to(like)
     return compose.bias(ready, bias) - bias

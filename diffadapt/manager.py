@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from diffadapt import clock, families, scales
 from diffadapt.adapter import Adapter
-from diffadapt.attach import bank_of, refresh_, unreserve_
+from diffadapt.attach import bank_of, unreserve_
 from diffadapt.combine import Combination, Method, Sign
 from diffadapt.errors import AdapterError
 from diffadapt.formats import writer
@@ -332,11 +332,12 @@ class Adapters:
                 self._refuse_schedule("per_sample", name, strength)
             resolved.append(strengths)
         for component, bank in loaded.banks.items():
-            room = bank.reservation
-            if room is not None and room.samples != len(mixes):
+            reservation = bank.reservation
+            if reservation is not None and reservation.samples != len(mixes):
                 raise AdapterError(
-                    f"per_sample: {len(mixes)} mixes, but the slots of {component} are for {room.samples or 'no'} "
-                    f"samples; call prepare_hotswap(..., samples={len(mixes)}) before compiling"
+                    f"per_sample: {len(mixes)} mixes, but the slots of {component} are for "
+                    f"{reservation.samples or 'no'} samples; call prepare_hotswap(..., samples={len(mixes)}) "
+                    "before compiling"
                 )
         names = list(dict.fromkeys(name for mix in resolved for name in mix))
         with self._restored():
@@ -634,8 +635,7 @@ class Adapters:
             adapter.set_strengths(strengths[component])
             adapter.active = activate
             adapter.beside = component in beside
-        for model in models.values():
-            refresh_(model)
+        self._loaded().refresh_()
         self._keep_time(self._follow)
         self._changed()
 

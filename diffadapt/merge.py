@@ -260,9 +260,11 @@ class _Moves:
         tensor, original = place.tensor, self._original(place.tensor)
         biases: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         for number, (bias, _) in old.biases.items() if old else ():
-            biases[number] = bias, self._original(bias), self._original(bias)
+            content = self._original(bias)
+            biases[number] = bias, content, content
         for number, (bias, layers) in new.biases.items() if new else ():
-            biases[number] = bias, self._original(bias), _with_bias(place.where, layers, original, self._original(bias))
+            content = biases[number][1] if number in biases else self._original(bias)
+            biases[number] = bias, content, _with_bias(place.where, layers, original, content)
         fresh = key not in self._compact and key not in self._copies
         small = None if new is None else _merge_(new, original, fresh, compact)
         self._done.append(key)
@@ -298,12 +300,7 @@ def _places(component: str, adapters: ByName, hosts: Mapping[str, nn.Module]) ->
         if place.layers and not all(layer.is_additive for layer in layers):
             raise AdapterError(f"{where}: its weight is shared with another layer; keep it unmerged")
         place.layers = (*place.layers, layers)
-        has_bias = getattr(host, "bias", None) is not None
-        if any(
-            layer.kind.delta_bias(layer.tensors) is not None
-            or (has_bias and layer.kind.gains_bias and "gain" in layer.stages)
-            for layer in layers
-        ):
+        if compose.changes_bias(((layer, layer.tensors) for layer in layers), getattr(host, "bias", None) is not None):
             bias = _writable(host, where, "bias")
             place.biases[id(bias)] = bias, (layers,)
     return found

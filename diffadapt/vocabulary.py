@@ -7,16 +7,16 @@ themselves (`maybe_convert_prompt`) and others, as Stable Diffusion 3's, do not,
 out it leaves.
 """
 
-import copyreg
 import json
 from collections.abc import Collection, Iterable, Mapping
-from functools import cache
 from typing import Any
+
+from diffadapt.mixed import Mixin, mixed, own_class
 
 _REST = "_diffadapt_rest"
 
 
-class _SpellsOut:
+class _SpellsOut(Mixin):
     """Mixed into the class of a tokenizer that knows tokens of several vectors."""
 
     def __call__(self, text: Any = None, text_pair: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -67,24 +67,6 @@ class _SpellsOut:
             pieces.append((piece if piece in added(self) or piece.isspace() else None, end))
         return pieces
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # Pickle finds classes by name, and the dynamic class has none: name the tokenizer's own class instead.
-        function, args, *rest = super().__reduce_ex__(protocol)
-        if function is copyreg.__newobj__ and args[0] is type(self):  # type: ignore[attr-defined]
-            return _new_spelling, (type(self)._diffadapt_base, *args[1:]), *rest  # type: ignore[attr-defined]
-        return function, args, *rest
-
-
-@cache
-def _spelling(base: type[Any]) -> type[Any]:
-    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "_diffadapt_base": base}
-    return type(base.__name__, (_SpellsOut, base), names)
-
-
-def _new_spelling(base: type[Any], *args: Any) -> Any:
-    spelling = _spelling(base)
-    return spelling.__new__(spelling, *args)
-
 
 def names_of(token: str, count: int) -> tuple[str, ...]:
     """The names of a token of several vectors, as diffusers spells a prompt out: `token`, `token_1`, `token_2`."""
@@ -105,8 +87,7 @@ def spell_out_(tokenizer: Any, rest: Mapping[str, tuple[str, ...]]) -> None:
     """Make these tokens stand for themselves and the rest of their names wherever they occur in a text."""
     if rest:
         tokenizer.__dict__[_REST] = {**tokenizer.__dict__.get(_REST, {}), **rest}
-        if not hasattr(tokenizer, "_diffadapt_base"):
-            tokenizer.__class__ = _spelling(type(tokenizer))
+        tokenizer.__class__ = mixed(own_class(tokenizer), _SpellsOut)
 
 
 def remove_(tokenizer: Any, names: Collection[str]) -> None:
@@ -118,7 +99,7 @@ def remove_(tokenizer: Any, names: Collection[str]) -> None:
         tokenizer.__dict__[_REST] = left = {name: others for name, others in rest.items() if name not in names}
         if not left:
             del tokenizer.__dict__[_REST]
-            tokenizer.__class__ = type(tokenizer)._diffadapt_base
+            tokenizer.__class__ = own_class(tokenizer)
     gone = sorted(index for name, index in added(tokenizer).items() if name in names)
 
     def moved(index: int) -> int:

@@ -7,14 +7,13 @@ The second: how often a compiled model is compiled anew, on a tiny UNet (backend
 """
 
 import argparse
-import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from bench_load import ENDINGS, RANK, Figures, lora_file, sdxl_unet, timed, versions
+from bench_load import ENDINGS, RANK, Figures, cell, lora_file, sdxl_unet, timed, versions
 from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -146,12 +145,8 @@ def speed(rounds: int) -> None:
     print(f"{len(tensors) // 2} LoRA layers, rank {RANK}, bf16; {torch.get_num_threads()} thread; {versions()}\n")
     print("| CPU ms, median (minimum) | diffadapt | diffusers + peft |\n|---|---|---|")
     for what in dict.fromkeys((*figures[0], *figures[1])):
-        cells = (_cell(found.get(what, [])) for found in figures)
+        cells = (cell(found.get(what, [])) for found in figures)
         print(f"| {what} | {' | '.join(cells)} |")
-
-
-def _cell(values: list[float]) -> str:
-    return f"{statistics.median(values):.1f} ({min(values):.1f})" if values else "-"
 
 
 def tiny_unet() -> UNet2DConditionModel:

@@ -88,6 +88,11 @@ def versions() -> str:
     return ", ".join(f"{name} {version(name)}" for name in PACKAGES)
 
 
+def cell(values: list[float]) -> str:
+    """Median and minimum for a table."""
+    return f"{statistics.median(values):.1f} ({min(values):.1f})" if values else "-"
+
+
 @contextmanager
 def timed(figures: Figures, what: str) -> Generator[None, None, None]:
     """Append the CPU milliseconds of the body to `figures[what]`; Python's collector runs before and not in it."""
@@ -167,7 +172,7 @@ def main() -> None:
     print("| CPU ms, median (minimum) | diffadapt | diffusers + peft | ratio |\n|---|---|---|---|")
     for what, ours in figures[0].items():
         theirs = figures[1][what]
-        cells = (f"{statistics.median(values):.1f} ({min(values):.1f})" for values in (ours, theirs))
+        cells = map(cell, (ours, theirs))
         ratio = statistics.median(theirs) / statistics.median(ours)
         print(f"| {what} | {' | '.join(cells)} | {ratio:.0f} x |")
     if options.json:
