@@ -13,8 +13,9 @@ Anything else (`General`) is solved for W in float64, with a margin far above th
 in the last place of the weight.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol, TypeAlias
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 from diffadapt import compose
 from diffadapt.adapter import AdapterLayer, Ready
 from diffadapt.kind import Surroundings, Tensors
+from diffadapt.memory import Scratch
 
 Layers: TypeAlias = tuple[tuple[AdapterLayer, ...], ...]
 """What is merged into one base tensor: for every layer of the model that has it, its adapter layers."""
@@ -58,9 +60,12 @@ class Folding(Protocol):
         """Make the original, up to rounding, of `W'`."""
         ...
 
-    def bounds(self, merged: Tensor, rows: slice) -> Iterator[Tensor]:
-        """Two tensors, to be used one after the other. Every prediction, wherever it is made, is between them: where
-        they are the same, it is that."""
+    def bounds(self, merged: Tensor, rows: slice, scratch: Scratch) -> tuple[Tensor, Tensor]:
+        """Every prediction, wherever it is made, is between these: where they are the same, it is that.
+
+        Args:
+            scratch: its numbers 1 and 2 may be used.
+        """
         ...
 
 
@@ -119,35 +124,44 @@ class LowRank:
         return [slice(start, start + rows) for start in range(0, len(self.up), rows)]
 
     def merge_(self, weight: Tensor, rows: slice) -> None:
-        self._add_(weight, self.scale, self.up[rows], self.down)
+        self._sum(weight, self.scale, self.up[rows], self.down, weight)
 
     def settle(self, original: Tensor, merged: Tensor) -> bool:
         return True
 
     def predict_(self, weight: Tensor, rows: slice) -> None:
-        self._add_(weight, -self.scale, self.up[rows], self.down)
+        self._sum(weight, -self.scale, self.up[rows], self.down, weight)
 
-    def bounds(self, merged: Tensor, rows: slice) -> Iterator[Tensor]:
+    def bounds(self, merged: Tensor, rows: slice, scratch: Scratch) -> tuple[Tensor, Tensor]:
+        low, high = scratch.like(merged, 1), scratch.like(merged, 2)
+        up, down = self._slack
+        up = torch.cat([self.up[rows], up[rows]], 1)
+        for bound, slack in ((low, down), (high, -down)):
+            self._sum(merged, -self.scale, up, torch.cat([self.down, slack]), bound)
+        return low, high
+
+    @cached_property
+    def _slack(self) -> tuple[Tensor, Tensor]:
+        """The rank, (rows, 1) and (1, columns), of which the change has more or less."""
         # Four times the bound that the module's docstring names, for what is rounded beside the sum. A little more than
         # zero, since the sign of a zero is not to be relied on either.
         gamma = 2 * (self.up.shape[1] + 8) * torch.finfo(self.total).eps
-        ups = self.up[rows].to(self.total).square().sum(1, keepdim=True).sqrt_().mul_(gamma).add_(2.0**-40)
-        downs = self.down.to(self.total).square().sum(0, keepdim=True).sqrt_().add_(2.0**-40)
-        up, downs = torch.cat([self.up[rows], ups.to(self.up.dtype)], 1), downs.to(self.down.dtype)
-        bound = torch.empty_like(merged)
-        for slack in (downs, -downs):
-            # In the same memory, which is in the processor's cache.
-            self._add_(bound.copy_(merged), -self.scale, up, torch.cat([self.down, slack]))
-            yield bound
+        up = self.up.to(self.total).square().sum(1, keepdim=True).sqrt_().mul_(gamma).add_(2.0**-40)
+        down = self.down.to(self.total).square().sum(0, keepdim=True).sqrt_().add_(2.0**-40)
+        return up.to(self.up.dtype), down.to(self.down.dtype)
 
-    def _add_(self, weight: Tensor, scale: float, up: Tensor, down: Tensor) -> None:
-        """Add `scale * up @ down`: one addition in `total`, in whatever order the product is summed up."""
-        matrix = weight.flatten(1)
+    def _sum(self, weight: Tensor, scale: float, up: Tensor, down: Tensor, out: Tensor) -> None:
+        """Write `weight + scale * up @ down`: one addition in `total`, in whatever order the product is summed up.
+
+        Args:
+            out: where to, maybe the weight itself.
+        """
+        matrix, target = weight.flatten(1), out.flatten(1)
         if up.dtype == weight.dtype != self.total:
-            matrix.addmm_(up, down, alpha=scale)
+            torch.addmm(matrix, up, down, alpha=scale, out=target)
         else:
             change = torch.mm(up, down).to(self.total)
-            matrix.copy_(matrix.to(self.total, copy=True).add_(change, alpha=scale))
+            target.copy_(matrix.to(self.total, copy=True).add_(change, alpha=scale))
 
 
 class General:
@@ -194,10 +208,9 @@ class General:
     def predict_(self, weight: Tensor, rows: slice) -> None:
         weight.copy_(self._solved(weight))
 
-    def bounds(self, merged: Tensor, rows: slice) -> Iterator[Tensor]:
+    def bounds(self, merged: Tensor, rows: slice, scratch: Scratch) -> tuple[Tensor, Tensor]:
         original, margin = self._solved(merged) if self._settled is None else self._settled, self._margin(merged)
-        yield (original - margin).to(merged.dtype)
-        yield (original + margin).to(merged.dtype)
+        return (original - margin).to(merged.dtype), (original + margin).to(merged.dtype)
 
     @staticmethod
     def _margin(merged: Tensor) -> Tensor:

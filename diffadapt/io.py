@@ -304,12 +304,13 @@ def _tensors(file: Path, header: bytes, names: Iterable[str], headers_only: bool
     """
     entries: dict[str, Any] = json.loads(header)
     mapped = torch.from_file(str(file), shared=False, size=file.stat().st_size, dtype=torch.uint8)
-    data = mapped[8 + len(header) :]
-    views: dict[torch.dtype, Tensor] = {}
+    begin = 8 + len(header)
+    blocks: dict[torch.dtype, Tensor] = {}
+    strides: dict[tuple[int, ...], tuple[int, ...]] = {}
     tensors: dict[str, Tensor] = {}
     for key in names:
         entry = entries[key]
-        shape, (start, stop) = entry["shape"], entry["data_offsets"]
+        shape, (start, stop) = tuple(entry["shape"]), entry["data_offsets"]
         dtype = _DTYPES.get(entry["dtype"])
         if dtype is None:
             raise AdapterError(f"{file}: {key} has dtype {entry['dtype']}, expected one of {', '.join(_DTYPES)}")
@@ -317,13 +318,15 @@ def _tensors(file: Path, header: bytes, names: Iterable[str], headers_only: bool
             tensors[key] = torch.empty(shape, dtype=dtype, device="meta")
             continue
         size = dtype.itemsize
-        if start % size or data.storage_offset() % size:
+        if (begin + start) % size:
             # A header of an odd length.
-            tensors[key] = data[start:stop].clone().view(dtype).view(shape)
+            tensors[key] = mapped[begin + start : begin + stop].clone().view(dtype).view(shape)
             continue
-        if dtype not in views:
-            views[dtype] = data[: len(data) // size * size].view(dtype)
-        tensors[key] = views[dtype][start // size : stop // size].view(shape)
+        if dtype not in blocks:
+            blocks[dtype] = mapped[: len(mapped) // size * size].view(dtype)
+        if shape not in strides:
+            strides[shape] = torch.empty(shape, device="meta").stride()
+        tensors[key] = blocks[dtype].as_strided(shape, strides[shape], (begin + start) // size)
     return tensors
 
 

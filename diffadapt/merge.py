@@ -26,6 +26,7 @@ from diffadapt.errors import AdapterError
 from diffadapt.folding import Fixed, Folding, General, Layers, LowRank, folding, wide_dtype
 from diffadapt.hooks import FLOAT8, resting_tensor
 from diffadapt.layer import LayerSpec
+from diffadapt.memory import Arena, Scratch
 
 ByName = Mapping[str, Adapter]
 """The adapters that are merged into a model. In the order of attachment, whatever way led to them: it decides bits."""
@@ -233,6 +234,7 @@ class _Moves:
         self._copies = {} if bank is None else {id(tensor): (tensor, original) for tensor, original in bank.originals}
         self._compact: dict[int, Compact] = {} if bank is None else {id(small.tensor): small for small in bank.compact}
         self._done: list[int] = []
+        self._arena, self._scratch = Arena(), Scratch()
 
     def carry_out(self, compact: bool | None) -> None:
         """Write, see `remerged`."""
@@ -257,36 +259,45 @@ class _Moves:
     def _write_(self, key: int, old: _Place | None, new: _Place | None, compact: bool | None) -> None:
         place = new or old
         assert place is not None
-        tensor, original = place.tensor, self._original(place.tensor)
+        tensor, original = place.tensor, self._original(place.tensor, keep=compact is False)
         biases: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         for number, (bias, _) in old.biases.items() if old else ():
-            content = self._original(bias)
+            content = self._original(bias, keep=True)
             biases[number] = bias, content, content
         for number, (bias, layers) in new.biases.items() if new else ():
-            content = biases[number][1] if number in biases else self._original(bias)
+            content = biases[number][1] if number in biases else self._original(bias, keep=True)
             biases[number] = bias, content, _with_bias(place.where, layers, original, content)
         fresh = key not in self._compact and key not in self._copies
-        small = None if new is None else _merge_(new, original, fresh, compact)
+        small = None if new is None else _merge_(new, original, fresh, compact, self._scratch)
         self._done.append(key)
         if new is None:
             tensor.copy_(original)
         self._compact.pop(key, None)
-        self._copies.pop(key, None)
+        copy = self._copies.pop(key, None)
         if small is not None:
             self._compact[key] = small
         elif new is not None:
-            self._copies[key] = tensor, original
+            self._copies[key] = copy or (tensor, original if compact is False else self._copy(original))
         for number, (bias, content, total) in biases.items():
             bias.copy_(total)
             self._copies[number] = bias, content
             if new is None or number not in new.biases:
                 del self._copies[number]
 
-    def _original(self, tensor: Tensor) -> Tensor:
-        """Content before any merging, not in the tensor itself."""
+    def _original(self, tensor: Tensor, *, keep: bool) -> Tensor:
+        """Content before any merging, not in the tensor itself.
+
+        Args:
+            keep: else it may be gone when this is called again.
+        """
         if id(tensor) in self._compact:
             return self._compact[id(tensor)].restored()
-        return self._copies[id(tensor)][1] if id(tensor) in self._copies else tensor.detach().clone()
+        if id(tensor) in self._copies:
+            return self._copies[id(tensor)][1]
+        return self._copy(tensor.detach()) if keep else self._scratch.like(tensor).copy_(tensor)
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        return self._arena.copy(tensor) if tensor.device.type == "cpu" else tensor.clone()
 
 
 def _places(component: str, adapters: ByName, hosts: Mapping[str, nn.Module]) -> dict[int, _Place]:
@@ -306,12 +317,13 @@ def _places(component: str, adapters: ByName, hosts: Mapping[str, nn.Module]) ->
     return found
 
 
-def _merge_(place: _Place, original: Tensor, fresh: bool, compact: bool | None) -> Compact | None:
+def _merge_(place: _Place, original: Tensor, fresh: bool, compact: bool | None, scratch: Scratch) -> Compact | None:
     """Write the original with adapters in it, or nothing; what restores it, unless that is to be a copy.
 
     Args:
-        original: content of the tensor before any merging, in memory of its own.
+        original: content of the tensor before any merging, in other memory.
         fresh: the tensor still has that.
+        scratch: its number 0 is not used.
     """
     weight, original = place.tensor.detach(), original.contiguous()
     way, back = folding(place.layers, original)
@@ -325,7 +337,7 @@ def _merge_(place: _Place, original: Tensor, fresh: bool, compact: bool | None) 
             way.merge_(piece, rows)
             compact = compact and back.settle(original[rows], piece)
             if compact:
-                corrections.append(Corrections.between(original[rows], back.bounds(piece, rows)))
+                corrections.append(Corrections.between(original[rows], back.bounds(piece, rows, scratch)))
         _refuse_non_finite(place.where, target)
     except BaseException:
         if target is weight:

@@ -20,6 +20,7 @@ for the reason that `adapter.Adapter` has for its own.
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -366,12 +367,11 @@ class Reservation(LayerTree):
     @torch.no_grad()
     def open(self, gates: Mapping[str, Tensor]) -> None:
         """Let exactly these adapters act: name -> one number per adapter layer, or for every sample one per layer."""
-        flat = torch.zeros_like(self._gates)
+        flat = self._gates.zero_()
         for name, values in gates.items():
             seat = self.seated[name]
             values = values.to(flat).index_select(-1, seat.layers)
             flat.index_copy_(-1, seat.cells, values.expand(*flat.shape[:-1], -1))
-        self._gates.copy_(flat)
 
     @property
     def samples(self) -> int:
@@ -461,6 +461,8 @@ def _levelled(needs: Mapping[str, Needs]) -> dict[str, Needs]:
     return {path: together[group] for path, group in groups.items()}
 
 
+# Most layers are alike in what is taken of them, so that most answers are known.
+@lru_cache(maxsize=4096)
 def _first(free: Rows, count: int) -> Rows | None:
     """So many free rows, next to one another where there is such a stretch; `None` if there are fewer."""
     for part in free:
@@ -475,6 +477,7 @@ def _first(free: Rows, count: int) -> Rows | None:
     return tuple(part for part in found if part)
 
 
+@lru_cache(maxsize=4096)
 def _without(rows: Rows, gone: Rows) -> Rows:
     if rows == gone:
         return ()
@@ -484,6 +487,7 @@ def _without(rows: Rows, gone: Rows) -> Rows:
     return rows
 
 
+@lru_cache(maxsize=4096)
 def _joined(rows: Rows, others: Rows) -> Rows:
     if not rows:
         return others

@@ -11,6 +11,7 @@ import diffadapt
 from diffadapt.attach import bank_of
 from diffadapt.corrections import Corrections
 from diffadapt.folding import LowRank
+from diffadapt.memory import Scratch
 from tests.compare import assert_unchanged, snapshot
 from tests.test_compile import unet
 from tests.test_hotswap import CONFIGS, ON_CONVOLUTIONS, make
@@ -166,7 +167,7 @@ def test_every_prediction_is_within_the_bounds(rank: int, dtype: torch.dtype) ->
     layers, weight, rows = ((adapter.layers["0"],),), net[0].weight.detach(), slice(None)
     way = LowRank.of(layers, weight, back=True)
     assert way is not None
-    low, high = (bound.clone() for bound in way.bounds(weight, rows))
+    low, high = way.bounds(weight, rows, Scratch())
     same = low == high
     assert 0.9 < same.float().mean() < 1 or dtype == torch.float32
     wide = LowRank(way.up.double() * way.scale, way.down.double(), 1.0, way.total)
