@@ -104,14 +104,10 @@ def test_hooks_can_be_removed_with_adapters_loaded(offload: str) -> None:
 
 
 @pytest.mark.parametrize("offload", OFFLOADS)
-def test_merge_under_offloading_works_or_is_refused(offload: str) -> None:
+def test_merge_under_offloading(offload: str) -> None:
     pipe = prepared("hook first", OFFLOADS[offload])
     picture = draw(pipe)
-    try:
-        pipe.adapters.merge("first", "second")
-    except diffadapt.AdapterError:
-        assert torch.equal(draw(pipe), picture)
-        return
+    pipe.adapters.merge("first", "second")
     assert_same(draw(pipe), picture)
     pipe.adapters.unmerge()
     assert torch.equal(draw(pipe), picture)
@@ -168,15 +164,11 @@ def test_adapter_computes_in_the_compute_dtype_and_not_in_the_stored_one() -> No
     assert {p.dtype for p in pipe.adapters["a"].components["unet"].parameters()} == {torch.bfloat16}
 
 
-def test_merge_under_layerwise_casting_works_or_is_refused() -> None:
+def test_merge_under_layerwise_casting() -> None:
     pipe = prepared("hook first", cast)
     weights = {name: p.clone() for name, p in pipe.unet.named_parameters()}
     picture = draw(pipe)
-    try:
-        pipe.adapters.merge("first", "second")
-    except diffadapt.AdapterError:
-        assert torch.equal(draw(pipe), picture)
-        return
+    pipe.adapters.merge("first", "second")
     # The merged weight is stored in float8 again, so this is a comparison within float8's own error.
     assert_same(draw(pipe), picture, 0.2)
     pipe.adapters.unmerge()
