@@ -62,13 +62,16 @@ class CallState:
         """
         count, batch = len(gate), self.batch or rows
         if rows % batch or batch % (count * self.images):
-            if self.samples:
-                raise AdapterError(
-                    f"{count} samples have adapters of their own, but a batch of {batch} ({rows} in a layer) is no "
-                    f"multiple of {count} x {self.images} images; pass as many prompts and negative prompts as samples"
-                )
-            # Room for samples is reserved, and they are all alike.
-            return gate[0]
+            if not self.samples:
+                # Room for samples is reserved, and they are all alike.
+                return gate[0]
+            problem = (
+                f"a layer gets {rows} rows of a batch of {batch}, and whose they are is not known; run them one by one"
+                if rows % batch
+                else f"a batch of {batch} is no multiple of {count} x {self.images} images; pass as many prompts and "
+                "negative prompts as samples"
+            )
+            raise AdapterError(f"{count} samples have adapters of their own, but {problem}")
         copies = batch // (count * self.images)
         each = gate.unsqueeze(1).unsqueeze(0).expand(copies, -1, rows // batch * self.images, *gate.shape[1:])
         return each.flatten(0, 2)
@@ -250,6 +253,7 @@ class AdapterLayer(nn.Module):
             kernel=self.spec.kernel,
             is_embedding=self.spec.kind == "embedding",
             settings=self.settings,
+            inputs=self.spec.fan_in,
             widens=self.widens,
         )
 

@@ -319,7 +319,7 @@ class Adapters:
             images: per prompt; default: what the pipeline is called with (`num_images_per_prompt`).
 
         Raises:
-            AdapterError: as `activate`; or the slots are not for so many samples.
+            AdapterError: as `activate`; the slots are not for so many samples; or an adapter is on routed experts.
         """
         loaded = self._loaded()
         loaded.refuse_merged("per_sample")
@@ -340,6 +340,14 @@ class Adapters:
                     "before compiling"
                 )
         names = list(dict.fromkeys(name for mix in resolved for name in mix))
+        for name in names:
+            for component, adapter in loaded[name].components.items():
+                routed = next((path for path in adapter.layers if "experts" in path.split(".")), None)
+                if routed is not None:
+                    raise AdapterError(
+                        f"per_sample: {component}.{routed}, which {name!r} changes, is an expert, which gets some tokens "
+                        "of any sample; run them one by one"
+                    )
         with self._restored():
             loaded = self._loaded()
             seat_(loaded, names)

@@ -19,6 +19,7 @@ class LayerState:
     """What a file says of one layer: the type's tensors by name, and the alpha that makes `alpha / rank` its scale.
 
     Attributes:
+        inputs: numbers that one output is made of; of a layer without a model, as far as the tensors tell.
         widens: the tensors have more inputs than the model's layer by itself, see `widen.py`.
     """
 
@@ -29,6 +30,7 @@ class LayerState:
     kernel: tuple[int, ...] = ()
     is_embedding: bool = False
     settings: Mapping[str, float] = field(default_factory=dict[str, float])
+    inputs: int = 0
     widens: bool = False
 
     @property

@@ -397,7 +397,7 @@ SMALL: dict[str, Small] = {
         n_kv_heads=3,
         cap_feat_dim=64,
         axes_dims=[4, 4, 8],
-        axes_lens=[16, 16, 16],
+        axes_lens=[40, 16, 16],
     ),
     "sana": _transformer(
         "SanaPipeline",
@@ -451,7 +451,7 @@ SMALL: dict[str, Small] = {
         text_emb_dim=48,
         num_routed_experts=2,
         num_activated_experts=1,
-        axes_dims_rope=(8, 8),
+        axes_dims_rope=(8, 4, 4),
         max_resolution=(16, 16),
         llama_layers=[0, 1],
         **_SQUARE,

@@ -10,7 +10,6 @@ from diffusers import DiffusionPipeline
 from diffusers.hooks import apply_layerwise_casting
 from torch import Tensor
 
-import diffadapt
 from tests import files, models
 from tests.compare import assert_differs, assert_same
 from tests.models import draw

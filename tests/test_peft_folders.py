@@ -106,6 +106,31 @@ def test_what_peft_cannot_express_is_refused_and_nothing_written(
     assert not (tmp_path / "folder").exists()
 
 
+def test_rotations_of_one_block_beside_others(tmp_path: Path) -> None:
+    """PEFT has one answer for all layers to whether their blocks are the same one."""
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(12, 4), nn.Linear(4, 12), nn.Linear(12, 3))
+
+    model, values = build(), torch.randn(5, 12)
+    adapter = diffadapt.add_adapter(model, diffadapt.OFTConfig(block_size=4, target_modules=".*", init=False), "a")
+    expected = model(values)
+    assert_differs(expected, build()(values), 1e-3)
+    diffadapt.adapters(model).save("a", tmp_path / "right", format="peft")
+    with torch.no_grad():
+        assert_same(peft.PeftModel.from_pretrained(build(), tmp_path / "right")(values), expected, 2e-6)
+    again = build()
+    diffadapt.load_adapter(again, tmp_path / "right")
+    assert_same(again(values), expected, 1e-6)
+    blocks = adapter.layers["0"]._parameters["oft_R"]
+    assert blocks is not None
+    adapter.layers["0"]._parameters["oft_R"] = nn.Parameter(blocks[:1])
+    with pytest.raises(diffadapt.AdapterError, match="for all layers of an OFT; these differ"):
+        diffadapt.adapters(model).save("a", tmp_path / "wrong", format="peft")
+    assert not (tmp_path / "wrong").exists()
+
+
 def test_several_components_get_a_folder_each(tmp_path: Path) -> None:
     pipe = models.sd15()
     base = draw(pipe)

@@ -141,15 +141,17 @@ def _oft(layers: Layers) -> dict[str, Any]:
     sizes = {block_size(layer.tensors["oft_R"]) for layer in layers.values()}
     # The mark of a scaled OFT is in the tensors now.
     settings = {tuple(sorted({**layer.settings, "scaled_oft": 0.0}.items())) for layer in layers.values()}
-    shared = {layer.tensors["oft_R"].shape[0] == 1 for layer in layers.values()}
-    if len(sizes) > 1 or len(settings) > 1 or len(shared) > 1:
+    single = [layer for layer in layers.values() if layer.tensors["oft_R"].shape[0] == 1]
+    is_shared = len(single) == len(layers)
+    # Among layers of several blocks, one of a single block is a small one, or else one whose blocks are the same.
+    if len(sizes) > 1 or len(settings) > 1 or (not is_shared and any(layer.inputs not in sizes for layer in single)):
         raise AdapterError("PEFT has one block size and one set of options for all layers of an OFT; these differ")
     chosen = dict(settings.pop())
     terms = int(chosen["neumann_terms"])
     return {
         "r": 0,
         "oft_block_size": sizes.pop(),
-        "block_share": shared.pop(),
+        "block_share": is_shared,
         "coft": bool(chosen["coft_eps"]),
         "eps": chosen["coft_eps"] or 6e-5,
         "use_cayley_neumann": bool(terms),
