@@ -182,7 +182,7 @@ class Loaded:
             paths = [f"{component}.{path}" for path in adapter.layers] if self._qualified else list(adapter.layers)
             strengths[component], hits = scales.resolve(numbers, paths)
             matched |= hits
-        missed = sorted(set(numbers) - matched)
+        missed = sorted(set(numbers) - matched - {""})
         if missed and strict and not (isinstance(strength, SharedStrengths) and self._suits(strength, matched)):
             names = [*map(repr, missed[:4]), *(["..."] if len(missed) > 4 else [])]
             raise AdapterError(

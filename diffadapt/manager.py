@@ -269,7 +269,7 @@ class Adapters:
 
         Args:
             adapters: name -> strength. A strength is a number, or numbers by prefix ("unet", "unet.up_blocks.1"): the
-                longest matching prefix wins, what no prefix names has the strength 1. A name alone means 1. In the
+                longest matching prefix wins, what no prefix names has that of "", else 1. A name alone means 1. In the
                 place of a number, a schedule (`Linear`, `Cosine`, `Piecewise`) sets the strength at every step of
                 the runs that follow. Text encoders run before them and have the strength of the start.
 
@@ -345,7 +345,7 @@ class Adapters:
                 routed = next((path for path in adapter.layers if "experts" in path.split(".")), None)
                 if routed is not None:
                     raise AdapterError(
-                        f"per_sample: {component}.{routed}, which {name!r} changes, is an expert, which gets some tokens "
+                        f"per_sample: {component}.{routed}, which {name!r} changes, is an expert, and gets some tokens "
                         "of any sample; run them one by one"
                     )
         with self._restored():

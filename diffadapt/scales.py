@@ -17,8 +17,7 @@ A = TypeVar("A", bound=Amount)
 class SharedStrengths(dict[str, A]):
     """Strengths by prefix that were not written for one adapter, such as lists of block weights that people share.
 
-    It is no error that an adapter has no layer under some of the prefixes; it is if it has none under any of them. The
-    prefix "" is for what no other one covers.
+    It is no error that an adapter has no layer under some of the prefixes; it is if it has none under any of them.
     """
 
 
@@ -54,7 +53,7 @@ def resolve(strength: Numbers, paths: Sequence[str]) -> tuple[list[float], set[s
 
     The longest matching prefix wins; a path that no prefix names has the strength 1. A prefix matches whole path
     components: "unet.up_blocks.1" covers "unet.up_blocks.1.resnets.0.conv1" and not "unet.up_blocks.10". The prefix ""
-    is for what no other one covers, and matches nothing itself.
+    is for what no other one covers, and is not among those that had an effect.
 
     Args:
         paths: sorted.

@@ -161,7 +161,19 @@ def test_prefix_of_one_exact_layer(pipe: DiffusionPipeline) -> None:
     assert_same(draw(pipe), with_weights(({"unet": {path: pixel(models.sd15())["unet"][path]}}, 3.0)))
 
 
-@pytest.mark.parametrize("prefix", ["unet.upblocks", "unet.up_block", "vae", "text_encoder_2", "unet.up_blocks.9", ""])
+def test_empty_prefix_is_for_all_others(pipe: DiffusionPipeline) -> None:
+    base = draw(pipe)
+    pipe.adapters.activate({"pixel": {"unet": 0.5, "text_encoder": 0.25}})
+    expected = draw(pipe)
+    assert_differs(expected, base)
+    for strength in ({"": 0.25, "unet": 0.5}, {"": 0.5, "text_encoder": 0.25}):
+        pipe.adapters.activate({"pixel": strength})
+        assert torch.equal(draw(pipe), expected)
+    pipe.adapters.activate({"pixel": {"": 0.0}})
+    assert_same(draw(pipe), draw(models.sd15()))
+
+
+@pytest.mark.parametrize("prefix", ["unet.upblocks", "unet.up_block", "vae", "text_encoder_2", "unet.up_blocks.9"])
 def test_prefix_that_matches_nothing_is_refused(pipe: DiffusionPipeline, prefix: str) -> None:
     picture = draw(pipe)
     with pytest.raises(diffadapt.AdapterError, match=r"unet\.up_blocks"):
