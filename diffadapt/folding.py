@@ -26,8 +26,8 @@ from diffadapt.adapter import AdapterLayer, Ready
 from diffadapt.kind import Surroundings, Tensors
 from diffadapt.memory import Scratch
 
-Layers: TypeAlias = tuple[tuple[AdapterLayer, ...], ...]
-"""What is merged into one base tensor: for every layer of the model that has it, its adapter layers."""
+Layers: TypeAlias = tuple[AdapterLayer, ...]
+"""The adapter layers that are merged into the weight of one layer."""
 
 Fixed: TypeAlias = Mapping[int, Tensors]
 """Number of an adapter layer -> what was prepared with the help of the original weight, which the merged one cannot
@@ -94,13 +94,12 @@ class LowRank:
         total = wide_dtype(like)
         if back and like.dtype == torch.float32:
             total = torch.float64
-        found = [layer for each in layers for layer in each]
         if like.ndim < 2 or any(
-            not layer.is_additive or layer.kind.is_prepared or layer.spec.groups > 1 for layer in found
+            not layer.is_additive or layer.kind.is_prepared or layer.spec.groups > 1 for layer in layers
         ):
             return None
-        if len(found) == 1 and _rounds_once(like):
-            layer = found[0]
+        if len(layers) == 1 and _rounds_once(like):
+            layer = layers[0]
             factors = layer.kind.as_low_rank(layer.tensors, layer.spec)
             own = [id(t) for t in layer.tensors.values() if (t.dtype, t.device) == (like.dtype, like.device)]
             # Those that are computed of others have been rounded.
@@ -108,7 +107,7 @@ class LowRank:
                 return cls(*_stored(layer, *factors), float(layer.gate), total)
         product, wide = _product_dtype(like, total), _widest(like)
         parts: list[tuple[Tensor, Tensor]] = []
-        for layer in found:
+        for layer in layers:
             # In float64, so that the factors too come out the same in whatever order they are computed.
             factors = layer.kind.as_low_rank(_on(layer, wide, like.device), layer.spec)
             if factors is None:
@@ -181,20 +180,17 @@ class General:
         return [slice(None)]
 
     def merge_(self, weight: Tensor, rows: slice) -> None:
-        total = weight.to(wide_dtype(weight))
-        for each in self.layers:
-            base = each[0].spec.to_stored(total)
-            ready = [compose.wide(layer, base) for layer in each]
-            own = total.data_ptr() != weight.data_ptr()
-            total = each[0].spec.to_stored(compose.weight(ready, base, overwrite=own))
-        weight.copy_(total)
+        base = self._turned(weight.to(wide_dtype(weight)))
+        ready = [compose.wide(layer, base) for layer in self.layers]
+        own = base.data_ptr() != weight.data_ptr()
+        weight.copy_(self._turned(compose.weight(ready, base, overwrite=own)))
 
     def settle(self, original: Tensor, merged: Tensor) -> bool:
         if original.dtype == torch.float64 or _widest(original) != torch.float64:
             return False
         wanted, bound = merged.double(), self._margin(merged) / 8
         ready = self._ready(original.double(), settling=True)
-        is_sum = all(layer.is_additive for each in self.layers for layer in each)
+        is_sum = all(layer.is_additive for layer in self.layers)
         total = wanted
         for self.steps in range(1, _MOST_STEPS + 1):
             change = self._change(total, wanted, ready)
@@ -226,33 +222,29 @@ class General:
             total = total - self._change(total, wanted, ready)
         return total
 
-    def _change(self, total: Tensor, wanted: Tensor, ready: Sequence[Sequence[Ready]]) -> Tensor:
-        found = total
-        for each in ready:
-            to_stored = each[0].layer.spec.to_stored
-            found = to_stored(compose.weight(each, to_stored(found)))
-        change = found - wanted
-        to_stored = ready[0][0].layer.spec.to_stored
-        return to_stored(compose.nearly_undone(ready[0], to_stored(change)))
+    def _change(self, total: Tensor, wanted: Tensor, ready: Sequence[Ready]) -> Tensor:
+        change = compose.weight(ready, self._turned(total)) - self._turned(wanted)
+        return self._turned(compose.nearly_undone(ready, change))
 
-    def _ready(self, weight: Tensor, *, settling: bool = False) -> list[list[Ready]]:
+    def _ready(self, weight: Tensor, *, settling: bool = False) -> list[Ready]:
         """Prepared in float64, with what is `fixed`; if `settling`, with the original weight, to find that out."""
-        made: list[list[Ready]] = []
-        for each in self.layers:
-            made.append([])
-            for layer in each:
-                number = sum(map(len, made[:-1])) + len(made[-1])
-                tensors: Tensors = _on(layer, torch.float64, weight.device)
-                if number in self.fixed:
-                    tensors = {**tensors, **{n: t.to(weight.device) for n, t in self.fixed[number].items()}}
-                else:
-                    used: list[Tensor] = []
-                    prepared = _prepared(layer, tensors, weight, used)
-                    if settling and used:
-                        self.fixed[number] = {n: t for n, t in prepared.items() if n not in tensors}
-                    tensors = prepared
-                made[-1].append(Ready(layer, tensors, layer.gate.to(weight), torch.float64))
+        made: list[Ready] = []
+        for number, layer in enumerate(self.layers):
+            tensors: Tensors = _on(layer, torch.float64, weight.device)
+            if number in self.fixed:
+                tensors = {**tensors, **{n: t.to(weight.device) for n, t in self.fixed[number].items()}}
+            else:
+                used: list[Tensor] = []
+                prepared = _prepared(layer, tensors, weight, used)
+                if settling and used:
+                    self.fixed[number] = {n: t for n, t in prepared.items() if n not in tensors}
+                tensors = prepared
+            made.append(Ready(layer, tensors, layer.gate.to(weight), torch.float64))
         return made
+
+    def _turned(self, weight: Tensor) -> Tensor:
+        """Canonical for stored, and the other way round."""
+        return self.layers[0].spec.to_stored(weight)
 
 
 def wide_dtype(weight: Tensor) -> torch.dtype:

@@ -11,9 +11,10 @@ One base tensor is done after the other, so that no more than one is there twice
 anything fails, those that were written already become what they were.
 """
 
+from collections import Counter
 from collections.abc import Collection, Generator, Iterable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -200,19 +201,19 @@ def refuse_mixture(component: str, adapters: Mapping[str, Adapter], merged: Coll
                 )
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Place:
     """A base weight, and what is to be merged into it.
 
     Attributes:
         where: component and path, for messages.
-        biases: of the layers that have the weight, those that are changed too, by `id`.
+        bias: of the same layer, if that is changed too.
     """
 
     tensor: Tensor
     where: str
-    layers: Layers = ()
-    biases: dict[int, tuple[Tensor, Layers]] = field(default_factory=dict[int, tuple[Tensor, Layers]])
+    layers: Layers
+    bias: Tensor | None
 
 
 class _Moves:
@@ -230,7 +231,8 @@ class _Moves:
         present = {} if bank is None else {n: adapter for n, adapter in bank.adapters.items() if n in bank.merged}
         hosts = hosts if bank is None else {**hosts, **bank.hosts}
         self._model = model
-        self._before, self._after = (_places(component, adapters, hosts) for adapters in (present, wanted))
+        users = Counter(id(own) for module in model.modules() for own in module._parameters.values() if own is not None)
+        self._before, self._after = (_places(component, adapters, hosts, users) for adapters in (present, wanted))
         self._copies = {} if bank is None else {id(tensor): (tensor, original) for tensor, original in bank.originals}
         self._compact: dict[int, Compact] = {} if bank is None else {id(small.tensor): small for small in bank.compact}
         self._done: list[int] = []
@@ -260,13 +262,11 @@ class _Moves:
         place = new or old
         assert place is not None
         tensor, original = place.tensor, self._original(place.tensor, keep=compact is False)
-        biases: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-        for number, (bias, _) in old.biases.items() if old else ():
-            content = self._original(bias, keep=True)
-            biases[number] = bias, content, content
-        for number, (bias, layers) in new.biases.items() if new else ():
-            content = biases[number][1] if number in biases else self._original(bias, keep=True)
-            biases[number] = bias, content, _with_bias(place.where, layers, original, content)
+        bias = old.bias if old is not None and old.bias is not None else place.bias
+        content = None if bias is None else self._original(bias, keep=True)
+        changed = None
+        if new is not None and new.bias is not None and content is not None:
+            changed = _with_bias(new, original, content)
         fresh = key not in self._compact and key not in self._copies
         small = None if new is None else _merge_(new, original, fresh, compact, self._scratch)
         self._done.append(key)
@@ -278,11 +278,11 @@ class _Moves:
             self._compact[key] = small
         elif new is not None:
             self._copies[key] = copy or (tensor, original if compact is False else self._copy(original))
-        for number, (bias, content, total) in biases.items():
-            bias.copy_(total)
-            self._copies[number] = bias, content
-            if new is None or number not in new.biases:
-                del self._copies[number]
+        if bias is not None and content is not None:
+            bias.copy_(content if changed is None else changed)
+            self._copies.pop(id(bias), None)
+            if changed is not None:
+                self._copies[id(bias)] = bias, content
 
     def _original(self, tensor: Tensor, *, keep: bool) -> Tensor:
         """Content before any merging, not in the tensor itself.
@@ -300,20 +300,24 @@ class _Moves:
         return self._arena.copy(tensor) if tensor.device.type == "cpu" else tensor.clone()
 
 
-def _places(component: str, adapters: ByName, hosts: Mapping[str, nn.Module]) -> dict[int, _Place]:
-    """`id` of a base weight -> what these adapters do to it."""
+def _places(
+    component: str, adapters: ByName, hosts: Mapping[str, nn.Module], users: Mapping[int, int]
+) -> dict[int, _Place]:
+    """`id` of a base weight -> what these adapters do to it.
+
+    Args:
+        users: `id` of a parameter -> how many modules have it.
+    """
     found: dict[int, _Place] = {}
     for path in dict.fromkeys(path for adapter in adapters.values() for path in adapter.layers):
         host, where = hosts[path], f"{component}.{path}"
         layers = tuple(adapter.layers[path] for adapter in adapters.values() if path in adapter.layers)
-        weight = _writable(host, where, "weight")
-        place = found.setdefault(id(weight), _Place(weight, where))
-        if place.layers and not all(layer.is_additive for layer in layers):
-            raise AdapterError(f"{where}: its weight is shared with another layer; keep it unmerged")
-        place.layers = (*place.layers, layers)
+        weight, bias = _writable(host, where, "weight"), None
         if compose.changes_bias(((layer, layer.tensors) for layer in layers), getattr(host, "bias", None) is not None):
             bias = _writable(host, where, "bias")
-            place.biases[id(bias)] = bias, (layers,)
+        if any(users.get(id(tensor), 1) > 1 for tensor in (weight, bias) if tensor is not None):
+            raise AdapterError(f"{where}: another layer has the same weight, and would change too; keep it unmerged")
+        found[id(weight)] = _Place(weight, where, layers, bias)
     return found
 
 
@@ -352,14 +356,12 @@ def _merge_(place: _Place, original: Tensor, fresh: bool, compact: bool | None, 
     return small if small.nbytes < original.nbytes else None
 
 
-def _with_bias(where: str, layers: Layers, weight: Tensor, original: Tensor) -> Tensor:
+def _with_bias(place: _Place, weight: Tensor, original: Tensor) -> Tensor:
     """A bias with what belongs to the changes of its weight."""
-    total = original.to(wide_dtype(original))
-    for each in layers:
-        base = each[0].spec.to_stored(weight.to(wide_dtype(weight)))
-        total = compose.bias([compose.wide(layer, base) for layer in each], total)
-    rounded = total.to(original.dtype)
-    _refuse_non_finite(where, rounded)
+    base = place.layers[0].spec.to_stored(weight.to(wide_dtype(weight)))
+    ready = [compose.wide(layer, base) for layer in place.layers]
+    rounded = compose.bias(ready, original.to(wide_dtype(original))).to(original.dtype)
+    _refuse_non_finite(place.where, rounded)
     return rounded
 
 

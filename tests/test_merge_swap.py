@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import diffadapt
@@ -185,3 +186,29 @@ def test_components_come_and_go() -> None:
             assert all(torch.equal(value, expected[key]) for key, value in state.items())
     pipe.adapters.clear()
     assert_unchanged(pipe, before)
+
+
+def test_a_weight_of_two_layers_is_not_merged() -> None:
+    """A language model's last layer has the weight of its first: what changes one of them would change the other."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Embedding(11, 8), nn.Linear(8, 11, bias=False)
+            self.last.weight = self.first.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.last(torch.tanh(self.first(ids)))
+
+    torch.manual_seed(0)
+    model, ids = Tied().requires_grad_(False), torch.arange(11)
+    base, weight = model(ids), model.first.weight.clone()
+    for targets in (["first"], ["last"], ["first", "last"]):
+        diffadapt.add_adapter(model, diffadapt.LoraConfig(rank=2, target_modules=targets, init=False), "a")
+        expected = model(ids)
+        assert_differs(expected, base)
+        with pytest.raises(diffadapt.AdapterError, match="another layer has the same weight"):
+            diffadapt.adapters(model).merge("a")
+        assert torch.equal(model(ids), expected)
+        assert torch.equal(model.first.weight, weight)
+        diffadapt.adapters(model).clear()
