@@ -187,9 +187,13 @@ def test_imports_point_one_way() -> None:
             "diffadapt.textual_inversion",
             {"attach", "adapter", "vocabulary", "formats", "io", "layer", "errors"},
         ),
-        ("diffadapt.folding", {"compose", "adapter", "kind"}),
-        ("diffadapt.merge", {"compose", "attach", "adapter", "folding", "corrections", "hooks", "layer", "errors"}),
+        ("diffadapt.folding", {"compose", "adapter", "kind", "memory"}),
+        (
+            "diffadapt.merge",
+            {"compose", "attach", "adapter", "folding", "corrections", "memory", "hooks", "layer", "errors"},
+        ),
         ("diffadapt.corrections", set[str]()),
+        ("diffadapt.memory", set[str]()),
         ("diffadapt.pool", {"manager", "loaded", "load", "io", "locks", "errors"}),
     ],
 )
