@@ -176,8 +176,8 @@ def _sum(vectors: Sequence[Tensor]) -> Tensor:
 def _plus(ready: Sequence[Ready], output: Tensor, input: Tensor) -> Tensor:
     """`output` plus all additive changes; those of low rank share one product."""
     if len(ready) > 1 and ready[0].layer.spec.groups == 1:
-        factors = [(r, r.as_low_rank()) for r in ready]
-        shared = [(r, low) for r, low in factors if low is not None and r.dtype == ready[0].dtype]
+        factors = [(r, r.as_low_rank() if r.dtype == ready[0].dtype else None) for r in ready]
+        shared = [(r, low) for r, low in factors if low is not None]
         if len(shared) > 1:
             downs, ups, gates = zip(*((down, up, r.rank_gates(down.shape[0])) for r, (down, up) in shared), strict=True)
             # Of adapters with and without samples of their own, side by side.
@@ -187,7 +187,7 @@ def _plus(ready: Sequence[Ready], output: Tensor, input: Tensor) -> Tensor:
             output = ready[0].layer.spec.low_rank(
                 ready[0].dropped(input), torch.cat(downs), torch.cat(ups, dim=1), torch.cat(gates, -1), output
             )
-            ready = [r for r in ready if all(r is not taken for taken, _ in shared)]
+            ready = [r for r, low in factors if low is None]
     for r in ready:
         output = r.added(output, input)
     return output
