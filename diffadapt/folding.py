@@ -133,21 +133,21 @@ class LowRank:
 
     def bounds(self, merged: Tensor, rows: slice, scratch: Scratch) -> tuple[Tensor, Tensor]:
         low, high = scratch.like(merged, 1), scratch.like(merged, 2)
-        up, down = self._slack
-        up = torch.cat([self.up[rows], up[rows]], 1)
-        for bound, slack in ((low, down), (high, -down)):
-            self._sum(merged, -self.scale, up, torch.cat([self.down, slack]), bound)
+        up, more, less = self._with_slack
+        for bound, down in ((low, more), (high, less)):
+            self._sum(merged, -self.scale, up[rows], down, bound)
         return low, high
 
     @cached_property
-    def _slack(self) -> tuple[Tensor, Tensor]:
-        """The rank, (rows, 1) and (1, columns), of which the change has more or less."""
+    def _with_slack(self) -> tuple[Tensor, Tensor, Tensor]:
+        """`up`, and `down` for the largest and for the least change that there can be: with one rank more."""
         # Four times the bound that the module's docstring names, for what is rounded beside the sum. A little more than
         # zero, since the sign of a zero is not to be relied on either.
         gamma = 2 * (self.up.shape[1] + 8) * torch.finfo(self.total).eps
         up = self.up.to(self.total).square().sum(1, keepdim=True).sqrt_().mul_(gamma).add_(2.0**-40)
         down = self.down.to(self.total).square().sum(0, keepdim=True).sqrt_().add_(2.0**-40)
-        return up.to(self.up.dtype), down.to(self.down.dtype)
+        up, down = torch.cat([self.up, up.to(self.up.dtype)], 1), down.to(self.down.dtype)
+        return up, torch.cat([self.down, down]), torch.cat([self.down, -down])
 
     def _sum(self, weight: Tensor, scale: float, up: Tensor, down: Tensor, out: Tensor) -> None:
         """Write `weight + scale * up @ down`: one addition in `total`, in whatever order the product is summed up.

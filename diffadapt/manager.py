@@ -483,6 +483,8 @@ class Adapters:
             AdapterError: a merged weight or adapter has been written since, so that the original is not known.
         """
         merged = self.merged
+        if not merged:
+            return
         for model in self._models().values():
             unmerge_(model)
         loaded = self._loaded()

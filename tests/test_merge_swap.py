@@ -1,6 +1,6 @@
 """One adapter merged in the place of another: the parameters, and the graphs compiled over them, stay."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,13 +29,6 @@ NAMES = (
     "conv oft",
     "lora",
 )
-
-
-@pytest.fixture
-def counter() -> Iterator[CompileCounterWithBackend]:
-    torch._dynamo.reset()
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        yield CompileCounterWithBackend("aot_eager")
 
 
 @torch.no_grad()
