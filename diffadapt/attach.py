@@ -25,6 +25,7 @@ from diffadapt.hooks import diffusers_scales_with_peft, is_bypassed
 from diffadapt.locks import refuse_other_threads
 from diffadapt.mixed import Mixin, mixed, own_class
 from diffadapt.slots import Reservation
+from diffadapt.undo import Undo
 from diffadapt.widen import level_
 
 _ACTIVE = "_diffadapt_active"
@@ -72,9 +73,8 @@ class Bank(nn.Module):
     Attributes:
         hosts: module path -> the layer of the model that carries adapter layers.
         attentions: module path of a host -> its parent, where diffusers can fuse that and then bypass the host.
-        originals: `(tensor, its content before merging)` for every base tensor that `merge.py` changed.
-        compact: what restores the other tensors that it changed, `merge.Compact`.
         merged: names of the adapters that are merged into the weights.
+        undo: for every base tensor that they changed, the way back.
         replacing: learned tokens for which the model's output is replaced, each with `replaced(ids, output)`.
     """
 
@@ -83,9 +83,8 @@ class Bank(nn.Module):
         self.call = CallState()
         self.hosts: dict[str, nn.Module] = {}
         self.attentions: dict[str, nn.Module] = {}
-        self.originals: list[tuple[Tensor, Tensor]] = []
-        self.compact: list[Any] = []
         self.merged: tuple[str, ...] = ()
+        self.undo: list[Undo] = []
         self.replacing: tuple[nn.Module, ...] = ()
         self._carriers: list[tuple[nn.Module, Any]] = []
         self._beside: tuple[Adapter, ...] | None = ()
@@ -328,7 +327,7 @@ def _adapt_(model: nn.Module, hosts: Mapping[str, nn.Module]) -> Bank:
 def _level_(model: nn.Module, adapters: Collection[Adapter], bank: Bank | None, *, reserved: bool = True) -> None:
     """Make the model's input layer as wide as these adapters, and with `reserved` its slots, need it."""
     slots = bank.reservation.slots if bank is not None and bank.reservation is not None and reserved else {}
-    level_(model, [*(adapter.layers for adapter in adapters), slots], [] if bank is None else bank.originals)
+    level_(model, [*(adapter.layers for adapter in adapters), slots], [] if bank is None else bank.undo)
 
 
 def _release_unused_(model: nn.Module, bank: Bank) -> None:

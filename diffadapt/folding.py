@@ -15,7 +15,7 @@ in the last place of the weight.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Protocol, TypeAlias
 
 import torch
@@ -48,8 +48,12 @@ class Folding(Protocol):
         """Ranges of rows."""
         ...
 
-    def merge_(self, weight: Tensor, rows: slice) -> None:
-        """Make `W'` of the original."""
+    def merge(self, original: Tensor, rows: slice, out: Tensor) -> None:
+        """Write `W'`.
+
+        Args:
+            out: where to, maybe into the original itself.
+        """
         ...
 
     def settle(self, original: Tensor, merged: Tensor) -> bool:
@@ -122,8 +126,8 @@ class LowRank:
         rows = -(-len(self.up) // max(count, 1))
         return [slice(start, start + rows) for start in range(0, len(self.up), rows)]
 
-    def merge_(self, weight: Tensor, rows: slice) -> None:
-        self._sum(weight, self.scale, self.up[rows], self.down, weight)
+    def merge(self, original: Tensor, rows: slice, out: Tensor) -> None:
+        self._sum(original, self.scale, self.up[rows], self.down, out)
 
     def settle(self, original: Tensor, merged: Tensor) -> bool:
         return True
@@ -179,11 +183,11 @@ class General:
     def pieces(self) -> list[slice]:
         return [slice(None)]
 
-    def merge_(self, weight: Tensor, rows: slice) -> None:
-        base = self._turned(weight.to(wide_dtype(weight)))
+    def merge(self, original: Tensor, rows: slice, out: Tensor) -> None:
+        base = self._turned(original.to(wide_dtype(original)))
         ready = [compose.wide(layer, base) for layer in self.layers]
-        own = base.data_ptr() != weight.data_ptr()
-        weight.copy_(self._turned(compose.weight(ready, base, overwrite=own)))
+        own = base.data_ptr() != original.data_ptr()
+        out.copy_(self._turned(compose.weight(ready, base, overwrite=own)))
 
     def settle(self, original: Tensor, merged: Tensor) -> bool:
         if original.dtype == torch.float64 or _widest(original) != torch.float64:
@@ -308,5 +312,10 @@ def _rounds_once(like: Tensor) -> bool:
         and like.numel() >= _LARGE
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        and _has_bfloat16()
     )
+
+
+@cache
+def _has_bfloat16() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

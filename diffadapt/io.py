@@ -6,15 +6,17 @@ safetensors by default. Pickles are never unpickled here unless `read_pickle` is
 import json
 import os
 import tempfile
+import weakref
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeAlias
 
 import torch
-from huggingface_hub import constants, hf_hub_download, list_repo_files, try_to_load_from_cache
+from huggingface_hub import constants, hf_hub_download, list_repo_files, snapshot_download, try_to_load_from_cache
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
@@ -80,6 +82,60 @@ class Checkpoint:
     mapped: bool = False
 
 
+class OpenFile:
+    """A safetensors file that is held open. Of its tensors nothing is read before it is used.
+
+    Attributes:
+        origin: what to call it in messages.
+        tensors: pages of the file.
+    """
+
+    def __init__(self, file: Path) -> None:
+        """
+        Raises:
+            AdapterError: it is no safetensors file, or it is damaged.
+        """
+        self.origin = str(file)
+        # Open, it is the same file even when another gets its name.
+        self._handle = os.open(file, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        weakref.finalize(self, os.close, self._handle)
+        self._state = self._present_state()
+        self.tensors = _from_file(file, file.stem, None, headers_only=False).tensors
+
+    @property
+    def is_unchanged(self) -> bool:
+        """Whether nobody has written it meanwhile. What has been cut off must not be read: that ends the process."""
+        return self._state == self._present_state()
+
+    def named(self, name: str) -> Iterator[str]:
+        """Keys of the tensors that may be what a model calls `name`: that, or the more of their last words are the
+        same the earlier, from three on.
+
+        transformers changes the beginnings of names from version to version, and the original layouts have others.
+        """
+        if name in self.tensors:
+            yield name
+        else:
+            yield from dict.fromkeys(key for ending in _endings(name) for key in self._by_ending.get(ending, ()))
+
+    @cached_property
+    def _by_ending(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for key in self.tensors:
+            for ending in _endings(key):
+                found.setdefault(ending, []).append(key)
+        return found
+
+    def _present_state(self) -> tuple[int, int]:
+        state = os.fstat(self._handle)
+        return state.st_size, state.st_mtime_ns
+
+
+def _endings(name: str) -> list[str]:
+    words = name.split(".")
+    return [".".join(words[start:]) for start in range(len(words) - 2)]
+
+
 @dataclass(frozen=True)
 class Location:
     """The arguments of `load_adapter` that say where a file is; those of `huggingface_hub`, with the same meaning."""
@@ -115,6 +171,15 @@ def read(source: Source, where: Location = Location(), *, headers_only: bool = F
     generic = file.name in _USUAL_NAMES
     named_after = (path if path.is_dir() else Path(text)) if generic and path != file else file.with_suffix("")
     return _from_file(file, named_after.name.replace(".", "_"), config, headers_only)
+
+
+def cached_folder(repo: str) -> Path | None:
+    """What the hub's cache has of a repository, if anything. Asks no network."""
+    try:
+        validate_repo_id(repo)
+        return Path(snapshot_download(repo, local_files_only=True))
+    except (hub_errors.HFValidationError, hub_errors.LocalEntryNotFoundError):
+        return None
 
 
 def read_pickle(path: str | os.PathLike[str]) -> dict[str, Tensor]:

@@ -119,7 +119,7 @@ class Part:
     """An adapter layer with a strength.
 
     Attributes:
-        originals: `id` of a base tensor -> its content before merging, see `Bank.originals`.
+        originals: `id` of a base tensor -> its content before merging, see `Bank.undo`.
     """
 
     layer: AdapterLayer
@@ -368,7 +368,7 @@ def _sources(
         bank = bank_of(model)
         if bank is None:
             continue
-        originals = {id(tensor): original for tensor, original in bank.originals}
+        originals = {id(way.tensor): way.restored() for way in bank.undo}
         for name, by_component in strengths.items():
             layers = bank.adapters[name].layers if name in bank.adapters else {}
             given = by_component.get(component, 0.0)

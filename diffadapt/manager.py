@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from diffadapt import clock, families, scales
 from diffadapt.adapter import Adapter
 from diffadapt.attach import bank_of, unreserve_
+from diffadapt.base_files import BaseFiles
+from diffadapt.base_files import base_files as find_base_files
 from diffadapt.combine import Combination, Method, Sign
 from diffadapt.errors import AdapterError
 from diffadapt.formats import writer
@@ -24,7 +26,7 @@ from diffadapt.load import Plan, attach_all_, detach_all_, plan
 from diffadapt.loaded import Chosen, Loaded, LoadedAdapter, Numbers
 from diffadapt.locks import held
 from diffadapt.lowrank import Conversion, Maker, Sources, conversion, derive_
-from diffadapt.merge import expand_, is_compact, merge_, refuse_mixture, remerged, unmerge_
+from diffadapt.merge import Keeping, expand_, merge_, refuse_mixture, remerged, unmerge_
 from diffadapt.report import Report
 from diffadapt.scales import Strength
 from diffadapt.schedules import Moment
@@ -368,7 +370,7 @@ class Adapters:
     def disabled(self) -> Generator[None, None, None]:
         """The base model inside; on leaving, also by an exception, the state before."""
         with held(self._models().values()):
-            merged, compact = self.merged, is_compact(self._models())
+            merged, keeping = self.merged, Keeping.of(self._models())
             self.unmerge()
             try:
                 with self._restored():
@@ -376,7 +378,7 @@ class Adapters:
                     yield
             finally:
                 if merged:
-                    merge_(self._models(), merged, compact=compact)
+                    merge_(self._models(), merged, keeping)
 
     @contextmanager
     def _restored(self) -> Generator[None, None, None]:
@@ -422,10 +424,8 @@ class Adapters:
             AdapterError: no such adapter, it is merged, or someone else added tokens to its tokenizers since.
         """
         loaded = self._loaded()
-        adapter = loaded[name]
-        if name in loaded.merged:
+        if loaded[name].name in loaded.merged:
             raise AdapterError(f"adapter {name!r} is merged into the weights; call unmerge() before remove()")
-        self._expand_before_widening(loaded, adapter.components)
         detach_all_(self._models(), name)
         self._keep_time(self._follow)
         self._changed()
@@ -438,7 +438,7 @@ class Adapters:
             self.remove(name)
 
     @_exclusive
-    def merge(self, *names: str, compact: bool | None = None) -> None:
+    def merge(self, *names: str, compact: bool | None = None, base_files: BaseFiles = False) -> None:
         """Add adapters into the weights, at their present strengths; without names, all that are active.
 
         A merged adapter costs nothing at run time, and `hotswap` puts another in its place. `unmerge` undoes all
@@ -448,10 +448,14 @@ class Adapters:
             compact: keep for that not the changed weights but what rounding lost, a few percent of them. The default
                 does so where it also is the faster way, when memory has to be found for copies: for sums of low-rank
                 changes (LoRA, LoHa, LoKr) in weights of half precision. `undo_bytes` says what is kept.
+            base_files: keep nothing of weights that are, bit for bit, in the safetensors files that the models were
+                read from; unmerging and swapping read those again. `True` for where `from_pretrained` found them, or
+                a path (a file, a folder, a pipeline's folder), or one by component. Faster than the other two. The
+                files are held open as long as something is merged: they may be moved or deleted, not written.
 
         Raises:
             AdapterError: unknown or already merged, or nothing to merge; quantised or unreachable weights; a result
-                that is not finite. Nothing has been written then.
+                that is not finite; no such files. Nothing has been written then.
         """
         loaded = self._loaded()
         if any(bank.call.samples for bank in loaded.banks.values()):
@@ -463,7 +467,10 @@ class Adapters:
             if name in loaded.merged:
                 raise AdapterError(f"adapter {name!r} is merged already; call unmerge() first")
             self._refuse_schedule("merge", name, loaded[name].strength)
-        merge_(loaded.models, chosen, compact=compact)
+        components = {component for name in chosen for component in loaded[name].components}
+        models = {component: model for component, model in loaded.models.items() if component in components}
+        files = find_base_files(models, base_files)
+        merge_(loaded.models, chosen, Keeping(compact, files))
         for name in chosen:
             for adapter in loaded[name].components.values():
                 adapter.active = True
@@ -472,8 +479,7 @@ class Adapters:
     def undo_bytes(self) -> int:
         """Memory that is kept to undo merges."""
         banks = self._loaded().banks.values()
-        copies = sum(original.nbytes for bank in banks for _, original in bank.originals)
-        return copies + sum(small.nbytes for bank in banks for small in bank.compact)
+        return sum(way.nbytes for bank in banks for way in bank.undo)
 
     @_exclusive
     def unmerge(self) -> None:
@@ -630,7 +636,6 @@ class Adapters:
                 refuse_mixture(component, {**bank.adapters, name: adapter}, bank.merged)
         layers = {component: adapter.layers for component, adapter in adapters.items() if adapter.layers}
         arrangements, beside = room(loaded, name, layers, activate, allow_recompile, replacing=old is not None)
-        self._expand_before_widening(loaded, adapters)
         attach_all_(models, name, planned, replacing=old is not None)
         for component, model in models.items():
             if component in arrangements:
@@ -674,19 +679,13 @@ class Adapters:
             adapter.strength, adapter.active, adapter.beside = scale, True, False
             adapter.set_strengths(strengths[component])
         hosts = {component: planned.hosts(component) for component in adapters}
-        with remerged(loaded.models, wanted, hosts=hosts, compact=is_compact(loaded.models)):
+        with remerged(loaded.models, wanted, Keeping.of(loaded.models), hosts=hosts):
             attach_all_(loaded.models, name, planned, replacing=True)
         for bank in self._loaded().banks.values():
             if bank.reservation is not None:
                 bank.reservation.vacate(name)
         self._keep_time(self._follow)
         self._changed()
-
-    def _expand_before_widening(self, loaded: Loaded, adapters: Mapping[str, Adapter]) -> None:
-        """Keep originals of merged weights as copies where a layer gets, or loses, inputs."""
-        for component, bank in loaded.banks.items():
-            if component in adapters and any(layer.widens for layer in adapters[component].layers.values()):
-                expand_(bank)
 
     def _loaded(self) -> Loaded:
         return Loaded(self._models(), qualified=self._qualified)

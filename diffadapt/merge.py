@@ -5,16 +5,18 @@ and rounded once, however many adapters are merged. Weights are written in place
 compiled graphs stay valid.
 
 Undoing is no subtraction, which rounding would make inexact. Either the originals are kept, or, in a few percent of
-their memory, what a prediction from the merged weight (`folding`) gets wrong (`corrections`).
+their memory, what a prediction from the merged weight (`folding`) gets wrong (`corrections`), or nothing, if the files
+are at hand that the model was read from (`base_files`).
 
-One base tensor is done after the other, so that no more than one is there twice. What is kept of each leads back: if
-anything fails, those that were written already become what they were.
+One base tensor is done after the other, so that no more than one is there twice. There is a way back from each before
+it is written: if anything fails, those that were written already become what they were.
 """
 
+import math
 from collections import Counter
-from collections.abc import Collection, Generator, Iterable, Mapping
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -22,71 +24,49 @@ from torch import Tensor, nn
 from diffadapt import compose
 from diffadapt.adapter import Adapter, weight_of
 from diffadapt.attach import Bank, bank_of, refresh_
+from diffadapt.base_files import Stored
+from diffadapt.compact import Compact
 from diffadapt.corrections import Corrections
 from diffadapt.errors import AdapterError
-from diffadapt.folding import Fixed, Folding, General, Layers, LowRank, folding, wide_dtype
+from diffadapt.folding import Folding, General, Layers, LowRank, folding, wide_dtype
 from diffadapt.hooks import FLOAT8, resting_tensor
+from diffadapt.io import OpenFile
 from diffadapt.layer import LayerSpec
 from diffadapt.memory import Arena, Scratch
+from diffadapt.undo import Copy, Undo
 
 ByName = Mapping[str, Adapter]
 """The adapters that are merged into a model. In the order of attachment, whatever way led to them: it decides bits."""
 
 
 @dataclass(frozen=True)
-class Compact:
-    """How to get a base tensor back that is not kept.
+class Keeping:
+    """What to keep of the weights that merging overwrites.
 
     Attributes:
-        where: a path of the tensor, for messages.
-        dtype: it had.
-        layers: what is merged into it.
-        fixed, steps: see `folding.General`.
-        corrections: of its pieces.
+        compact: what rounding lost instead of copies, where that is less; `None` for where it also is faster: sums of
+            low-rank changes on weights of half precision.
+        files: component -> files that its weights were read from. Nothing is kept of what one of them has.
     """
 
-    tensor: Tensor
-    where: str
-    dtype: torch.dtype
-    layers: Layers
-    fixed: Fixed
-    steps: int
-    corrections: tuple[Corrections, ...]
+    compact: bool | None = None
+    files: Mapping[str, Sequence[OpenFile]] = field(default_factory=dict[str, Sequence[OpenFile]])
 
-    @property
-    def nbytes(self) -> int:
-        """Memory that is kept to undo the change."""
-        fixed = sum(tensor.nbytes for tensors in self.fixed.values() for tensor in tensors.values())
-        return fixed + sum(piece.nbytes for piece in self.corrections)
-
-    def restored(self) -> Tensor:
-        """The original, in new memory.
-
-        Raises:
-            AdapterError: it cannot be known any more.
-        """
-        # A model that was made wider since is wider without loss; narrower is told by the checksum.
-        weight = self.tensor.detach().to(self.dtype, copy=True, memory_format=torch.contiguous_format)
-        way: Folding = LowRank.of(self.layers, weight, back=True) or General(self.layers, self.fixed, self.steps)
-        try:
-            for rows, piece in zip(way.pieces(), self.corrections, strict=True):
-                way.predict_(weight[rows], rows)
-                piece.apply_(weight[rows])
-        except (ArithmeticError, ValueError) as error:
-            raise AdapterError(
-                f"{self.where}: its weight cannot be restored, since it or a merged adapter has been changed since; "
-                "load the model again"
-            ) from error
-        return weight
+    @classmethod
+    def of(cls, models: Mapping[str, nn.Module]) -> "Keeping":
+        """As it is done for what is merged now."""
+        ways = {component: bank.undo for component, model in models.items() if (bank := bank_of(model)) is not None}
+        kinds = {type(way) for undo in ways.values() for way in undo}
+        files = {
+            component: tuple(dict.fromkeys(way.file for way in undo if isinstance(way, Stored)))
+            for component, undo in ways.items()
+        }
+        return cls(True if Compact in kinds else False if Copy in kinds else None, files)
 
 
 @torch.no_grad()
-def merge_(models: Mapping[str, nn.Module], names: Iterable[str], *, compact: bool | None = None) -> None:
+def merge_(models: Mapping[str, nn.Module], names: Iterable[str], keeping: Keeping = Keeping()) -> None:
     """Merge adapters `names`, at their present strengths, into every model that has them.
-
-    Args:
-        compact: keep what rounding lost instead of copies, where that is less; `None` for where it also is faster: sums
-            of low-rank changes on weights of half precision.
 
     Raises:
         AdapterError: a weight is quantised or out of reach, a bias is missing, a result is not finite, or an adapter
@@ -100,7 +80,7 @@ def merge_(models: Mapping[str, nn.Module], names: Iterable[str], *, compact: bo
             merged = (*bank.merged, *names)
             refuse_mixture(component, bank.adapters, merged)
             wanted[component] = {name: adapter for name, adapter in bank.adapters.items() if name in merged}
-    with remerged(models, wanted, compact=compact):
+    with remerged(models, wanted, keeping):
         pass
 
 
@@ -108,9 +88,9 @@ def merge_(models: Mapping[str, nn.Module], names: Iterable[str], *, compact: bo
 def remerged(
     models: Mapping[str, nn.Module],
     wanted: Mapping[str, ByName],
+    keeping: Keeping,
     *,
     hosts: Mapping[str, Mapping[str, nn.Module]] | None = None,
-    compact: bool | None = None,
 ) -> Generator[None, None, None]:
     """Put `wanted` adapters, by component, into the weights in the place of those that are merged now.
 
@@ -119,16 +99,15 @@ def remerged(
 
     Args:
         hosts: component -> module path -> layer, for adapters that are not attached yet.
-        compact: see `merge_`.
     """
     moves = [
-        _Moves(models[component], component, adapters, (hosts or {}).get(component, {}))
+        _Moves(models[component], component, adapters, (hosts or {}).get(component, {}), keeping)
         for component, adapters in wanted.items()
     ]
     try:
         with torch.no_grad():
             for model in moves:
-                model.carry_out(compact)
+                model.carry_out()
         yield
     except BaseException:
         with torch.no_grad():
@@ -151,12 +130,9 @@ def unmerge_(model: nn.Module) -> None:
     bank = bank_of(model)
     if bank is None or not bank.merged:
         return
-    while bank.compact:
-        bank.compact[-1].tensor.copy_(bank.compact[-1].restored())
-        bank.compact.pop()
-    for tensor, original in bank.originals:
-        tensor.copy_(original)
-    bank.originals.clear()
+    while bank.undo:
+        bank.undo[-1].tensor.copy_(bank.undo[-1].restored())
+        bank.undo.pop()
     bank.merged = ()
     refresh_(model)
 
@@ -164,26 +140,19 @@ def unmerge_(model: nn.Module) -> None:
 @torch.no_grad()
 def expand_(bank: Bank) -> None:
     """Copies in the place of what is kept compactly, for what needs the originals themselves."""
-    while bank.compact:
-        bank.originals.append((bank.compact[-1].tensor, bank.compact[-1].restored()))
-        bank.compact.pop()
+    for number, way in enumerate(bank.undo):
+        if isinstance(way, Compact):
+            bank.undo[number] = Copy(way.tensor, way.restored())
 
 
 def original_weight(bank: Bank, path: str, layer: LayerSpec) -> Tensor:
     """A layer's own weight, canonical and decoded, as it was before anything was merged into it."""
     host = bank.hosts[path]
     tensor = resting_tensor(host, "weight") if bank.merged else None
-    kept = next((original for other, original in bank.originals if other is tensor), None)
-    if kept is None:
-        kept = next((small.restored() for small in bank.compact if small.tensor is tensor), None)
+    kept = next((way.restored() for way in bank.undo if way.tensor is tensor), None)
     if kept is None:
         return weight_of(host, layer)
     return layer.to_stored(kept.detach().to(wide_dtype(kept)))
-
-
-def is_compact(models: Mapping[str, nn.Module]) -> bool:
-    """Whether something is merged for which no copies are kept."""
-    return any(bank.compact for model in models.values() if (bank := bank_of(model)) is not None)
 
 
 def refuse_mixture(component: str, adapters: Mapping[str, Adapter], merged: Collection[str]) -> None:
@@ -207,19 +176,40 @@ class _Place:
 
     Attributes:
         where: component and path, for messages.
+        name: of the tensor in its model.
         bias: of the same layer, if that is changed too.
     """
 
     tensor: Tensor
     where: str
+    name: str
     layers: Layers
     bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Something written, and what it takes to undo that.
+
+    Attributes:
+        tensor: the weight.
+        bias: of the same layer, if it was written.
+        old: what was merged into them.
+        kept: the ways back from that, by `id` of a tensor.
+    """
+
+    tensor: Tensor
+    bias: Tensor | None
+    old: _Place | None
+    kept: Mapping[int, Undo]
 
 
 class _Moves:
     """The way of one model's weights from what is merged to what is wanted, tensor by tensor."""
 
-    def __init__(self, model: nn.Module, component: str, wanted: ByName, hosts: Mapping[str, nn.Module]) -> None:
+    def __init__(
+        self, model: nn.Module, component: str, wanted: ByName, hosts: Mapping[str, nn.Module], keeping: Keeping
+    ) -> None:
         """
         Args:
             hosts: of layers that have no adapters yet.
@@ -230,71 +220,94 @@ class _Moves:
         bank = bank_of(model)
         present = {} if bank is None else {n: adapter for n, adapter in bank.adapters.items() if n in bank.merged}
         hosts = hosts if bank is None else {**hosts, **bank.hosts}
-        self._model = model
+        self._model, self._compact = model, keeping.compact
+        self._files = keeping.files.get(component, ())
         users = Counter(id(own) for module in model.modules() for own in module._parameters.values() if own is not None)
         self._before, self._after = (_places(component, adapters, hosts, users) for adapters in (present, wanted))
-        self._copies = {} if bank is None else {id(tensor): (tensor, original) for tensor, original in bank.originals}
-        self._compact: dict[int, Compact] = {} if bank is None else {id(small.tensor): small for small in bank.compact}
-        self._done: list[int] = []
+        self._undo: dict[int, Undo] = {} if bank is None else {id(way.tensor): way for way in bank.undo}
+        self._done: list[_Step] = []
         self._arena, self._scratch = Arena(), Scratch()
 
-    def carry_out(self, compact: bool | None) -> None:
+    def carry_out(self) -> None:
         """Write, see `remerged`."""
         for key in (*self._before, *(key for key in self._after if key not in self._before)):
             old, new = self._before.get(key), self._after.get(key)
             if old is None or new is None or old.layers != new.layers:
-                self._write_(key, old, new, compact)
+                self._write_(old, new)
 
     def take_back(self) -> None:
         """Undo what `carry_out` has done so far."""
-        done, self._done = self._done, []
-        for key in reversed(done):
-            self._write_(key, self._after.get(key), self._before.get(key), key in self._compact)
+        while self._done:
+            step = self._done.pop()
+            way = self._undo.pop(id(step.tensor), None)
+            original = step.tensor.detach() if way is None else way.restored()
+            if step.bias is not None:
+                self._write_bias_(step.bias, step.old, original)
+                self._undo.pop(id(step.bias), None)
+            if step.old is not None:
+                _fold_(step.old, folding(step.old.layers, original), original)
+            elif way is not None:
+                step.tensor.copy_(original)
+            self._undo.update(step.kept)
 
     def keep(self) -> None:
         """Leave with the model what undoes the changes."""
         bank = bank_of(self._model)
         if bank is not None:
-            bank.originals[:] = self._copies.values()
-            bank.compact[:] = self._compact.values()
+            bank.undo[:] = self._undo.values()
 
-    def _write_(self, key: int, old: _Place | None, new: _Place | None, compact: bool | None) -> None:
+    def _write_(self, old: _Place | None, new: _Place | None) -> None:
         place = new or old
         assert place is not None
-        tensor, original = place.tensor, self._original(place.tensor, keep=compact is False)
-        bias = old.bias if old is not None and old.bias is not None else place.bias
-        content = None if bias is None else self._original(bias, keep=True)
-        changed = None
-        if new is not None and new.bias is not None and content is not None:
-            changed = _with_bias(new, original, content)
-        fresh = key not in self._compact and key not in self._copies
-        small = None if new is None else _merge_(new, original, fresh, compact, self._scratch)
-        self._done.append(key)
-        if new is None:
-            tensor.copy_(original)
-        self._compact.pop(key, None)
-        copy = self._copies.pop(key, None)
-        if small is not None:
-            self._compact[key] = small
-        elif new is not None:
-            self._copies[key] = copy or (tensor, original if compact is False else self._copy(original))
-        if bias is not None and content is not None:
-            bias.copy_(content if changed is None else changed)
-            self._copies.pop(id(bias), None)
-            if changed is not None:
-                self._copies[id(bias)] = bias, content
+        tensor, key = place.tensor, id(place.tensor)
+        bias = next((each.bias for each in (old, new) if each is not None and each.bias is not None), None)
+        kept = {id(own): self._undo[id(own)] for own in (tensor, bias) if id(own) in self._undo}
+        way, fresh = self._undo.get(key), key not in self._undo
+        if way is None:
+            way = Stored.of(tensor, place.where, place.name, self._files)
+        original = (tensor.detach() if way is None else way.restored()).contiguous()
+        ways = None if new is None else folding(new.layers, original)
+        compact = self._compact
+        if isinstance(way, Stored) or ways is None:
+            compact = False
+        elif compact is None:
+            compact = isinstance(ways[1], LowRank) and original.element_size() < 4
+        if way is None:
+            # A copy that is needed for a moment only goes where the last one was.
+            original = self._scratch.like(original).copy_(original) if compact else self._copy(original)
+        if way is None or isinstance(way, Compact):
+            # What was lost by merging one adapter says nothing after another.
+            way = Copy(tensor, original)
+        self._undo[key] = way
+        if bias is not None and id(bias) not in kept:
+            self._undo[id(bias)] = Copy(bias, self._copy(bias.detach()))
 
-    def _original(self, tensor: Tensor, *, keep: bool) -> Tensor:
-        """Content before any merging, not in the tensor itself.
+        self._done.append(_Step(tensor, bias, old, kept))
+        if bias is not None:
+            self._write_bias_(bias, new, original)
+        if new is None or ways is None:
+            tensor.copy_(original)
+            del self._undo[key]
+            return
+        small = _fold_(new, ways, original, fresh=fresh, scratch=self._scratch if compact else None)
+        if small is not None:
+            self._undo[key] = small
+        elif compact and fresh:
+            self._undo[key] = Copy(tensor, self._copy(original))
+
+    def _write_bias_(self, bias: Tensor, place: _Place | None, weight: Tensor) -> None:
+        """Write what belongs to a merged weight, or what was there before any merging.
 
         Args:
-            keep: else it may be gone when this is called again.
+            weight: before any merging.
         """
-        if id(tensor) in self._compact:
-            return self._compact[id(tensor)].restored()
-        if id(tensor) in self._copies:
-            return self._copies[id(tensor)][1]
-        return self._copy(tensor.detach()) if keep else self._scratch.like(tensor).copy_(tensor)
+        way = self._undo.get(id(bias))
+        content = bias.detach() if way is None else way.restored()
+        if place is not None and place.bias is not None:
+            bias.copy_(_with_bias(place, weight, content))
+        else:
+            bias.copy_(content)
+            self._undo.pop(id(bias), None)
 
     def _copy(self, tensor: Tensor) -> Tensor:
         return self._arena.copy(tensor) if tensor.device.type == "cpu" else tensor.clone()
@@ -317,37 +330,45 @@ def _places(
             bias = _writable(host, where, "bias")
         if any(users.get(id(tensor), 1) > 1 for tensor in (weight, bias) if tensor is not None):
             raise AdapterError(f"{where}: another layer has the same weight, and would change too; keep it unmerged")
-        found[id(weight)] = _Place(weight, where, layers, bias)
+        found[id(weight)] = _Place(weight, where, f"{path}.weight", layers, bias)
     return found
 
 
-def _merge_(place: _Place, original: Tensor, fresh: bool, compact: bool | None, scratch: Scratch) -> Compact | None:
-    """Write the original with adapters in it, or nothing; what restores it, unless that is to be a copy.
+def _fold_(
+    place: _Place,
+    ways: tuple[Folding, Folding],
+    original: Tensor,
+    *,
+    fresh: bool = False,
+    scratch: Scratch | None = None,
+) -> Compact | None:
+    """Write the original with adapters in it.
 
     Args:
-        original: content of the tensor before any merging, in other memory.
+        ways: there and back.
+        original: content of the tensor before any merging.
         fresh: the tensor still has that.
-        scratch: its number 0 is not used.
+        scratch: to find out what restores it; its number 0 is not used.
+
+    Returns:
+        What restores it, if that was asked for and is less than a copy.
+
+    Raises:
+        AdapterError: the result is not finite, and written nevertheless.
     """
-    weight, original = place.tensor.detach(), original.contiguous()
-    way, back = folding(place.layers, original)
-    if compact is None:
-        compact = isinstance(back, LowRank) and original.element_size() < 4
-    target = weight if fresh and weight.is_contiguous() else original.clone()
-    corrections: list[Corrections] = []
-    try:
-        for rows in back.pieces():
-            piece = target[rows]
-            way.merge_(piece, rows)
-            compact = compact and back.settle(original[rows], piece)
-            if compact:
-                corrections.append(Corrections.between(original[rows], back.bounds(piece, rows, scratch)))
-        _refuse_non_finite(place.where, target)
-    except BaseException:
-        if target is weight:
-            weight.copy_(original)
-        raise
-    if target is not weight:
+    weight, (forth, back) = place.tensor.detach(), ways
+    direct = weight.is_contiguous() and weight.dtype == original.dtype
+    target = weight if direct else torch.empty_like(original)
+    source = weight if direct and fresh else original
+    compact, corrections = scratch is not None, list[Corrections]()
+    for rows in back.pieces():
+        piece = target[rows]
+        forth.merge(source[rows], rows, piece)
+        compact = compact and back.settle(original[rows], piece)
+        if compact and scratch is not None:
+            corrections.append(Corrections.between(original[rows], back.bounds(piece, rows, scratch)))
+    _refuse_non_finite(place.where, target)
+    if not direct:
         weight.copy_(target)
     if not compact:
         return None
@@ -383,5 +404,5 @@ def _refuse_non_finite(where: str, rounded: Tensor) -> None:
     # float8 has no order of its own, and no sum; widening keeps its NaNs.
     wide = rounded.float() if rounded.dtype in FLOAT8 else rounded
     # A sum is quick, and finite only if all of its terms are; a large one need not be.
-    if not torch.isfinite(wide.sum()) and not all(torch.isfinite(extreme) for extreme in torch.aminmax(wide)):
+    if not math.isfinite(wide.sum()) and not all(map(math.isfinite, torch.aminmax(wide))):
         raise AdapterError(f"{where}: merging gives values that {rounded.dtype} cannot hold; nothing was written")

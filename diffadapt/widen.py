@@ -19,6 +19,7 @@ from diffadapt.adapter import AdapterLayer
 from diffadapt.errors import AdapterError
 from diffadapt.hooks import copies_weights, resting_tensor
 from diffadapt.layer import LayerSpec
+from diffadapt.undo import Copy, Undo
 
 _INPUTS = {"FluxTransformer2DModel": ("x_embedder", "proj_out")}
 """Class of a model -> its layer that reads the latents, and the one that writes them."""
@@ -61,13 +62,13 @@ def own_inputs(model: nn.Module, path: str) -> int | None:
 def level_(
     model: nn.Module,
     adapters: Collection[Mapping[str, AdapterLayer | tuple[AdapterLayer, ...]]],
-    originals: list[tuple[Tensor, Tensor]],
+    undo: list[Undo],
 ) -> None:
     """Give the input layer the inputs that the widest of `adapters` needs, and all of them as many.
 
     Args:
         adapters: of each its layers by module path; the slots of a model are one of them.
-        originals: see `Bank.originals`; replaced for the layer's weight.
+        undo: see `Bank`; replaced for the layer's weight.
 
     Raises:
         AdapterError: the layer or one of the adapters cannot be changed. Nothing has changed then.
@@ -83,7 +84,7 @@ def level_(
         _refuse_inputs(path, layer, inputs)
     if inputs != host.in_features:
         _refuse_layer(model, path, host)
-        _resize_(model, host, inputs, originals)
+        _resize_(model, host, inputs, undo)
     for layer in layers:
         if layer.spec.in_features != inputs:
             layer.__dict__["spec"] = replace(layer.spec, in_features=inputs)
@@ -135,12 +136,12 @@ def _refuse_layer(model: nn.Module, path: str, host: nn.Linear) -> None:
         )
 
 
-def _resize_(model: nn.Module, host: nn.Linear, inputs: int, originals: list[tuple[Tensor, Tensor]]) -> None:
+def _resize_(model: nn.Module, host: nn.Linear, inputs: int, undo: list[Undo]) -> None:
     was, original = host.in_features, _original(host)
     resting = resting_tensor(host, "weight")
-    for number, (tensor, content) in enumerate(originals):
-        if tensor is resting:
-            originals[number] = tensor, _resized(content, 1, inputs)
+    for number, way in enumerate(undo):
+        if way.tensor is resting:
+            undo[number] = Copy(way.tensor, _resized(way.restored(), 1, inputs))
     with torch.no_grad():
         for tensor in (host.weight, resting):
             if tensor is not None and tensor.shape[1] != inputs:

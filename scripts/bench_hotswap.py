@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from bench_load import ENDINGS, RANK, Figures, cell, lora_file, sdxl_unet, timed, versions
@@ -22,6 +23,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import diffadapt
 
 RESIDENT = 25
+BASE = "base.safetensors"
 Tensors = dict[str, Tensor]
 
 
@@ -89,17 +91,23 @@ def speed_of_diffusers(unet: nn.Module, sources: list[Tensors], file: Path, figu
 
 
 def merge_of_ours(unet: nn.Module, sources: list[Tensors], file: Path, figures: Figures) -> None:
-    """Into the weights and back, with copies and without, and one in the place of another; what memory either keeps."""
+    """Into the weights and back, by what undoes it, and one in the place of another; what memory is kept for that."""
     adapters = diffadapt.adapters(unet)
     # As strong as usual: random factors of unit size change a weight by many times its size.
     diffadapt.load_adapter(unet, sources[0], "a", scale=3e-5)
     other = adapters.prefetch(sources[1])
-    for compact, how in ((None, ""), (False, ", keeping copies")):
+    after: Any = [other, sources[0], sources[1]]
+    ways: dict[str, dict[str, Any]] = {
+        "": {},
+        ", keeping copies": {"compact": False},
+        ", reading the base file": {"base_files": file.parent / BASE},
+    }
+    for (how, options), source in zip(ways.items(), after, strict=True):
         with timed(figures, f"merge{how}"):
-            adapters.merge("a", compact=compact)
+            adapters.merge("a", **options)
         figures.setdefault(f"memory kept, MiB{how}", []).append(adapters.undo_bytes / 2**20)
         with timed(figures, f"hotswap of the merged one{how}"):
-            adapters.hotswap("a", other if compact is None else sources[0])
+            adapters.hotswap("a", source)
         with timed(figures, f"unmerge, exact{how}"):
             adapters.unmerge()
     adapters.clear()
@@ -125,10 +133,11 @@ def merge_of_diffusers(unet: nn.Module, sources: list[Tensors], file: Path, figu
 def speed(rounds: int) -> None:
     """Print the first table."""
     unets = sdxl_unet(), sdxl_unet()
-    for unet in unets:
-        for path, module in unet.named_modules():
-            if path.endswith(ENDINGS) and isinstance(module, nn.Linear):
-                module.weight.data.normal_(std=module.in_features**-0.5)
+    weights: Tensors = {}
+    for path, module in unets[0].named_modules():
+        if path.endswith(ENDINGS) and isinstance(module, nn.Linear):
+            weights[f"{path}.weight"] = module.weight.data.normal_(std=module.in_features**-0.5)
+            unets[1].get_parameter(f"{path}.weight").data.copy_(module.weight)
     tensors = lora_file(unets[0])
     sources = [tensors, {key: tensor.flip(0) for key, tensor in tensors.items()}]
     figures: tuple[Figures, Figures] = {}, {}
@@ -136,6 +145,7 @@ def speed(rounds: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "lora.safetensors"
         save_file(tensors, file)
+        save_file(weights, file.parent / BASE)
         for number in range(rounds + 1):
             print(f"round {number} of {rounds}", file=sys.stderr)
             for pair in pairs:

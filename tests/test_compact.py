@@ -9,9 +9,11 @@ from torch import nn
 
 import diffadapt
 from diffadapt.attach import bank_of
+from diffadapt.compact import Compact
 from diffadapt.corrections import Corrections
 from diffadapt.folding import LowRank
 from diffadapt.memory import Scratch
+from diffadapt.undo import Copy
 from tests.compare import assert_unchanged, snapshot
 from tests.test_compile import unet
 from tests.test_hotswap import CONFIGS, ON_CONVOLUTIONS, make
@@ -135,7 +137,7 @@ def test_other_threads_and_another_order_of_ranks_restore_every_bit(
     adapters.activate({"a": 0.02})
     adapters.merge("a", compact=True)
     assert not torch.equal(net[0].weight.float(), before.float())
-    assert bank_of(net).compact
+    assert [type(way) for way in bank_of(net).undo] == [Compact]
     order = torch.randperm(2)
     for name, axis in (("lora_down", 0), ("lora_up", 1), ("hada_w1_a", 1), ("hada_w1_b", 0)):
         tensor = adapter.layers["0"].tensors.get(name)
@@ -190,8 +192,8 @@ def test_a_bfloat16_product_is_rounded_once_on_this_processor() -> None:
     for rank in (1, 16, 17, 128, 512):
         weight, up, down = (torch.randn(shape).bfloat16() for shape in ((384, 256), (384, rank), (rank, 256)))
         short, long = weight.clone(), weight.clone()
-        LowRank(up, down, 0.037, torch.float32).merge_(short, slice(None))
-        LowRank(up.float() * 0.037, down.float(), 1.0, torch.float32).merge_(long, slice(None))
+        LowRank(up, down, 0.037, torch.float32).merge(short, slice(None), short)
+        LowRank(up.float() * 0.037, down.float(), 1.0, torch.float32).merge(long, slice(None), long)
         assert (short != long).float().mean() < 2e-3
         exact = weight.double() + 0.037 * up.double() @ down.double()
         assert ((short.double() - exact).abs() <= exact.abs() * 2.0**-8 * 1.0001 + 1e-6).all()
@@ -209,13 +211,13 @@ def test_by_default_low_rank_changes_in_half_precision_are_compact(tmp_path: Pat
         diffadapt.load_adapter(model, make(unet, ALL[name], tmp_path / "a"), "a", scale=0.05)
         diffadapt.adapters(model).merge()
         bank = bank_of(model)
-        assert (bool(bank.compact), bool(bank.originals)) == (is_compact, not is_compact)
+        assert {type(way) for way in bank.undo} == {Compact if is_compact else Copy}
         with diffadapt.adapters(model).disabled():
-            assert not bank.compact
-        assert bool(bank.compact) == is_compact
+            assert not bank.undo
+        assert {type(way) for way in bank.undo} == {Compact if is_compact else Copy}
         diffadapt.adapters(model).unmerge()
         diffadapt.adapters(model).merge(compact=not is_compact)
-        assert bool(bank.compact) != is_compact
+        assert any(isinstance(way, Compact) for way in bank.undo) != is_compact
 
 
 @torch.no_grad()
