@@ -188,7 +188,7 @@ class Builder:
         # A caller's tensors are taken as they are where they fit: a copy is half the time and twice the memory.
         own = tensor.detach()
         if self._checkpoint.mapped or own.dtype != dtype or own.device != device or not own.is_contiguous():
-            own = own.to(device=device, dtype=dtype, copy=self._checkpoint.mapped).contiguous()
+            own = own.to(device, dtype, copy=self._checkpoint.mapped).contiguous()
         return own.pin_memory() if self._pinned else own
 
     def _paths_of_parts(self, path: str, group: Group, count: int) -> list[str]:

@@ -306,6 +306,10 @@ class Reservation(LayerTree):
         Raises:
             AdapterError: there is no room; the message names a layer, what it needs and what there is.
         """
+        if [*new] == [*gone] and len(new) == 1:
+            (name, forms), *_ = new.items()
+            if name in self.seated and self._suits(self.seated[name], forms):
+                return Arrangement(self, new, {name: self.seated[name]}, ())
         problem: AdapterError | None = None
         for count in range(len(leaving) + 1):
             left = (*gone, *leaving[:count])
@@ -321,12 +325,16 @@ class Reservation(LayerTree):
 
     @torch.no_grad()
     def seat(self, name: str, forms: Forms, seat: Seat) -> None:
-        """Write an adapter into a seat that `arrange` found. Its gates stay zero."""
+        """Write an adapter into a seat that `arrange` found, perhaps its own. Its gates become zero."""
+        keeps = self.seated.get(name) is seat
+        if keeps:
+            self._gates.index_fill_(-1, seat.cells, 0.0)
         into: list[Tensor] = []
         what: list[Tensor] = []
         parts = (form for layer in forms.values() for form in layer)
         for (slot, rows), form in zip(seat.taken, parts, strict=True):
-            slot.__dict__["free"] = _without(slot.free, rows)
+            if not keeps:
+                slot.__dict__["free"] = _without(slot.free, rows)
             into += slot.at(rows)
             what += slot.content(form, rows)
         if into:
@@ -348,21 +356,13 @@ class Reservation(LayerTree):
         """Free the seat of an adapter, if it has one, and leave nothing there."""
         left = self.leave(name)
         if left is not None:
-            self.wipe([left])
+            _wipe(left.taken)
 
     @torch.no_grad()
     def wipe(self, seats: Iterable[Seat]) -> None:
-        """Zeros into what is free of these seats. With what was left there a product may not be finite, and that times
-        the gate zero is not zero.
-        """
-        left: list[Tensor] = []
-        for seat in seats:
-            for slot, rows in seat.taken:
-                free = _without(rows, _without(rows, slot.free)) if slot.free else ()
-                if free:
-                    left += slot.at(free)
-        if left:
-            torch._foreach_zero_(left)
+        """Zeros into what is free of these seats."""
+        taken = ((slot, rows) for seat in seats for slot, rows in seat.taken if slot.free)
+        _wipe((slot, _without(rows, _without(rows, slot.free))) for slot, rows in taken)
 
     @torch.no_grad()
     def open(self, gates: Mapping[str, Tensor]) -> None:
@@ -385,6 +385,14 @@ class Reservation(LayerTree):
             for slot, rows in self.seated[name].taken if name in self.seated else ():
                 free[slot] = _joined(free.get(slot, slot.free), rows)
         return free
+
+    def _suits(self, seat: Seat, forms: Forms) -> bool:
+        """Whether an adapter of these forms takes exactly what a seat has."""
+        parts = [(path, form) for path, layer in forms.items() for form in layer]
+        return len(parts) == len(seat.taken) and all(
+            slot.key == form.key and sum(map(len, rows)) == form.rows and slot in self.slots.get(path, ())
+            for (path, form), (slot, rows) in zip(parts, seat.taken, strict=True)
+        )
 
     def _find(self, forms: Forms, free: dict[Slot, Rows]) -> Seat:
         """A seat, which is taken out of `free`: rows by slot, where they differ from the slot's own."""
@@ -446,10 +454,19 @@ class Arrangement:
 
     def carry_out(self) -> None:
         """Write the adapters into their seats; their gates stay zero."""
-        left = [self.reservation.leave(name) for name in (*self.leaving, *self.new)]
+        seated = self.reservation.seated
+        leaving = (*self.leaving, *(name for name in self.new if self.seats[name] is not seated.get(name)))
+        left = [self.reservation.leave(name) for name in leaving]
         for name, forms in self.new.items():
             self.reservation.seat(name, forms, self.seats[name])
         self.reservation.wipe(seat for seat in left if seat is not None)
+
+
+def _wipe(taken: Iterable[tuple[Slot, Rows]]) -> None:
+    """Zeros into rows: with what was left there a product may not be finite, and that times the gate 0 is not 0."""
+    left = [part for slot, rows in taken for part in slot.at(rows)]
+    if left:
+        torch._foreach_zero_(left)
 
 
 def _levelled(needs: Mapping[str, Needs]) -> dict[str, Needs]:
