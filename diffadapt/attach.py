@@ -332,10 +332,10 @@ def _level_(model: nn.Module, adapters: Collection[Adapter], bank: Bank | None, 
 
 def _release_unused_(model: nn.Module, bank: Bank) -> None:
     """Give back layers that nothing is left on and, when nothing at all is left, the bank and its hooks."""
-    used = {path for adapter in bank.adapters.values() for path in adapter.layers}
-    if bank.reservation is not None:
-        used.update(bank.reservation.slots)
-    for path in [path for path in bank.hosts if path not in used]:
+    unused = set(bank.hosts) if bank.reservation is None else bank.hosts.keys() - bank.reservation.slots.keys()
+    for adapter in bank.adapters.values() if unused else ():
+        unused.difference_update(adapter.layers)
+    for path in unused:
         _release_(bank.hosts.pop(path))
         bank.attentions.pop(path, None)
     if not bank._modules:

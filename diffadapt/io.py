@@ -93,11 +93,14 @@ class OpenFile:
     def __init__(self, file: Path) -> None:
         """
         Raises:
-            AdapterError: it is no safetensors file, or it is damaged.
+            AdapterError: it cannot be opened, is no safetensors file, or is damaged.
         """
         self.origin = str(file)
-        # Open, it is the same file even when another gets its name.
-        self._handle = os.open(file, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        try:
+            # Open, it is the same file even when another gets its name.
+            self._handle = os.open(file, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        except OSError as error:
+            raise AdapterError(f"{file}: cannot be opened ({error.strerror})") from error
         weakref.finalize(self, os.close, self._handle)
         self._state = self._present_state()
         self.tensors = _from_file(file, file.stem, None, headers_only=False).tensors

@@ -211,6 +211,12 @@ def test_a_file_that_changes_meanwhile(change: str, tmp_path: Path) -> None:
     assert torch.equal(predict(model), merged)
 
 
+def unreadable(file: Path) -> dict[str, Any]:
+    file.unlink()
+    file.symlink_to(file)
+    return {"base_files": file.parent, "match": "no .safetensors file"}
+
+
 def damaged(file: Path) -> dict[str, Any]:
     file.write_bytes(file.read_bytes()[:-10])
     return {"base_files": file, "match": "not a readable safetensors file"}
@@ -223,8 +229,9 @@ def damaged(file: Path) -> dict[str, Any]:
         lambda file: {"base_files": {"vae": file}, "match": "no component vae"},
         lambda file: {"base_files": other_model(file.parent.parent), "match": "none of the weights of unet"},
         damaged,
+        unreadable,
     ],
-    ids=["nowhere", "component", "other model", "damaged"],
+    ids=["nowhere", "component", "other model", "damaged", "unreadable"],
 )
 def test_what_cannot_be_used_is_said_before_anything_changes(
     fault: Callable[[Path], dict[str, Any]], tmp_path: Path
