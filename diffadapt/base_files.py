@@ -1,7 +1,7 @@
 """The files that the weights of a model were read from: what is in them need not be kept to undo a merge."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from diffadapt.attach import bank_of
 from diffadapt.corrections import same_bits
 from diffadapt.errors import AdapterError
 from diffadapt.hooks import resting_tensor
@@ -117,12 +118,22 @@ def _opened(component: str, model: nn.Module, path: Path) -> tuple[OpenFile, ...
     if not found:
         raise AdapterError(f"base_files: {path} has no .safetensors file for {component}; pass the file or its folder")
     files = tuple(OpenFile(file) for file in found)
-    own = ((f"{at}.{name}", resting_tensor(m, name)) for at, m in model.named_modules() for name in m._parameters)
-    # Many models have the same ones and zeros in norms and biases.
-    weights = ((name, tensor) for name, tensor in own if tensor is not None and tensor.ndim > 1)
-    if not any(Stored.of(tensor, component, name, files) for name, tensor in weights):
+    if not any(Stored.of(original, component, name, files) for name, original in _originals(model)):
         raise AdapterError(
             f"base_files: {path} has none of the weights of {component} as they are; expected the files that it was "
             "read from"
         )
     return files
+
+
+def _originals(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a model by name, as they were before any merging."""
+    bank = bank_of(model)
+    merged = {} if bank is None else {id(way.tensor): way for way in bank.undo}
+    for path, module in model.named_modules():
+        for name in module._parameters:
+            tensor = resting_tensor(module, name)
+            # Many models have the same ones and zeros in norms and biases.
+            if tensor is not None and tensor.ndim > 1:
+                original = merged[id(tensor)].restored() if id(tensor) in merged else tensor
+                yield f"{path}.{name}".removeprefix("."), original

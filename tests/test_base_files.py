@@ -278,6 +278,23 @@ def test_a_merge_that_fails_halfway_changes_nothing(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("compact", [True, False])
+def test_a_model_all_of_whose_weights_are_merged_is_known_by_what_they_were(compact: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(32, 48, bias=False)).requires_grad_(False)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    before = snapshot(model)
+    for name in ("a", "b"):
+        diffadapt.add_adapter(model, diffadapt.LoraConfig(rank=2, target_modules=["0"], init=False), name)
+    adapters = diffadapt.adapters(model)
+    adapters.merge("a", compact=compact)
+    adapters.merge("b", base_files=tmp_path / "model.safetensors")
+    assert adapters.merged == ["a", "b"]
+    adapters.clear()
+    assert_unchanged(model, before)
+
+
+@torch.no_grad()
 def test_copies_of_a_merged_model(tmp_path: Path) -> None:
     model = loaded(saved(tmp_path / "unet"))
     base = predict(model)

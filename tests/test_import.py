@@ -208,7 +208,7 @@ def test_imports_point_one_way() -> None:
         ),
         ("diffadapt.undo", set[str]()),
         ("diffadapt.compact", {"folding", "corrections", "undo", "errors"}),
-        ("diffadapt.base_files", {"io", "corrections", "undo", "hooks", "errors"}),
+        ("diffadapt.base_files", {"io", "attach", "corrections", "undo", "hooks", "errors"}),
         ("diffadapt.corrections", set[str]()),
         ("diffadapt.memory", set[str]()),
         ("diffadapt.pool", {"manager", "loaded", "load", "io", "locks", "errors"}),
