@@ -84,7 +84,8 @@ def test_a_compiled_denoiser_takes_other_mixes_without_a_recompile(counter: Comp
             pipe.adapters.prepare_hotswap(list(sources.values()), slots=2, samples=2)
         for name, source in sources.items():
             owner.load_adapter(source, name)
-    pipe.unet = torch.compile(pipe.unet, backend=counter, fullgraph=True)
+    bare = pipe.unet
+    pipe.unet = torch.compile(bare, backend=counter, fullgraph=True)
     uniform = drawn(pipe, PROMPTS[:2], 0)
     assert_same(uniform, drawn(plain, PROMPTS[:2], 0), 2e-5)
     assert counter.frame_count == 1
@@ -97,7 +98,7 @@ def test_a_compiled_denoiser_takes_other_mixes_without_a_recompile(counter: Comp
         assert_differs(compiled, uniform, 1e-3)
     assert_same(drawn(pipe, PROMPTS[:2], 0), uniform)
     assert counter.frame_count == 1
-    pipe.unet = pipe.unet._orig_mod
+    pipe.unet = bare
     # Another batch: the samples are all alike there, and that is all that can be.
     assert_same(drawn(pipe, PROMPTS[:1], 0, images=1), drawn(plain, PROMPTS[:1], 0, images=1), 2e-5)
     with pytest.raises(diffadapt.AdapterError, match=r"3 mixes, but the slots of .* are for 2 samples"):
