@@ -96,6 +96,11 @@ class Bank(nn.Module):
         return found if isinstance(found, Reservation) else None
 
     @property
+    def ways(self) -> dict[int, Undo]:
+        """The ways back by `id` of the base tensor."""
+        return {id(way.tensor): way for way in self.undo}
+
+    @property
     def adapters(self) -> dict[str, Adapter]:
         """Adapters by name, in the order they were attached."""
         return {name: child for name, child in self._modules.items() if isinstance(child, Adapter)}

@@ -112,10 +112,9 @@ def _remembered(component: str, model: nn.Module) -> Path:
 def _opened(component: str, model: nn.Module, path: Path) -> tuple[OpenFile, ...]:
     """A file, or those of a folder or else of its folder for this component, or of all of its folders."""
     patterns = ("*.safetensors", f"{component}/*.safetensors", "*/*.safetensors")
-    found = [path] if path.is_file() else []
-    while not found and patterns:
-        found, patterns = sorted(file for file in path.glob(patterns[0]) if file.is_file()), patterns[1:]
-    if not found:
+    groups = ([path], *(path.glob(pattern) for pattern in patterns))
+    found = next(filter(None, (sorted(filter(Path.is_file, group)) for group in groups)), None)
+    if found is None:
         raise AdapterError(f"base_files: {path} has no .safetensors file for {component}; pass the file or its folder")
     files = tuple(OpenFile(file) for file in found)
     if not any(Stored.of(original, component, name, files) for name, original in _originals(model)):
@@ -129,7 +128,7 @@ def _opened(component: str, model: nn.Module, path: Path) -> tuple[OpenFile, ...
 def _originals(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The weights of a model by name, as they were before any merging."""
     bank = bank_of(model)
-    merged = {} if bank is None else {id(way.tensor): way for way in bank.undo}
+    merged = {} if bank is None else bank.ways
     for path, module in model.named_modules():
         for name in module._parameters:
             tensor = resting_tensor(module, name)

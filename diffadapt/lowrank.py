@@ -119,12 +119,12 @@ class Part:
     """An adapter layer with a strength.
 
     Attributes:
-        originals: `id` of a base tensor -> its content before merging, see `Bank.undo`.
+        originals: `id` of a base tensor -> what gives its content before merging, see `Bank.ways`.
     """
 
     layer: AdapterLayer
     strength: float
-    originals: Mapping[int, Tensor]
+    originals: Mapping[int, Callable[[], Tensor]]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -141,7 +141,7 @@ class Part:
         tensor = resting_tensor(self.layer.host, name)
         if tensor is None:
             return None
-        return self.originals[id(tensor)] if id(tensor) in self.originals else decoded(self.layer.host, name)
+        return self.originals[id(tensor)]() if id(tensor) in self.originals else decoded(self.layer.host, name)
 
     def ready(self, weight: Tensor) -> Ready:
         """As `compose.wide`, with this strength in place of the present one."""
@@ -368,7 +368,7 @@ def _sources(
         bank = bank_of(model)
         if bank is None:
             continue
-        originals = {id(way.tensor): way.restored() for way in bank.undo}
+        originals = {key: way.restored for key, way in bank.ways.items()}
         for name, by_component in strengths.items():
             layers = bank.adapters[name].layers if name in bank.adapters else {}
             given = by_component.get(component, 0.0)

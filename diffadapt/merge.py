@@ -224,7 +224,7 @@ class _Moves:
         self._files = keeping.files.get(component, ())
         users = Counter(id(own) for module in model.modules() for own in module._parameters.values() if own is not None)
         self._before, self._after = (_places(component, adapters, hosts, users) for adapters in (present, wanted))
-        self._undo: dict[int, Undo] = {} if bank is None else {id(way.tensor): way for way in bank.undo}
+        self._undo: dict[int, Undo] = {} if bank is None else bank.ways
         self._done: list[_Step] = []
         self._arena, self._scratch = Arena(), Scratch()
 

@@ -324,21 +324,22 @@ class Reservation(LayerTree):
         raise problem
 
     @torch.no_grad()
-    def seat(self, name: str, forms: Forms, seat: Seat) -> None:
-        """Write an adapter into a seat that `arrange` found, perhaps its own. Its gates become zero."""
-        keeps = self.seated.get(name) is seat
-        if keeps:
-            self._gates.index_fill_(-1, seat.cells, 0.0)
+    def write(self, forms: Forms, seat: Seat) -> None:
+        """Write an adapter into its seat. Its gates become zero."""
+        self._gates.index_fill_(-1, seat.cells, 0.0)
         into: list[Tensor] = []
         what: list[Tensor] = []
         parts = (form for layer in forms.values() for form in layer)
         for (slot, rows), form in zip(seat.taken, parts, strict=True):
-            if not keeps:
-                slot.__dict__["free"] = _without(slot.free, rows)
             into += slot.at(rows)
             what += slot.content(form, rows)
         if into:
             torch._foreach_copy_(into, what, non_blocking=True)
+
+    def take(self, name: str, seat: Seat) -> None:
+        """Give an adapter that has none a seat that `arrange` found."""
+        for slot, rows in seat.taken:
+            slot.__dict__["free"] = _without(slot.free, rows)
         self.seated[name] = seat
 
     @torch.no_grad()
@@ -453,18 +454,20 @@ class Arrangement:
     leaving: Sequence[str]
 
     def carry_out(self) -> None:
-        """Write the adapters into their seats; their gates stay zero."""
+        """Write the adapters into their seats; their gates become zero."""
         seated = self.reservation.seated
-        leaving = (*self.leaving, *(name for name in self.new if self.seats[name] is not seated.get(name)))
-        left = [self.reservation.leave(name) for name in leaving]
+        moving = [name for name in self.new if self.seats[name] is not seated.get(name)]
+        left = [self.reservation.leave(name) for name in (*self.leaving, *moving)]
+        for name in moving:
+            self.reservation.take(name, self.seats[name])
         for name, forms in self.new.items():
-            self.reservation.seat(name, forms, self.seats[name])
+            self.reservation.write(forms, self.seats[name])
         self.reservation.wipe(seat for seat in left if seat is not None)
 
 
 def _wipe(taken: Iterable[tuple[Slot, Rows]]) -> None:
     """Zeros into rows: with what was left there a product may not be finite, and that times the gate 0 is not 0."""
-    left = [part for slot, rows in taken for part in slot.at(rows)]
+    left = [part for slot, rows in taken if rows for part in slot.at(rows)]
     if left:
         torch._foreach_zero_(left)
 

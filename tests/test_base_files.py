@@ -329,7 +329,7 @@ def test_what_needs_the_originals_reads_them(tmp_path: Path) -> None:
     adapters.to_lora({"a": 1.0}, "b", rank=3)
     pairs = [list(diffadapt.adapters(owner)["b"].components["unet"].parameters()) for owner in (model, expected)]
     assert all(torch.equal(mine, other) for mine, other in zip(*pairs, strict=True))
-    # What is merged beside it goes on the same way, and what it changes is read from the same files.
+    # What is merged later without files is kept otherwise, and what was merged before goes on being read.
     diffadapt.load_adapter(model, lora, "c", scale=0.5)
     adapters.merge("c")
     assert {type(way) for way in bank_of(model).undo} == {Stored, Copy}
