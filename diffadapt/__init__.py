@@ -1,23 +1,27 @@
 """Adapters for diffusers pipelines: `import diffadapt`, then `pipe.load_adapter("anything.safetensors")`."""
 
-from diffadapt.block_weights import block_weights
-from diffadapt.config import AdapterConfig
-from diffadapt.convert import convert
-from diffadapt.create import add_adapter
 from diffadapt.errors import AdapterError, LoadError
-from diffadapt.inspection import inspect
-from diffadapt.io import read_pickle
-from diffadapt.loaded import LoadedAdapter
-from diffadapt.lowrank import Conversion
-from diffadapt.manager import Adapters
-from diffadapt.pipeline import adapters_of as adapters
-from diffadapt.pipeline import install
-from diffadapt.pipeline import load_adapter_into_model as load_adapter
-from diffadapt.pool import AdapterPool
-from diffadapt.prompt_tags import parse_prompt
-from diffadapt.report import Report
-from diffadapt.schedules import Cosine, Linear, Piecewise, Schedule
+from diffadapt.files.pickles import read_pickle
+from diffadapt.loading.conversion import convert
+from diffadapt.loading.plan import Plan
+from diffadapt.loading.report import Report
+from diffadapt.management.create import add_adapter
+from diffadapt.management.manager import Adapters
+from diffadapt.management.pool import AdapterPool
+from diffadapt.management.reserving import Reserved
+from diffadapt.management.snapshot import LoadedAdapter
+from diffadapt.pipelines.entry import adapters_of as adapters
+from diffadapt.pipelines.entry import load_adapter_into_model as load_adapter
+from diffadapt.pipelines.inspection import inspect
+from diffadapt.pipelines.installation import install
+from diffadapt.runtime.adapter import Adapter
+from diffadapt.strengths.block_lists import block_weights
+from diffadapt.strengths.prompt_tags import parse_prompt
+from diffadapt.strengths.schedules import Cosine, Linear, Piecewise, Schedule
+from diffadapt.to_lora.combine import Combination
+from diffadapt.to_lora.report import Conversion
 from diffadapt.types.boft import BOFTConfig
+from diffadapt.types.config import AdapterConfig
 from diffadapt.types.full import FullConfig
 from diffadapt.types.glora import GLoRAConfig
 from diffadapt.types.ia3 import IA3Config
@@ -28,11 +32,13 @@ from diffadapt.types.oft import OFTConfig
 
 __version__ = "0.1.0"
 __all__ = [
+    "Adapter",
     "AdapterConfig",
     "AdapterError",
     "AdapterPool",
     "Adapters",
     "BOFTConfig",
+    "Combination",
     "Conversion",
     "Cosine",
     "FullConfig",
@@ -46,7 +52,9 @@ __all__ = [
     "LoraConfig",
     "OFTConfig",
     "Piecewise",
+    "Plan",
     "Report",
+    "Reserved",
     "Schedule",
     "adapters",
     "add_adapter",

@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from diffadapt.inspection import inspect
+    from diffadapt.pipelines.inspection import inspect
 
     report = inspect(options.file)
     print(report)
@@ -42,7 +42,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    from diffadapt.convert import convert
+    from diffadapt.loading.conversion import convert
 
     print(convert(options.file, options.output, options.to, family=options.family))
     return 0

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from diffadapt.errors import AdapterError
-from diffadapt.scales import Strength
+from diffadapt.strengths.by_prefix import Strength
 
 PROMPTS = (
     "a sks critter on a yellow background",

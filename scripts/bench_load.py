@@ -26,10 +26,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import diffadapt
+from diffadapt.files.read import read
 from diffadapt.formats import detect
-from diffadapt.formats.format import Names, Place
-from diffadapt.io import read
-from diffadapt.targets import Targets
+from diffadapt.formats.names import Names
+from diffadapt.formats.verdicts import Place
+from diffadapt.runtime.targets import Targets
 
 SDXL = {
     "addition_embed_type": "text_time",

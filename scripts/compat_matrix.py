@@ -1,7 +1,7 @@
 """Write `docs/compatibility.md`: what becomes of files of every family, dialect and type, here and in diffusers.
 
-Every cell is the result of a run; nothing is written by hand. How files are made and judged: `tests/matrix.py` and
-`tests/judge.py`. Run it from the root of the repository:
+Every cell is the result of a run; nothing is written by hand. How files are made and judged: `tests/support/matrix.py`
+and `tests/support/judge.py`. Run it from the root of the repository:
 
     python -m scripts.compat_matrix                    # everything, one process per core
     python -m scripts.compat_matrix --family flux      # one family, printed and not written
@@ -22,11 +22,11 @@ from pathlib import Path
 
 import torch
 
-from tests.denoisers import SMALL
-from tests.dialects import DIALECTS
-from tests.judge import WRITERS, Outcome, judge
-from tests.listed import FOREIGN, Listed, listed, refusal
-from tests.matrix import KINDS, Workbench, files
+from tests.support.denoisers import SMALL
+from tests.support.dialects import DIALECTS
+from tests.support.judge import WRITERS, Outcome, judge
+from tests.support.listed import FOREIGN, Listed, listed, refusal
+from tests.support.matrix import KINDS, Workbench, files
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "compatibility.md"
@@ -39,7 +39,7 @@ the dialect has names for (linear layers, convolutions, norms; text encoders too
 
 * **loads**: with every tensor used; or why it is refused, which leaves the models as they are.
 * **equals**: the output of every layer, and after merging its weight, are those that a plain formula in float64 gives
-  from the file's tensors (`tests/formulas.py`, within 1e-4 of the change).
+  from the file's tensors (`tests/support/formulas.py`, within 1e-4 of the change).
 * **comes back**: saved in a format and loaded again, every tensor is the same bit for bit, and so are scales and
   settings. After "as weights:" are formats that have to put layers together which were trained one by one: other
   factors, the same weights. Formats that are not there cannot hold the adapter, and saving says so.
@@ -48,9 +48,9 @@ the dialect has names for (linear layers, convolutions, norms; text encoders too
   "refuses": an error. "no loader": the pipeline has no such method.
 
 Which layers of a model are one in its original layout is read from the tables in `diffadapt/families/`;
-`tests/test_families.py` holds these against diffusers' converters of whole checkpoints. Files of the dialects are
-written after other programs' code (`tests/dialects.py`). LoRA is there in two rows: as most trainers write it, and with
-another rank and alpha in every layer and on all layers that a model has. All types are: {kinds}.
+`tests/families/test_families.py` holds these against diffusers' converters of whole checkpoints. Files of the dialects
+are written after other programs' code (`tests/support/dialects.py`). LoRA is there in two rows: as most trainers write
+it, and with another rank and alpha in every layer and on all layers that a model has. All types are: {kinds}.
 """
 
 

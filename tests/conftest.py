@@ -11,7 +11,7 @@ import torch
 if TYPE_CHECKING:
     from torch._dynamo.testing import CompileCounterWithBackend  # Which takes long to load.
 
-pytest.register_assert_rewrite("tests.compare", "tests.effort")
+pytest.register_assert_rewrite("tests.support.compare", "tests.support.effort")
 importlib.import_module("diffadapt")
 
 

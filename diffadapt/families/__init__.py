@@ -12,8 +12,9 @@ from torch import nn
 from diffadapt.families.auraflow import AURAFLOW
 from diffadapt.families.cascade import CASCADE
 from diffadapt.families.cosmos import ANIMA, ANIMA_CONDITIONER
-from diffadapt.families.family import Aliases, Family
+from diffadapt.families.family import Aliases, Family, Layout
 from diffadapt.families.flux import CHROMA, FLUX, FLUX2
+from diffadapt.families.fused_parts import FusedPart
 from diffadapt.families.hunyuan import HUNYUAN_IMAGE, HUNYUAN_VIDEO, HUNYUAN_VIDEO_15
 from diffadapt.families.krea2 import KREA2
 from diffadapt.families.ltx import LTX, LTX2
@@ -24,10 +25,8 @@ from diffadapt.families.recognise import pattern, recognise
 from diffadapt.families.sd import CONTROLNET, SD, SD2, SDXL
 from diffadapt.families.sd3 import SD3
 from diffadapt.families.wan import WAN
-from diffadapt.layer import LayerSpec
-from diffadapt.pieces import Piece
-from diffadapt.state import Layout
-from diffadapt.targets import Targets
+from diffadapt.runtime.targets import Targets
+from diffadapt.types.layer_spec import LayerSpec
 
 FAMILIES: tuple[Family, ...] = (
     SD,
@@ -76,13 +75,13 @@ def of_models(components: Mapping[str, nn.Module]) -> str | None:
         model = components.get(name)
         if model is None:
             continue
-        kind = type(model).__name__
-        if kind == "UNet2DConditionModel":
+        class_name = type(model).__name__
+        if class_name == "UNet2DConditionModel":
             return _of_unet(getattr(model, "config", None))
-        if kind in _BY_MODEL:
-            return _BY_MODEL[kind].name
-        if "Transformer" in kind or kind.startswith("UNet"):
-            return re.sub(r"Transformer(\w?D)?(\d?D)?(Model)?$", "", kind).lower() or None
+        if class_name in _BY_MODEL:
+            return _BY_MODEL[class_name].name
+        if "Transformer" in class_name or class_name.startswith("UNet"):
+            return re.sub(r"Transformer(\w?D)?(\d?D)?(Model)?$", "", class_name).lower() or None
     return None
 
 
@@ -105,13 +104,13 @@ def aliases(targets: Targets) -> Aliases:
 
 def fused(targets: Targets) -> Aliases:
     """The names of the projections that diffusers' `fuse_projections()` makes one, which trainers may have found so."""
-    found: dict[str, tuple[Piece, ...]] = {}
+    found: dict[str, tuple[FusedPart, ...]] = {}
     for path in targets.modules:
         for last, name, parts in _FUSED:
             if path.endswith(last):
-                pieces = [path.removesuffix(last) + part for part in parts]
-                if all(piece in targets.modules for piece in pieces):
-                    found[path.removesuffix(last) + name] = tuple(Piece(piece) for piece in pieces)
+                parts = [path.removesuffix(last) + part for part in parts]
+                if all(part in targets.modules for part in parts):
+                    found[path.removesuffix(last) + name] = tuple(FusedPart(part) for part in parts)
     return found
 
 
@@ -121,9 +120,9 @@ def layout(targets: Targets) -> Layout:
     names = {} if family is None else family.original(targets)
     sizes = {path: spec.out_features for path, module in targets.modules.items() if (spec := LayerSpec.of(module))}
     return {
-        name: tuple((piece, sizes[piece.path]) for piece in pieces)
-        for name, pieces in names.items()
-        if all(piece.path in sizes for piece in pieces)
+        name: tuple((part, sizes[part.path]) for part in parts)
+        for name, parts in names.items()
+        if all(part.path in sizes for part in parts)
     }
 
 

@@ -4,8 +4,8 @@ Source: diffusers 0.42.1 `loaders/single_file_utils.py`, `loaders/lora_conversio
 """
 
 from diffadapt.families.family import Aliases, Family, Table, block, weighted
-from diffadapt.pieces import Piece
-from diffadapt.targets import Targets
+from diffadapt.families.fused_parts import FusedPart
+from diffadapt.runtime.targets import Targets
 
 _BLOCK: Table = {
     **{
@@ -50,7 +50,7 @@ ANIMA = Family(
 
 
 def _conditioner(targets: Targets) -> Aliases:
-    return {f"llm_adapter.{path}": (Piece(path),) for path in weighted(targets)}
+    return {f"llm_adapter.{path}": (FusedPart(path),) for path in weighted(targets)}
 
 
 ANIMA_CONDITIONER = Family("anima", ("AnimaTextConditioner",), aliases=_conditioner)

@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from diffadapt.pieces import Piece
-from diffadapt.targets import Targets
+from diffadapt.families.fused_parts import FusedPart
+from diffadapt.runtime.targets import Targets
 
-Aliases: TypeAlias = Mapping[str, tuple[Piece, ...]]
+Aliases: TypeAlias = Mapping[str, tuple[FusedPart, ...]]
 """A layer's name in the original layout -> the model's layers that it consists of, in the order of its outputs."""
 
 Table: TypeAlias = Mapping[str, str | tuple[str, ...]]
@@ -16,6 +16,9 @@ Table: TypeAlias = Mapping[str, str | tuple[str, ...]]
 
 The first `{}` is the first number between two dots in a name, the second the second; other numbers are spelled out.
 """
+
+Layout: TypeAlias = Mapping[str, tuple[tuple[FusedPart, int], ...]]
+"""A layer's name in a model's original layout -> the model's layers it consists of, each with its number of outputs."""
 
 _QKV = ("q", "k", "v")
 
@@ -75,7 +78,7 @@ def weighted(targets: Targets) -> Iterator[str]:
 _NUMBER = re.compile(r"\.(\d+)(?=\.)")
 
 
-def _named(table: Table, swapped: frozenset[str], paths: Iterable[str]) -> dict[str, tuple[Piece, ...]]:
+def _named(table: Table, swapped: frozenset[str], paths: Iterable[str]) -> dict[str, tuple[FusedPart, ...]]:
     if not table:
         return {}
     places: dict[str, list[tuple[str, int, int]]] = {}
@@ -83,7 +86,7 @@ def _named(table: Table, swapped: frozenset[str], paths: Iterable[str]) -> dict[
         parts = (ours,) if isinstance(ours, str) else ours
         for position, part in enumerate(parts):
             places.setdefault(part, []).append((original, position, len(parts)))
-    found: dict[str, list[Piece | None]] = {}
+    found: dict[str, list[FusedPart | None]] = {}
     for path in paths:
         numbers = _NUMBER.findall(path)
         for count in range(min(len(numbers), 2) + 1):
@@ -91,10 +94,10 @@ def _named(table: Table, swapped: frozenset[str], paths: Iterable[str]) -> dict[
                 name = original
                 for number in numbers[:count]:
                     name = name.replace("{}", number, 1)
-                found.setdefault(name, [None] * size)[position] = Piece(path, original in swapped)
-    complete: dict[str, tuple[Piece, ...]] = {}
-    for name, pieces in found.items():
-        present = tuple(piece for piece in pieces if piece is not None)
-        if len(present) == len(pieces):
+                found.setdefault(name, [None] * size)[position] = FusedPart(path, original in swapped)
+    complete: dict[str, tuple[FusedPart, ...]] = {}
+    for name, parts in found.items():
+        present = tuple(part for part in parts if part is not None)
+        if len(present) == len(parts):
             complete[name] = present
     return complete

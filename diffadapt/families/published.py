@@ -137,8 +137,8 @@ def _clip(config: Mapping[str, Any], *, projected: bool = False) -> Callable[[],
     def build() -> nn.Module:
         from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-        kind = CLIPTextModelWithProjection if projected else CLIPTextModel
-        return kind(CLIPTextConfig(**config))
+        encoder_class = CLIPTextModelWithProjection if projected else CLIPTextModel
+        return encoder_class(CLIPTextConfig(**config))
 
     return build
 

@@ -5,15 +5,15 @@ Files of the three differ in the width of the text embeddings that their cross-a
 
 from diffadapt.families import ldm
 from diffadapt.families.family import Aliases, Family, weighted
-from diffadapt.pieces import Piece
-from diffadapt.targets import Targets
+from diffadapt.families.fused_parts import FusedPart
+from diffadapt.runtime.targets import Targets
 
 
 def _aliases(targets: Targets) -> Aliases:
     if "down_blocks.0" not in targets.modules:
         return {}
     found = ldm.names(targets.modules)
-    return {found[path]: (Piece(path),) for path in weighted(targets) if path in found}
+    return {found[path]: (FusedPart(path),) for path in weighted(targets) if path in found}
 
 
 def _controlnet(targets: Targets) -> Aliases:
@@ -30,7 +30,7 @@ def _controlnet(targets: Targets) -> Aliases:
             own[path] = f"input_hint_block.{2 * int(number) + 2}"
         elif path == f"controlnet_down_blocks.{number}":
             own[path] = f"zero_convs.{number}.0"
-    return {**_aliases(targets), **{name: (Piece(path),) for path, name in own.items() if path in targets.modules}}
+    return {**_aliases(targets), **{name: (FusedPart(path),) for path, name in own.items() if path in targets.modules}}
 
 
 CONTROLNET = Family("controlnet", ("ControlNetModel",), aliases=_controlnet)

@@ -4,8 +4,8 @@ Source: diffusers 0.42.1 `loaders/single_file_utils.py`.
 """
 
 from diffadapt.families.family import Aliases, Family, Table, block, joined
-from diffadapt.pieces import Piece
-from diffadapt.targets import Targets
+from diffadapt.families.fused_parts import FusedPart
+from diffadapt.runtime.targets import Targets
 
 _IMAGE: Table = {
     "attn.qkv": joined("attn.to_"),
@@ -33,12 +33,12 @@ _TEXT: Table = {
 
 def _last(targets: Targets) -> Aliases:
     """Where the text ends, its norm is one of two halves, which diffusers has the other way round."""
-    found: dict[str, tuple[Piece, ...]] = {}
+    found: dict[str, tuple[FusedPart, ...]] = {}
     for path in targets.modules:
         start, end, rest = path.partition(".norm1_context.linear")
         if end and not rest and f"{start}.ff_context" not in targets.modules:
             number = start.removeprefix("transformer_blocks.")
-            found[f"joint_blocks.{number}.context_block.adaLN_modulation.1"] = (Piece(path, swapped=True),)
+            found[f"joint_blocks.{number}.context_block.adaLN_modulation.1"] = (FusedPart(path, swapped=True),)
     return found
 
 

@@ -8,7 +8,9 @@ black-forest-labs/flux 802fb47 `src/flux/util.py`.
 import re
 
 from diffadapt.formats import suffixes
-from diffadapt.formats.format import Format, Header, Names, Verdict
+from diffadapt.formats.format import Format, Header
+from diffadapt.formats.names import Names
+from diffadapt.formats.verdicts import Verdict
 
 _NORM = re.compile(r"((?:double|single)_blocks\.\d+\.(?:(?:img|txt)_attn\.)?norm\.(?:query|key)_norm)\.scale")
 

@@ -10,10 +10,12 @@ from collections.abc import Sequence
 
 from diffadapt.errors import AdapterError
 from diffadapt.formats import suffixes
-from diffadapt.formats.format import Format, Header, Names, Unused, Verdict
+from diffadapt.formats.format import Format, Header
 from diffadapt.formats.metadata import parsed
-from diffadapt.layer import LayerSpec
-from diffadapt.targets import Targets
+from diffadapt.formats.names import Names
+from diffadapt.formats.verdicts import Unused, Verdict
+from diffadapt.runtime.targets import Targets
+from diffadapt.types.layer_spec import LayerSpec
 
 _KEY = re.compile(r"(\w+):(\d{1,6}):(up|down)")
 _CLASSES = {"unet": ("CrossAttention", "Attention", "GEGLU"), "text_encoder": ("CLIPAttention",)}

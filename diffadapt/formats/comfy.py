@@ -9,8 +9,10 @@ write them. Sources: ComfyUI `comfy/lora.py`, diffusers 0.42.1 `loaders/lora_con
 """
 
 from diffadapt.formats import prefixes, suffixes
-from diffadapt.formats.format import Format, Header, Names, Verdict
+from diffadapt.formats.format import Format, Header
 from diffadapt.formats.lycoris_dump import dump_comfy
+from diffadapt.formats.names import Names
+from diffadapt.formats.verdicts import Verdict
 
 
 def _matches(header: Header) -> bool:

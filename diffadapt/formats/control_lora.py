@@ -8,7 +8,9 @@ biases for all that is not low-rank. They are for a `ControlNetModel.from_unet(u
 import re
 
 from diffadapt.errors import AdapterError
-from diffadapt.formats.format import Format, Header, Names, Unused, Verdict
+from diffadapt.formats.format import Format, Header
+from diffadapt.formats.names import Names
+from diffadapt.formats.verdicts import Unused, Verdict
 
 _MARK = "lora_controlnet"
 _SIGN = re.compile(rf"{_MARK}$|input_hint_block\.|zero_convs\.")

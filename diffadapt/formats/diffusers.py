@@ -17,9 +17,12 @@ from torch import Tensor
 
 from diffadapt.errors import AdapterError
 from diffadapt.formats import embeddings, peft_config, peft_dump, prefixes, suffixes
-from diffadapt.formats.format import Alphas, Format, Header, Names, Verdict
+from diffadapt.formats.document import AdapterState, Document
+from diffadapt.formats.format import Alphas, Format, Header
 from diffadapt.formats.metadata import parsed
-from diffadapt.state import AdapterState, Document, LayerState
+from diffadapt.formats.names import Names
+from diffadapt.formats.verdicts import Verdict
+from diffadapt.types.layer_state import LayerState
 
 _METADATA = "lora_adapter_metadata"
 _CLIP_LAYERS = "encoder.layers."

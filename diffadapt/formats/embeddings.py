@@ -19,8 +19,10 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from diffadapt.errors import AdapterError
-from diffadapt.formats.format import Format, Header, Names, Unused, Vectors, Verdict
-from diffadapt.state import AdapterState
+from diffadapt.formats.document import AdapterState
+from diffadapt.formats.format import Format, Header
+from diffadapt.formats.names import Names
+from diffadapt.formats.verdicts import Unused, Vectors, Verdict
 
 _BUNDLED = re.compile(r"bundle_emb\.(.+?)\.(string_to_(?:param|token)\..+|[^.]+)")
 _BRACKETED = re.compile(r"<[^<>]+>")

@@ -7,7 +7,9 @@ installed. Source: diffusers 0.42.1 `loaders/unet.py`, `_load_ip_adapter_loras`.
 
 import re
 
-from diffadapt.formats.format import Format, Header, Names, Unused, Verdict
+from diffadapt.formats.format import Format, Header
+from diffadapt.formats.names import Names
+from diffadapt.formats.verdicts import Unused, Verdict
 
 _LORA = re.compile(r"(?:ip_adapter\.)?(\d{1,6})\.(to_(?:[qkv]|out))_lora\.(down|up)\.weight")
 _REST = re.compile(r"image_proj\.|(?:ip_adapter\.)?\d+\.to_[kv]_ip\.weight")

@@ -3,7 +3,9 @@
 import re
 
 from diffadapt.errors import AdapterError
-from diffadapt.formats.format import Format, Header, Names, Verdict
+from diffadapt.formats.format import Format, Header
+from diffadapt.formats.names import Names
+from diffadapt.formats.verdicts import Verdict
 
 
 def _foreign(name: str, keys: str, what: str) -> Format:

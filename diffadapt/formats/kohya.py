@@ -12,8 +12,10 @@ OneTrainer 23df383.
 import re
 
 from diffadapt.formats import prefixes, suffixes
-from diffadapt.formats.format import Alphas, Format, Header, Names, Settings, Unused, Verdict
+from diffadapt.formats.format import Alphas, Format, Header, Settings
 from diffadapt.formats.lycoris_dump import ALWAYS_LIMITED, dump_kohya, dump_onetrainer, is_original
+from diffadapt.formats.names import Names
+from diffadapt.formats.verdicts import Unused, Verdict
 
 _SPLIT_OFT = re.compile(r"(.+)\.(oft_blocks\.(?:0|[1-9]\d{0,2}))")
 

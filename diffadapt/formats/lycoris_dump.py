@@ -11,11 +11,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from diffadapt.errors import AdapterError
+from diffadapt.formats.document import AdapterState, Document
 from diffadapt.formats.embeddings import bundled
 from diffadapt.formats.original import original
 from diffadapt.formats.prefixes import TOP
-from diffadapt.state import AdapterState, Document, LayerState
+from diffadapt.runtime.components import is_text_encoder, text_encoder_number
 from diffadapt.types import named
+from diffadapt.types.layer_state import LayerState
 
 _SPELLINGS = {
     "lora_down": "lora_down.weight",
@@ -66,8 +68,10 @@ def dump_kohya(state: AdapterState) -> dict[str, Document]:
     t5 = {"text_encoder_2": "3"} if state.family == "flux" else {}
 
     def prefix(component: str) -> str:
-        number = t5.get(component) or component.removeprefix("text_encoder").lstrip("_") or "1"
-        return f"lora_te{number if numbered else ''}" if component.startswith("text_encoder") else "lora_unet"
+        if not is_text_encoder(component):
+            return "lora_unet"
+        number = t5.get(component) or text_encoder_number(component) or "1"
+        return f"lora_te{number if numbered else ''}"
 
     layers = [layer for found in state.layers.values() for layer in found.values()]
     limited = {_is_limited(layer) for layer in layers}
@@ -85,11 +89,11 @@ def dump_onetrainer(state: AdapterState) -> dict[str, Document]:
     """OneTrainer: diffusers' names, flattened, under `lora_unet_`, `lora_transformer_` or `lora_prior_unet_`."""
 
     def prefix(component: str) -> str:
-        if not component.startswith("text_encoder"):
+        if not is_text_encoder(component):
             if component not in _ONETRAINER:
                 raise AdapterError(f"{component}: OneTrainer has no name for it; use format='diffusers'")
             return _ONETRAINER[component]
-        return f"lora_te{component.removeprefix('text_encoder').lstrip('_') or '1'}"
+        return f"lora_te{text_encoder_number(component) or '1'}"
 
     single = _text_encoders(state) == ["text_encoder"] and state.family in ("sd", "sd2", None)
     return _document(
@@ -104,7 +108,7 @@ def dump_comfy(state: AdapterState) -> dict[str, Document]:
     text_encoders = _COMFY_TEXT_ENCODERS.get(state.family or "", {})
 
     def name(component: str, path: str) -> str:
-        if not component.startswith("text_encoder"):
+        if not is_text_encoder(component):
             if component not in _IN_CHECKPOINT:
                 raise AdapterError(f"{component}: a ComfyUI file holds one denoiser; save its adapters one by one")
             return path if path.startswith(TOP) else f"diffusion_model.{path}"
@@ -184,7 +188,7 @@ def _hashed(documents: dict[str, Document]) -> dict[str, Document]:
 
 
 def _text_encoders(state: AdapterState) -> list[str]:
-    return [component for component in state.layers if component.startswith("text_encoder")]
+    return [component for component in state.layers if is_text_encoder(component)]
 
 
 def _spelled(where: str, layer: LayerState) -> Iterator[tuple[str, Tensor]]:
@@ -224,12 +228,14 @@ def _alpha(where: str, layer: LayerState, implied: Mapping[str, float]) -> float
     Args:
         implied: settings that the name of the layer says.
     """
-    kind = named(layer.type)
+    adapter_type = named(layer.type)
     for name, value in layer.settings.items():
-        if name not in (kind.alpha_is, "rank", *kind.marks) and value != implied.get(name, kind.settings[name]):
+        if name not in (adapter_type.alpha_is, "rank", *adapter_type.marks) and value != implied.get(
+            name, adapter_type.settings[name]
+        ):
             raise AdapterError(f"{where}: format='kohya' has no place for {name}={value:g}; use 'peft', or to_lora()")
-    if kind.alpha_is is not None:
-        return float(layer.settings[kind.alpha_is])
+    if adapter_type.alpha_is is not None:
+        return float(layer.settings[adapter_type.alpha_is])
     if layer.rank is None:
         # LyCORIS reads one for every LoKr, also where it means nothing.
         return 1.0 if "lokr_w1" in layer.tensors else None

@@ -1,6 +1,6 @@
 """From the model's layers back to those of its original layout, for files that other tools read.
 
-The opposite of what `build.py` does with `pieces.Piece`: query, key and value become one layer again, and the halves
+The opposite of what `build.py` does with `parts.Piece`: query, key and value become one layer again, and the halves
 of an adaptive norm change places. What was cut from one layer is put together as it was, whatever its type. What was
 never one layer can be if it is LoRA or DoRA per output, with a block-diagonal `up`, or whole changes.
 """
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from diffadapt.errors import AdapterError
-from diffadapt.pieces import Piece
-from diffadapt.state import LayerState, Layout
+from diffadapt.families.family import Layout
+from diffadapt.families.fused_parts import FusedPart
 from diffadapt.types import named
+from diffadapt.types.layer_state import LayerState
 
 
 def original(layers: Mapping[str, LayerState], layout: Layout) -> dict[str, LayerState]:
@@ -64,10 +65,10 @@ def _joined(name: str, parts: Sequence[tuple[LayerState | None, int]], swapped: 
 def _as_it_was(parts: Sequence[tuple[LayerState | None, int]]) -> LayerState | None:
     """The layer that comes apart into just these parts, or `None` where they were never one layer."""
     layers = [layer for layer, _ in parts if layer is not None]
-    first, kind = layers[0], named(layers[0].type)
+    first, adapter_type = layers[0], named(layers[0].type)
     if len(layers) < len(parts) or len({_joint(layer) for layer in layers}) > 1:
         return None
-    if first.settings.get(kind.alpha_is or "", 0.0) > 0 and "output" in _stages(first):
+    if first.settings.get(adapter_type.alpha_is or "", 0.0) > 0 and "output" in _stages(first):
         # The limit of a rotation is over all outputs.
         return None
     equal = {
@@ -86,8 +87,8 @@ def _as_it_was(parts: Sequence[tuple[LayerState | None, int]]) -> LayerState | N
 
 
 def _stages(layer: LayerState) -> Sequence[str]:
-    kind = named(layer.type)
-    return kind.stages(layer.tensors, kind.geometry(layer.tensors))
+    adapter_type = named(layer.type)
+    return adapter_type.stages(layer.tensors, adapter_type.geometry(layer.tensors))
 
 
 def _joint(layer: LayerState) -> tuple[object, ...]:
@@ -106,13 +107,13 @@ def _axis_of_rows(tensor: Tensor) -> int:
 
 def _comes_apart(tensors: Mapping[str, Tensor], type: str, parts: Sequence[tuple[LayerState | None, int]]) -> bool:
     """Whether the rows of these tensors are the parts, bit for bit."""
-    kind = named(type)
-    whole = replace(kind.geometry(tensors), out_features=sum(size for _, size in parts))
+    adapter_type = named(type)
+    whole = replace(adapter_type.geometry(tensors), out_features=sum(size for _, size in parts))
     start = 0
     for layer, size in parts:
         assert layer is not None
         try:
-            cut = kind.rows(tensors, whole, [range(start, start + size)])
+            cut = adapter_type.rows(tensors, whole, [range(start, start + size)])
         except AdapterError:
             return False
         if cut is None or not all(torch.equal(cut[name], tensor) for name, tensor in layer.tensors.items()):
@@ -178,12 +179,12 @@ def _whole(name: str, parts: Sequence[tuple[LayerState | None, int]]) -> LayerSt
 
 def _swapped(layer: LayerState, size: int) -> LayerState | None:
     """The same with the second half of the outputs first, or `None` if the type cannot be taken apart there."""
-    kind = named(layer.type)
-    whole = replace(kind.geometry(layer.tensors), out_features=size)
-    tensors = kind.rows(layer.tensors, whole, Piece("", swapped=True).rows(0, size))
+    adapter_type = named(layer.type)
+    whole = replace(adapter_type.geometry(layer.tensors), out_features=size)
+    tensors = adapter_type.rows(layer.tensors, whole, FusedPart("", swapped=True).rows(0, size))
     if tensors is None:
         return None
-    rank = kind.rank(tensors)
+    rank = adapter_type.rank(tensors)
     # Ranks that no output uses are left out.
     alpha = layer.alpha if rank == layer.rank or rank is None else layer.scale * rank
     return replace(layer, tensors=tensors, rank=rank, alpha=alpha)

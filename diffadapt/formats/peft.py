@@ -9,10 +9,12 @@ from typing import Any
 
 from diffadapt.errors import AdapterError
 from diffadapt.formats import embeddings, peft_config, peft_dump, prefixes, suffixes
-from diffadapt.formats.format import Alphas, Format, Header, Names, Place, Settings, Unused, Verdict
-from diffadapt.layer import LayerSpec
-from diffadapt.state import AdapterState, Document
+from diffadapt.formats.document import AdapterState, Document
+from diffadapt.formats.format import Alphas, Format, Header, Settings
+from diffadapt.formats.names import Names
+from diffadapt.formats.verdicts import Place, Unused, Verdict
 from diffadapt.types.ia3 import FEEDFORWARD
+from diffadapt.types.layer_spec import LayerSpec
 
 _WHOLE = {"weight": "set_weight", "bias": "set_bias"}
 _COPY = re.compile(r"\.(?:modules_to_save|base_layer)$")

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from diffadapt import patterns
 from diffadapt.errors import AdapterError
 from diffadapt.formats.metadata import count, flag, number
-from diffadapt.state import LayerState
+from diffadapt.types import patterns
+from diffadapt.types.layer_state import LayerState
 
 # More is damage or mischief. `lokr_full_rank` of ai-toolkit has a rank of ten thousand million.
 _MOST_TERMS, _MOST_RANK, _MOST_PATTERNS = 100, 10**12, 4096

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from diffadapt.errors import AdapterError
 from diffadapt.formats import peft_config
-from diffadapt.state import Document, LayerState
+from diffadapt.formats.document import Document
+from diffadapt.types.layer_state import LayerState
 from diffadapt.types.oft import block_size, scaling
 
 Layers: TypeAlias = Mapping[str, LayerState]

@@ -13,7 +13,9 @@ a level above its layers. Sources beside those named in the formats: diffusers 0
 import re
 from collections.abc import Sequence
 
-from diffadapt.formats.format import Names, Place, Unused, Verdict
+from diffadapt.formats.names import Names
+from diffadapt.formats.verdicts import Place, Unused, Verdict
+from diffadapt.runtime.components import is_text_encoder
 
 FLAT = re.compile(r"(lora_(?:unet|transformer|te\d?|prior_unet|prior_te)|oft_(?:unet|te\d?)|lycoris)_")
 COMFY = re.compile(r"diffusion_model\.|text_encoders\.")
@@ -81,7 +83,7 @@ def _placed(path: str, name: str, names: Names) -> Verdict:
     if rest and (_COMPONENT.fullmatch(component) or (names.models is not None and component in names.models)):
         # Of two transformers, pipelines number the second only.
         verdict = names.dotted("transformer" if component == "transformer_1" else component, rest, name)
-        return _of_text(verdict, rest) if component.startswith("text_encoder") else verdict
+        return _of_text(verdict, rest) if is_text_encoder(component) else verdict
     numbered = _NUMBERED_TEXT.match(path)
     if numbered:
         rest = path[numbered.end() :]

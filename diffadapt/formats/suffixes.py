@@ -8,12 +8,17 @@ import re
 from collections.abc import Callable, Collection
 
 from diffadapt.formats.embeddings import embedded
-from diffadapt.formats.format import BESIDE, Place, Unused, Verdict
+from diffadapt.formats.verdicts import BESIDE, Place, Unused, Verdict
 from diffadapt.types import TYPES
 
 # A type's tensors are spelled as they are called, unless an ecosystem has another name for them.
 _SPELLINGS = {
-    **{name: name for kind in TYPES for name in kind.tensors if not name.startswith("lora_") or "magnitude" in name},
+    **{
+        name: name
+        for adapter_type in TYPES
+        for name in adapter_type.tensors
+        if not name.startswith("lora_") or "magnitude" in name
+    },
     "lora_A.weight": "lora_down",
     "lora_B.weight": "lora_up",
     "lora_B.bias": "lora_bias",
@@ -80,7 +85,7 @@ def located(keys: Collection[str], place: Callable[[str, str], Verdict]) -> dict
             found = path, "ia3_w"
         known = None if found is None else places.get(found[0])
         if found is not None and known is not None:
-            verdicts[key] = Place(known.component, known.path, found[1], known.written, known.pieces)
+            verdicts[key] = Place(known.component, known.path, found[1], known.written, known.parts)
             continue
         aside = _aside(key)
         if aside is not None:

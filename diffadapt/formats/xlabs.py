@@ -7,7 +7,9 @@ without a number in single blocks. Source: XLabs-AI/x-flux 4749542 `src/flux/mod
 import re
 
 from diffadapt.formats import suffixes
-from diffadapt.formats.format import Format, Header, Names, Unused, Verdict
+from diffadapt.formats.format import Format, Header
+from diffadapt.formats.names import Names
+from diffadapt.formats.verdicts import Unused, Verdict
 
 _KEY = re.compile(r"(?:(double)|single)_blocks\.(\d+)\.processor\.(qkv|proj)_lora([12])?\.(?:(down)|up)\.weight")
 

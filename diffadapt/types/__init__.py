@@ -5,10 +5,10 @@ The order is the order of detection; the tests iterate over `TYPES`, so a new ty
 
 import copyreg
 
-from diffadapt.config import AdapterConfig
 from diffadapt.errors import AdapterError
-from diffadapt.kind import AdapterType, Tensors
+from diffadapt.types.adapter_type import AdapterType, Tensors
 from diffadapt.types.boft import BOFT
+from diffadapt.types.config import AdapterConfig
 from diffadapt.types.dora import DORA
 from diffadapt.types.full import FULL
 from diffadapt.types.glora import GLORA
@@ -23,19 +23,19 @@ TYPES: tuple[AdapterType, ...] = (*DORA, LORA, LOHA, LOKR, OFT, BOFT, *IA3, GLOR
 
 def identify(tensors: Tensors) -> AdapterType | None:
     """The type that these tensors are of, or `None`."""
-    for kind in TYPES:
-        if not kind.identified_by.isdisjoint(tensors) and kind.claims(tensors):
-            return kind
+    for adapter_type in TYPES:
+        if not adapter_type.identified_by.isdisjoint(tensors) and adapter_type.claims(tensors):
+            return adapter_type
     return None
 
 
 def named(name: str) -> AdapterType:
     """The type of this name. Raises `KeyError` for an unknown one."""
-    return {kind.name: kind for kind in TYPES}[name]
+    return {adapter_type.name: adapter_type for adapter_type in TYPES}[name]
 
 
 # A type is made of functions, some without a name that pickle could find; the type itself has one.
-copyreg.pickle(AdapterType, lambda kind: (named, (kind.name,)))
+copyreg.pickle(AdapterType, lambda adapter_type: (named, (adapter_type.name,)))
 
 
 def for_config(config: AdapterConfig) -> AdapterType:
@@ -44,7 +44,7 @@ def for_config(config: AdapterConfig) -> AdapterType:
     Raises:
         AdapterError: of none.
     """
-    for kind in TYPES:
-        if kind.config is type(config) and kind.selects(config):
-            return kind
+    for adapter_type in TYPES:
+        if adapter_type.config is type(config) and adapter_type.selects(config):
+            return adapter_type
     raise AdapterError(f"{type(config).__name__} belongs to no adapter type")

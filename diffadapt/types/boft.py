@@ -30,9 +30,10 @@ import torch
 from torch import Tensor
 
 from diffadapt.errors import AdapterError
-from diffadapt.kind import AdapterType, Stage, Surroundings, Tensors
-from diffadapt.layer import LayerSpec, blockwise, layer_of, pick, scaled, shape_of
+from diffadapt.types.adapter_type import AdapterType, Stage, Surroundings, Tensors
+from diffadapt.types.layer_spec import LayerSpec, layer_of
 from diffadapt.types.oft import RotationConfig, cayley, constrained, rescaled
+from diffadapt.types.tensor_ops import blockwise, pick, scaled, shape_of
 
 _ON_INPUT, _ON_OUTPUT = "boft_on_input", "boft_on_output"
 
@@ -69,22 +70,22 @@ class BOFTConfig(RotationConfig):
         return 1 if self.side == "input" else most, number, size
 
 
-def fit(tensors: Tensors, layer: LayerSpec) -> dict[str, Tensor]:
+def fit(tensors: Tensors, spec: LayerSpec) -> dict[str, Tensor]:
     """Tensors of a file, checked: the blocks cover the channels, and every factor has its pairs."""
     name, other = ("boft_R", "boft_s") if "boft_R" in tensors else ("oft_blocks", "rescale")
     if name not in tensors or not set(tensors) <= {name, other} or (name == "boft_R" and other not in tensors):
         raise AdapterError(
             f"boft_R and boft_s, or oft_blocks with or without rescale expected, {', '.join(sorted(tensors))} found"
         )
-    channels, shape = _rotated_channels(name, layer), shape_of(tensors[name])
+    channels, shape = _rotated_channels(name, spec), shape_of(tensors[name])
     if len(shape) != 4 or shape[2] != shape[3] or shape[1] * shape[2] != channels or not shape[0]:
         raise AdapterError(f"{name} has shape {shape}, expected (factors, blocks, b, b) for {channels} channels")
     _refuse_unpaired(name, *shape[:3])
     fitted = {name: tensors[name]}
     if other in tensors:
-        if tensors[other].numel() != layer.out_features:
-            raise AdapterError(f"{other} has shape {shape_of(tensors[other])}, expected ({layer.out_features}, 1)")
-        fitted[other] = tensors[other].reshape(layer.out_features, 1)
+        if tensors[other].numel() != spec.out_features:
+            raise AdapterError(f"{other} has shape {shape_of(tensors[other])}, expected ({spec.out_features}, 1)")
+        fitted[other] = tensors[other].reshape(spec.out_features, 1)
     return fitted
 
 
@@ -98,46 +99,53 @@ def geometry(tensors: Tensors) -> LayerSpec:
 
 
 def init(
-    layer: LayerSpec, config: BOFTConfig, generator: torch.Generator, weight: Callable[[], Tensor]
+    spec: LayerSpec, config: BOFTConfig, *, generator: torch.Generator, weight: Callable[[], Tensor]
 ) -> dict[str, Tensor]:
     """Zero blocks, which are no rotation, and factors of one."""
     name, other = ("boft_R", "boft_s") if config.side == "input" else ("oft_blocks", "rescale")
-    factors, number, size = config.blocks(_rotated_channels(name, layer))
+    factors, number, size = config.blocks(_rotated_channels(name, spec))
     if size == 1:
         raise AdapterError("blocks of one channel cannot be rotated")
     _refuse_unpaired(name, factors, number, size)
     deviation = 0.0 if config.init else 0.1
     tensors = {name: torch.randn(factors, number, size, size, generator=generator) * deviation}
     if config.rescale or config.side == "input":
-        tensors[other] = 1 + torch.randn(layer.out_features, 1, generator=generator) * deviation
+        tensors[other] = 1 + torch.randn(spec.out_features, 1, generator=generator) * deviation
     return tensors
 
 
-def stages(tensors: Tensors, layer: LayerSpec) -> tuple[Stage, ...]:
+def stages(tensors: Tensors, spec: LayerSpec) -> tuple[Stage, ...]:
     """On the output, or on the input of the layer (a kernel makes that the patch) and its output's scale."""
     if "boft_R" not in tensors:
         return ("output",)
-    return ("patch" if any(size > 1 for size in layer.kernel) else "input", "gain")
+    return ("patch" if any(size > 1 for size in spec.kernel) else "input", "gain")
 
 
-def prepare(tensors: Tensors, layer: LayerSpec, surroundings: Surroundings) -> Tensors:
+def prepare(tensors: Tensors, spec: LayerSpec, surroundings: Surroundings) -> Tensors:
     """`R - I` of all blocks of all factors in float32 or wider, so that a row v of the channels becomes `v R`."""
     wide = {name: tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for name, tensor in tensors.items()}
     if "boft_R" in wide:
-        turn = cayley((wide["boft_R"].mT - wide["boft_R"]) / 2)
-        return {_ON_INPUT: turn.flatten(0, 1), "boft_s": wide["boft_s"]}
+        rotation = cayley((wide["boft_R"].mT - wide["boft_R"]) / 2)
+        return {_ON_INPUT: rotation.flatten(0, 1), "boft_s": wide["boft_s"]}
     blocks = _pair_by_pair(wide["oft_blocks"])
     # What turns a column there turns a row here, so the skew-symmetric matrix changes its sign.
-    turn = cayley(constrained(blocks.mT - blocks, surroundings.settings["constraint"], layer))
+    rotation = cayley(constrained(blocks.mT - blocks, surroundings.settings["constraint"], spec))
     rescale = wide.get("rescale")
     if rescale is not None:
-        last = rescaled(turn[-1], _paired(rescale.view(-1), 0, len(turn) - 1, turn.shape[-1] // 2))
-        turn = torch.cat((turn[:-1], last.unsqueeze(0)))
-    return {_ON_OUTPUT: turn.flatten(0, 1)}
+        last = rescaled(rotation[-1], _paired(rescale.view(-1), 0, len(rotation) - 1, rotation.shape[-1] // 2))
+        rotation = torch.cat((rotation[:-1], last.unsqueeze(0)))
+    return {_ON_OUTPUT: rotation.flatten(0, 1)}
 
 
-def turn(
-    tensors: Tensors, layer: LayerSpec, vectors: Tensor, axis: int, gate: Tensor, transposed: bool, onto: Tensor | None
+def apply_map(
+    tensors: Tensors,
+    spec: LayerSpec,
+    *,
+    vectors: Tensor,
+    axis: int,
+    gate: Tensor,
+    transposed: bool = False,
+    onto: Tensor | None = None,
 ) -> Tensor:
     """The factors, one after the other, on their pairs of chunks along the axis."""
     on_input = _ON_INPUT in tensors
@@ -167,7 +175,7 @@ def gain(tensors: Tensors) -> Tensor:
     return tensors["boft_s"].view(-1) - 1
 
 
-def rows(tensors: Tensors, layer: LayerSpec, rows: Sequence[range]) -> dict[str, Tensor] | None:
+def rows(tensors: Tensors, spec: LayerSpec, rows: Sequence[range]) -> dict[str, Tensor] | None:
     """Blocks of whole stretches of the last factor, which pairs outputs farthest apart; `None` where some would be cut.
 
     All rows share a rotation of the inputs.
@@ -206,12 +214,12 @@ def _pair_by_pair(blocks: Tensor) -> Tensor:
     return blocks
 
 
-def _rotated_channels(name: str, layer: LayerSpec) -> int:
-    if layer.groups > 1:
-        raise AdapterError(f"the layer has {layer.groups} groups; a rotation would mix them")
-    if name == "boft_R" and layer.kind == "embedding":
+def _rotated_channels(name: str, spec: LayerSpec) -> int:
+    if spec.groups > 1:
+        raise AdapterError(f"the layer has {spec.groups} groups; a rotation would mix them")
+    if name == "boft_R" and spec.kind == "embedding":
         raise AdapterError("an embedding has no input to rotate; use side='output' or exclude it")
-    return layer.fan_in if name == "boft_R" else layer.out_features
+    return spec.fan_in if name == "boft_R" else spec.out_features
 
 
 def _refuse_unpaired(name: str, factors: int, number: int, size: int) -> None:
@@ -236,9 +244,10 @@ BOFT = AdapterType(
     stages=stages,
     prepare=prepare,
     rows=rows,
-    turn=turn,
+    apply_map=apply_map,
     gain=gain,
     settings={"constraint": 0.0},
     alpha_is="constraint",
+    orthogonal=True,
     blocks={_ON_INPUT: 0, _ON_OUTPUT: 0},
 )

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from diffadapt.errors import AdapterError
-from diffadapt.kind import AdapterType, Stage, Surroundings, Tensors
-from diffadapt.layer import LayerSpec, add, pick, scaled, shape_of
+from diffadapt.types.adapter_type import AdapterType, Stage, Surroundings, Tensors
+from diffadapt.types.layer_spec import LayerSpec
 from diffadapt.types.loha import LOHA
 from diffadapt.types.lokr import LOKR
 from diffadapt.types.lora import LORA
+from diffadapt.types.tensor_ops import add, pick, scaled, shape_of
 
 _NAME, _PEFT_NAME, _FACTOR, _GAIN = "dora_scale", "lora_magnitude_vector", "dora_factor", "dora_gain"
 
@@ -32,63 +33,63 @@ _NAME, _PEFT_NAME, _FACTOR, _GAIN = "dora_scale", "lora_magnitude_vector", "dora
 def dora(base: AdapterType) -> AdapterType:
     """The type `base` with a trained magnitude."""
 
-    def fit(tensors: Tensors, layer: LayerSpec) -> dict[str, Tensor]:
+    def fit(tensors: Tensors, spec: LayerSpec) -> dict[str, Tensor]:
         rest = {name: tensor for name, tensor in tensors.items() if name not in (_NAME, _PEFT_NAME)}
-        return {**base.fit(rest, layer), _NAME: _fit_magnitude(tensors, layer)}
+        return {**base.fit(rest, spec), _NAME: _fit_magnitude(tensors, spec)}
 
     def init(
-        layer: LayerSpec, config: Any, generator: torch.Generator, weight: Callable[[], Tensor]
+        spec: LayerSpec, config: Any, *, generator: torch.Generator, weight: Callable[[], Tensor]
     ) -> dict[str, Tensor]:
         axis = 0 if config.dora_axis == "output" else 1
-        if axis and layer.kind == "embedding":
+        if axis and spec.kind == "embedding":
             raise AdapterError("an embedding has no input to scale; use dora_axis='output' or exclude it")
         magnitude = _norm(weight(), axis)
         if not config.init:
             magnitude = magnitude * (1 + 0.1 * torch.randn(magnitude.shape, generator=generator).to(magnitude))
-        return {**base.init(layer, config, generator, weight), _NAME: magnitude}
+        return {**base.init(spec, config, generator=generator, weight=weight), _NAME: magnitude}
 
-    def prepare(tensors: Tensors, layer: LayerSpec, surroundings: Surroundings) -> Tensors:
+    def prepare(tensors: Tensors, spec: LayerSpec, surroundings: Surroundings) -> Tensors:
         magnitude = tensors[_NAME]
         with torch.no_grad():
             weight = surroundings.weight().to(magnitude.device)
             wide = {name: tensor.to(weight.dtype) for name, tensor in tensors.items()}
-            norm = _norm(weight + surroundings.scale * base.delta_weight(wide, layer), _axis(magnitude, layer))
+            norm = _norm(weight + surroundings.scale * base.delta_weight(wide, spec), _axis(magnitude, spec))
         factor = magnitude.to(norm.dtype) / norm.clamp_min(torch.finfo(norm.dtype).tiny)
         # The gate multiplies by `alpha / rank` too, which is not for the part of W.
         return {**tensors, _FACTOR: factor, _GAIN: (factor - 1) / surroundings.scale}
 
-    def delta_weight(tensors: Tensors, layer: LayerSpec) -> Tensor:
-        return base.delta_weight(tensors, layer) * _spread(tensors[_FACTOR], len(layer.weight_shape))
+    def delta_weight(tensors: Tensors, spec: LayerSpec) -> Tensor:
+        return base.delta_weight(tensors, spec) * _spread(tensors[_FACTOR], len(spec.weight_shape))
 
     def delta_output(
-        tensors: Tensors, layer: LayerSpec, input: Tensor, gate: Tensor, onto: Tensor | None = None
+        tensors: Tensors, spec: LayerSpec, *, input: Tensor, gate: Tensor, onto: Tensor | None = None
     ) -> Tensor:
-        factors = as_low_rank(tensors, layer)
+        factors = as_low_rank(tensors, spec)
         if factors is not None:
-            output = layer.low_rank(input, *factors, gate, onto)
+            output = spec.low_rank(input, *factors, gate, onto)
             bias = base.delta_bias(tensors)
-            return output if bias is None else output + layer.along_channels(scaled(bias, gate).to(output.dtype))
+            return output if bias is None else output + spec.along_channels(scaled(bias, gate).to(output.dtype))
         factor = tensors[_FACTOR]
-        if _axis(factor, layer):
-            return base.delta_output(tensors, layer, _scaled_input(input, factor, layer), gate, onto)
-        change = base.delta_output(tensors, layer, input, gate, None)
-        change = change * layer.along_channels(factor.view(-1).to(change.dtype))
+        if _axis(factor, spec):
+            return base.delta_output(tensors, spec, input=_scaled_input(input, factor, spec), gate=gate, onto=onto)
+        change = base.delta_output(tensors, spec, input=input, gate=gate)
+        change = change * spec.along_channels(factor.view(-1).to(change.dtype))
         return change if onto is None else add(change, onto)
 
-    def as_low_rank(tensors: Tensors, layer: LayerSpec) -> tuple[Tensor, Tensor] | None:
-        factors = base.as_low_rank(tensors, layer)
+    def as_low_rank(tensors: Tensors, spec: LayerSpec) -> tuple[Tensor, Tensor] | None:
+        factors = base.as_low_rank(tensors, spec)
         if factors is None:
             return None
         (down, up), factor = factors, tensors[_FACTOR]
-        if _axis(factor, layer):
+        if _axis(factor, spec):
             return (down * _spread(factor, down.ndim)).to(down.dtype), up
         return down, (up * factor).to(up.dtype)
 
-    def rows(tensors: Tensors, layer: LayerSpec, rows: Sequence[range]) -> dict[str, Tensor] | None:
-        cut = base.rows(tensors, layer, rows)
-        if _axis(tensors[_NAME], layer) == 0:
+    def rows(tensors: Tensors, spec: LayerSpec, rows: Sequence[range]) -> dict[str, Tensor] | None:
+        cut = base.rows(tensors, spec, rows)
+        if _axis(tensors[_NAME], spec) == 0:
             return None if cut is None else {**cut, _NAME: pick(tensors[_NAME], rows)}
-        if sum(map(len, rows)) < layer.out_features:
+        if sum(map(len, rows)) < spec.out_features:
             raise AdapterError(
                 f"its {_NAME} has a length for every input, over outputs that are in different layers of the model"
             )
@@ -109,17 +110,24 @@ def dora(base: AdapterType) -> AdapterType:
         delta_output=delta_output,
         as_low_rank=as_low_rank,
         rows=rows,
-        turn=_turn,
+        apply_map=_apply_map,
         gain=_gain,
     )
 
 
-def _stages(tensors: Tensors, layer: LayerSpec) -> tuple[Stage, ...]:
-    return ("input" if _axis(tensors[_NAME], layer) else "gain", "add")
+def _stages(tensors: Tensors, spec: LayerSpec) -> tuple[Stage, ...]:
+    return ("input" if _axis(tensors[_NAME], spec) else "gain", "add")
 
 
-def _turn(
-    tensors: Tensors, layer: LayerSpec, vectors: Tensor, axis: int, gate: Tensor, transposed: bool, onto: Tensor | None
+def _apply_map(
+    tensors: Tensors,
+    spec: LayerSpec,
+    *,
+    vectors: Tensor,
+    axis: int,
+    gate: Tensor,
+    transposed: bool = False,
+    onto: Tensor | None = None,
 ) -> Tensor:
     """The factor as a diagonal map of the input's channels."""
     change = tensors[_GAIN].view(-1) * gate
@@ -134,14 +142,14 @@ def _gain(tensors: Tensors) -> Tensor:
     return tensors[_GAIN].view(-1)
 
 
-def _scaled_input(input: Tensor, factor: Tensor, layer: LayerSpec) -> Tensor:
-    repeats = layer.in_features // factor.numel()
-    return input * layer.along_channels(factor.view(-1).repeat(repeats).to(input.dtype))
+def _scaled_input(input: Tensor, factor: Tensor, spec: LayerSpec) -> Tensor:
+    repeats = spec.in_features // factor.numel()
+    return input * spec.along_channels(factor.view(-1).repeat(repeats).to(input.dtype))
 
 
-def _fit_magnitude(tensors: Tensors, layer: LayerSpec) -> Tensor:
+def _fit_magnitude(tensors: Tensors, spec: LayerSpec) -> Tensor:
     """`dora_scale` in two dimensions. PEFT's is one per output in every shape; LyCORIS' says its axis by its shape."""
-    rows, columns = layer.weight_shape[:2]
+    rows, columns = spec.weight_shape[:2]
     name = _NAME if _NAME in tensors else _PEFT_NAME
     magnitude = tensors[name]
     shape = shape_of(magnitude)
@@ -149,14 +157,14 @@ def _fit_magnitude(tensors: Tensors, layer: LayerSpec) -> Tensor:
     per_output = name == _PEFT_NAME or len(shape) == 1 or shape[0] == rows
     if magnitude.numel() == rows and per_output and len(lengths) <= 1:
         return magnitude.reshape(rows, 1)
-    if magnitude.numel() == columns and len(shape) > 1 and shape[:2] == (1, columns) and layer.kind != "embedding":
+    if magnitude.numel() == columns and len(shape) > 1 and shape[:2] == (1, columns) and spec.kind != "embedding":
         return magnitude.reshape(1, columns)
     raise AdapterError(f"{name} has shape {shape}, expected ({rows}, 1) per output or (1, {columns}) per input")
 
 
-def _axis(magnitude: Tensor, layer: LayerSpec) -> int:
+def _axis(magnitude: Tensor, spec: LayerSpec) -> int:
     """0 for one length per output, 1 for one per input."""
-    return 0 if shape_of(magnitude) == (layer.out_features, 1) else 1
+    return 0 if shape_of(magnitude) == (spec.out_features, 1) else 1
 
 
 def _norm(weight: Tensor, axis: int) -> Tensor:

@@ -22,10 +22,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffadapt.config import AdapterConfig
 from diffadapt.errors import AdapterError
-from diffadapt.kind import AdapterType, Stage, Tensors
-from diffadapt.layer import LayerSpec, layer_of, pick, scaled, shape_of
+from diffadapt.types.adapter_type import AdapterType, Stage, Tensors
+from diffadapt.types.config import AdapterConfig
+from diffadapt.types.layer_spec import LayerSpec, layer_of
+from diffadapt.types.tensor_ops import pick, scaled, shape_of
 
 _WEIGHTS = frozenset({"diff", "set_weight"})
 
@@ -41,11 +42,11 @@ class FullConfig(AdapterConfig):
     bias: bool = False
 
 
-def fit(tensors: Tensors, layer: LayerSpec) -> dict[str, Tensor]:
+def fit(tensors: Tensors, spec: LayerSpec) -> dict[str, Tensor]:
     """Tensors of a file, checked; 2-d and 4-d spellings of a 1 x 1 kernel both occur."""
     fitted: dict[str, Tensor] = {}
     for name in sorted(tensors.keys() & _WEIGHTS):
-        shape, expected = shape_of(tensors[name]), _stored_shape(layer)
+        shape, expected = shape_of(tensors[name]), _stored_shape(spec)
         same_kernel = shape[2:] == expected[2:] or {1}.issuperset(shape[2:] + expected[2:])
         if shape[:2] != expected[:2] or not same_kernel:
             raise AdapterError(f"{name} has shape {shape}, expected {expected}")
@@ -53,9 +54,9 @@ def fit(tensors: Tensors, layer: LayerSpec) -> dict[str, Tensor]:
     if len(fitted) > 1:
         raise AdapterError("a new weight and a change of the weight found, expected one of diff and set_weight")
     if "diff_b" in tensors:
-        _refuse_bias(layer)
-        if shape_of(tensors["diff_b"]) != (layer.out_features,):
-            raise AdapterError(f"diff_b has shape {shape_of(tensors['diff_b'])}, expected ({layer.out_features},)")
+        _refuse_bias(spec)
+        if shape_of(tensors["diff_b"]) != (spec.out_features,):
+            raise AdapterError(f"diff_b has shape {shape_of(tensors['diff_b'])}, expected ({spec.out_features},)")
         fitted["diff_b"] = tensors["diff_b"]
     return fitted
 
@@ -70,36 +71,43 @@ def geometry(tensors: Tensors) -> LayerSpec:
 
 
 def init(
-    layer: LayerSpec, config: FullConfig, generator: torch.Generator, weight: Callable[[], Tensor]
+    spec: LayerSpec, config: FullConfig, *, generator: torch.Generator, weight: Callable[[], Tensor]
 ) -> dict[str, Tensor]:
     """Zeros."""
     deviation = 0.0 if config.init else 0.1
-    tensors = {"diff": torch.randn(_stored_shape(layer), generator=generator) * deviation}
+    tensors = {"diff": torch.randn(_stored_shape(spec), generator=generator) * deviation}
     if config.bias:
-        _refuse_bias(layer)
-        tensors["diff_b"] = torch.randn(layer.out_features, generator=generator) * deviation
+        _refuse_bias(spec)
+        tensors["diff_b"] = torch.randn(spec.out_features, generator=generator) * deviation
     return tensors
 
 
-def stages(tensors: Tensors, layer: LayerSpec) -> tuple[Stage, ...]:
+def stages(tensors: Tensors, spec: LayerSpec) -> tuple[Stage, ...]:
     """A new weight takes the place of the old one, which is an output map to nothing."""
     return ("output", "add") if "set_weight" in tensors else ("add",)
 
 
-def turn(
-    tensors: Tensors, layer: LayerSpec, vectors: Tensor, axis: int, gate: Tensor, transposed: bool, onto: Tensor | None
+def apply_map(
+    tensors: Tensors,
+    spec: LayerSpec,
+    *,
+    vectors: Tensor,
+    axis: int,
+    gate: Tensor,
+    transposed: bool = False,
+    onto: Tensor | None = None,
 ) -> Tensor:
     """`onto + gate * (0 - 1) vectors`."""
     change = scaled(vectors, -gate)
     return change if onto is None else onto + change
 
 
-def delta_weight(tensors: Tensors, layer: LayerSpec) -> Tensor:
+def delta_weight(tensors: Tensors, spec: LayerSpec) -> Tensor:
     """`diff` or `set_weight`, or zeros where only the bias changes."""
     weight = _weight(tensors)
     if weight is None:
-        return tensors["diff_b"].new_zeros(()).expand(layer.weight_shape)
-    return layer.to_stored(weight)
+        return tensors["diff_b"].new_zeros(()).expand(spec.weight_shape)
+    return spec.to_stored(weight)
 
 
 def delta_bias(tensors: Tensors) -> Tensor | None:
@@ -107,22 +115,24 @@ def delta_bias(tensors: Tensors) -> Tensor | None:
     return tensors.get("diff_b")
 
 
-def delta_output(tensors: Tensors, layer: LayerSpec, input: Tensor, gate: Tensor, onto: Tensor | None = None) -> Tensor:
+def delta_output(
+    tensors: Tensors, spec: LayerSpec, *, input: Tensor, gate: Tensor, onto: Tensor | None = None
+) -> Tensor:
     """`onto + gate * op(input, diff)`, and the bias."""
     output = onto
     if output is None or _weight(tensors) is not None:
-        output = layer.dense(input, delta_weight(tensors, layer), gate, onto)
+        output = spec.dense(input, delta_weight(tensors, spec), gate, onto)
     if "diff_b" not in tensors:
         return output
     change = scaled(tensors["diff_b"], gate).to(output.dtype)
-    return output + layer.along_channels(change, output.ndim)
+    return output + spec.along_channels(change, output.ndim)
 
 
-def rows(tensors: Tensors, layer: LayerSpec, rows: Sequence[range]) -> dict[str, Tensor]:
+def rows(tensors: Tensors, spec: LayerSpec, rows: Sequence[range]) -> dict[str, Tensor]:
     """Rows of `diff`, in the orientation in which the layer stores its weight, and of `diff_b`."""
     cut: dict[str, Tensor] = {}
     for name in tensors.keys() & _WEIGHTS:
-        cut[name] = layer.to_stored(pick(layer.to_stored(tensors[name]), rows))
+        cut[name] = spec.to_stored(pick(spec.to_stored(tensors[name]), rows))
     if "diff_b" in tensors:
         cut["diff_b"] = pick(tensors["diff_b"], rows)
     return cut
@@ -132,12 +142,12 @@ def _weight(tensors: Tensors) -> Tensor | None:
     return tensors.get("diff", tensors.get("set_weight"))
 
 
-def _stored_shape(layer: LayerSpec) -> tuple[int, ...]:
-    return layer.weight_shape[::-1] if layer.transposed else layer.weight_shape
+def _stored_shape(spec: LayerSpec) -> tuple[int, ...]:
+    return spec.weight_shape[::-1] if spec.transposed else spec.weight_shape
 
 
-def _refuse_bias(layer: LayerSpec) -> None:
-    if layer.kind == "embedding":
+def _refuse_bias(spec: LayerSpec) -> None:
+    if spec.kind == "embedding":
         raise AdapterError("an embedding has no bias to change")
 
 
@@ -150,7 +160,7 @@ FULL = AdapterType(
     init=init,
     geometry=geometry,
     stages=stages,
-    turn=turn,
+    apply_map=apply_map,
     delta_weight=delta_weight,
     delta_bias=delta_bias,
     delta_output=delta_output,

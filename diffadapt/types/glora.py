@@ -19,10 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffadapt.config import RankedConfig
 from diffadapt.errors import AdapterError
-from diffadapt.kind import AdapterType, Tensors
-from diffadapt.layer import LayerSpec, layer_of, pick, scaled, shape_of
+from diffadapt.types.adapter_type import AdapterType, Tensors
+from diffadapt.types.config import RankedConfig
+from diffadapt.types.layer_spec import LayerSpec, layer_of
+from diffadapt.types.tensor_ops import pick, scaled, shape_of
 
 _NAMES = ("glora_a1", "glora_a2", "glora_b1", "glora_b2")
 _OLD_NAMES = ("glora_a2", "glora_a1", "glora_b2", "glora_b1")
@@ -38,19 +39,19 @@ class GLoRAConfig(RankedConfig):
             raise AdapterError("use_dora: there is no DoRA of GLoRA")
 
 
-def fit(tensors: Tensors, layer: LayerSpec) -> dict[str, Tensor]:
+def fit(tensors: Tensors, spec: LayerSpec) -> dict[str, Tensor]:
     """Tensors of a file in the shapes of the table above, from either layout."""
     missing = [name for name in _NAMES if name not in tensors]
     if missing:
         raise AdapterError(f"{', '.join(missing)} missing, only {', '.join(sorted(tensors))} found")
-    _refuse(layer)
+    _refuse(spec)
     shapes = {name: shape_of(tensors[name]) for name in _NAMES}
     for sources in (_NAMES, _OLD_NAMES):
-        expected = _shapes(layer, next(iter(shapes[sources[1]]), 0))
+        expected = _shapes(spec, next(iter(shapes[sources[1]]), 0))
         if all(_fits(shapes[source], expected[name]) for name, source in zip(_NAMES, sources, strict=True)):
             return {name: tensors[source].reshape(expected[name]) for name, source in zip(_NAMES, sources, strict=True)}
     named = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
-    raise AdapterError(f"factors {named}, expected those of one rank for a weight of shape {layer.weight_shape}")
+    raise AdapterError(f"factors {named}, expected those of one rank for a weight of shape {spec.weight_shape}")
 
 
 def geometry(tensors: Tensors) -> LayerSpec:
@@ -64,11 +65,11 @@ def geometry(tensors: Tensors) -> LayerSpec:
 
 
 def init(
-    layer: LayerSpec, config: GLoRAConfig, generator: torch.Generator, weight: Callable[[], Tensor]
+    spec: LayerSpec, config: GLoRAConfig, *, generator: torch.Generator, weight: Callable[[], Tensor]
 ) -> dict[str, Tensor]:
     """Kaiming-uniform `a1` and `b1`, zero `a2` and `b2`, as the reference does."""
-    _refuse(layer)
-    tensors = {name: torch.zeros(shape) for name, shape in _shapes(layer, config.rank).items()}
+    _refuse(spec)
+    tensors = {name: torch.zeros(shape) for name, shape in _shapes(spec, config.rank).items()}
     for name in _NAMES if not config.init else ("glora_a1", "glora_b1"):
         bound = 1 / math.sqrt(tensors[name][0].numel())
         tensors[name].uniform_(-bound, bound, generator=generator)
@@ -80,28 +81,37 @@ def rank(tensors: Tensors) -> int:
     return tensors["glora_b2"].shape[0]
 
 
-def delta_weight(tensors: Tensors, layer: LayerSpec) -> Tensor:
-    """`b1 @ b2` in the canonical weight shape; `turn` has the rest."""
-    return layer.product(tensors["glora_b2"], tensors["glora_b1"])
+def delta_weight(tensors: Tensors, spec: LayerSpec) -> Tensor:
+    """`b1 @ b2` in the canonical weight shape; `apply_map` has the rest."""
+    return spec.product(tensors["glora_b2"], tensors["glora_b1"])
 
 
-def delta_output(tensors: Tensors, layer: LayerSpec, input: Tensor, gate: Tensor, onto: Tensor | None = None) -> Tensor:
+def delta_output(
+    tensors: Tensors, spec: LayerSpec, *, input: Tensor, gate: Tensor, onto: Tensor | None = None
+) -> Tensor:
     """`onto + b1(gate * b2(input))`."""
-    return layer.low_rank(input, tensors["glora_b2"], tensors["glora_b1"], gate, onto)
+    return spec.low_rank(input, tensors["glora_b2"], tensors["glora_b1"], gate, onto)
 
 
-def as_low_rank(tensors: Tensors, layer: LayerSpec) -> tuple[Tensor, Tensor]:
+def as_low_rank(tensors: Tensors, spec: LayerSpec) -> tuple[Tensor, Tensor]:
     """The added product's factors."""
     return tensors["glora_b2"], tensors["glora_b1"]
 
 
-def rows(tensors: Tensors, layer: LayerSpec, rows: Sequence[range]) -> dict[str, Tensor]:
+def rows(tensors: Tensors, spec: LayerSpec, rows: Sequence[range]) -> dict[str, Tensor]:
     """Rows of `b1`; the map of the inputs is the same for all rows."""
     return {**tensors, "glora_b1": pick(tensors["glora_b1"], rows)}
 
 
-def turn(
-    tensors: Tensors, layer: LayerSpec, vectors: Tensor, axis: int, gate: Tensor, transposed: bool, onto: Tensor | None
+def apply_map(
+    tensors: Tensors,
+    spec: LayerSpec,
+    *,
+    vectors: Tensor,
+    axis: int,
+    gate: Tensor,
+    transposed: bool = False,
+    onto: Tensor | None = None,
 ) -> Tensor:
     """`gate * a1 @ a2` on the channels."""
     up, down = tensors["glora_a1"], tensors["glora_a2"]
@@ -120,12 +130,12 @@ def _along(vectors: Tensor, matrix: Tensor, axis: int) -> Tensor:
     return columns.unflatten(-1, vectors.shape[axis + 1 :])
 
 
-def _shapes(layer: LayerSpec, rank: int) -> dict[str, tuple[int, ...]]:
+def _shapes(spec: LayerSpec, rank: int) -> dict[str, tuple[int, ...]]:
     return {
-        "glora_a1": (layer.in_features, rank),
-        "glora_a2": (rank, layer.in_features),
-        "glora_b1": (layer.out_features, rank),
-        "glora_b2": (rank, layer.in_features, *layer.kernel),
+        "glora_a1": (spec.in_features, rank),
+        "glora_a2": (rank, spec.in_features),
+        "glora_b1": (spec.out_features, rank),
+        "glora_b2": (rank, spec.in_features, *spec.kernel),
     }
 
 
@@ -135,10 +145,10 @@ def _fits(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
     return shape[:2] == expected[:2] and same_kernel and 0 not in shape
 
 
-def _refuse(layer: LayerSpec) -> None:
-    if layer.groups > 1:
-        raise AdapterError(f"the layer has {layer.groups} groups; GLoRA's map of the inputs would mix them")
-    if layer.kind == "embedding":
+def _refuse(spec: LayerSpec) -> None:
+    if spec.groups > 1:
+        raise AdapterError(f"the layer has {spec.groups} groups; GLoRA's map of the inputs would mix them")
+    if spec.kind == "embedding":
         raise AdapterError("an embedding has no inputs that GLoRA could map; exclude it")
 
 
@@ -151,11 +161,11 @@ GLORA = AdapterType(
     init=init,
     rank=rank,
     geometry=geometry,
-    stages=lambda tensors, layer: ("input", "add"),
+    stages=lambda tensors, spec: ("input", "add"),
     delta_weight=delta_weight,
     delta_output=delta_output,
     as_low_rank=as_low_rank,
     rows=rows,
-    turn=turn,
+    apply_map=apply_map,
     masked={"glora_a1": 1, "glora_b1": 1},
 )

@@ -20,10 +20,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffadapt.config import AdapterConfig
 from diffadapt.errors import AdapterError
-from diffadapt.kind import AdapterType, Stage, Tensors
-from diffadapt.layer import LayerSpec, layer_of, pick, shape_of
+from diffadapt.types.adapter_type import AdapterType, Stage, Tensors
+from diffadapt.types.config import AdapterConfig
+from diffadapt.types.layer_spec import LayerSpec, layer_of
+from diffadapt.types.tensor_ops import pick, shape_of
 
 FEEDFORWARD = "ia3_l_feedforward"
 """Name of `ia3_l` in a layer that PEFT's config calls a feed-forward one."""
@@ -55,12 +56,12 @@ class IA3Config(AdapterConfig):
 def _ia3(name: str, tensor: str, identity: float, scales_bias: bool, file_names: tuple[str, ...]) -> AdapterType:
     """One of the two types: `s` is `tensor` plus what makes `identity` one."""
 
-    def fit(tensors: Tensors, layer: LayerSpec) -> dict[str, Tensor]:
+    def fit(tensors: Tensors, spec: LayerSpec) -> dict[str, Tensor]:
         found = tensors.get(tensor, tensors.get(FEEDFORWARD))
         if found is None or (tensor in tensors and FEEDFORWARD in tensors):
             raise AdapterError(f"{tensor} expected, {', '.join(sorted(tensors))} found")
         shape, count = shape_of(found), found.numel()
-        rows, columns = layer.out_features, layer.in_features
+        rows, columns = spec.out_features, spec.in_features
         if "on_input" in tensors:
             on_input = _flag(tensors["on_input"])
         elif FEEDFORWARD in tensors:
@@ -74,7 +75,7 @@ def _ia3(name: str, tensor: str, identity: float, scales_bias: bool, file_names:
         if count != (columns if on_input else rows) or sum(size != 1 for size in shape) > 1:
             expected = f"{columns} numbers, one per input" if on_input else f"{rows} numbers, one per output"
             raise AdapterError(f"the factors have shape {shape}, expected {expected}")
-        _refuse_embedding(on_input, layer)
+        _refuse_embedding(on_input, spec)
         return {tensor: found.reshape((1, columns) if on_input else (rows, 1))}
 
     def geometry(tensors: Tensors) -> LayerSpec:
@@ -83,39 +84,40 @@ def _ia3(name: str, tensor: str, identity: float, scales_bias: bool, file_names:
         return layer_of(size, size)
 
     def init(
-        layer: LayerSpec, config: IA3Config, generator: torch.Generator, weight: Callable[[], Tensor]
+        spec: LayerSpec, config: IA3Config, *, generator: torch.Generator, weight: Callable[[], Tensor]
     ) -> dict[str, Tensor]:
         on_input = config.side == "input"
-        _refuse_embedding(on_input, layer)
-        shape = (1, layer.in_features) if on_input else (layer.out_features, 1)
+        _refuse_embedding(on_input, spec)
+        shape = (1, spec.in_features) if on_input else (spec.out_features, 1)
         return {tensor: identity + torch.randn(shape, generator=generator) * (0.0 if config.init else 0.1)}
 
-    def stages(tensors: Tensors, layer: LayerSpec) -> tuple[Stage, ...]:
-        return ("gain",) if shape_of(tensors[tensor]) == (layer.out_features, 1) else ("input",)
+    def stages(tensors: Tensors, spec: LayerSpec) -> tuple[Stage, ...]:
+        return ("gain",) if shape_of(tensors[tensor]) == (spec.out_features, 1) else ("input",)
 
-    def rows(tensors: Tensors, layer: LayerSpec, rows: Sequence[range]) -> dict[str, Tensor] | None:
-        if layer.groups > 1:
+    def rows(tensors: Tensors, spec: LayerSpec, rows: Sequence[range]) -> dict[str, Tensor] | None:
+        if spec.groups > 1:
             return None
-        return {tensor: pick(tensors[tensor], rows)} if stages(tensors, layer) == ("gain",) else dict(tensors)
+        return {tensor: pick(tensors[tensor], rows)} if stages(tensors, spec) == ("gain",) else dict(tensors)
 
     def gain(tensors: Tensors) -> Tensor:
         factors = tensors[tensor].view(-1)
         return factors.to(torch.promote_types(factors.dtype, torch.float32)) - identity
 
-    def turn(
+    def apply_map(
         tensors: Tensors,
-        layer: LayerSpec,
+        spec: LayerSpec,
+        *,
         vectors: Tensor,
         axis: int,
         gate: Tensor,
-        transposed: bool,
-        onto: Tensor | None,
+        transposed: bool = False,
+        onto: Tensor | None = None,
     ) -> Tensor:
         change = gain(tensors) * gate
         axis %= vectors.ndim
         if vectors.shape[axis] != change.numel():
             # The weight of a grouped convolution: every group of rows has its own columns.
-            change = change.view(layer.groups, 1, -1).expand(-1, layer.out_features // layer.groups, -1).flatten(0, 1)
+            change = change.view(spec.groups, 1, -1).expand(-1, spec.out_features // spec.groups, -1).flatten(0, 1)
         change = change.view(*change.shape, *(1,) * (vectors.ndim - axis - 1)).to(vectors.dtype)
         return vectors * change if onto is None else torch.addcmul(onto, vectors, change)
 
@@ -130,7 +132,7 @@ def _ia3(name: str, tensor: str, identity: float, scales_bias: bool, file_names:
         geometry=geometry,
         stages=stages,
         rows=rows,
-        turn=turn,
+        apply_map=apply_map,
         gain=gain,
         gains_bias=scales_bias,
     )
@@ -142,8 +144,8 @@ def _flag(tensor: Tensor) -> bool:
     return bool(tensor)
 
 
-def _refuse_embedding(on_input: bool, layer: LayerSpec) -> None:
-    if on_input and layer.kind == "embedding":
+def _refuse_embedding(on_input: bool, spec: LayerSpec) -> None:
+    if on_input and spec.kind == "embedding":
         raise AdapterError("an embedding has no input to scale; scale its output or exclude it")
 
 

@@ -19,10 +19,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffadapt.config import RankedConfig
 from diffadapt.errors import AdapterError
-from diffadapt.kind import AdapterType, Tensors
-from diffadapt.layer import LayerSpec, layer_of, pick, shape_of
+from diffadapt.types.adapter_type import AdapterType, Tensors
+from diffadapt.types.config import RankedConfig
+from diffadapt.types.layer_spec import LayerSpec, layer_of
+from diffadapt.types.tensor_ops import pick, shape_of
 
 _FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 _CORES = ("hada_t1", "hada_t2")
@@ -40,7 +41,7 @@ class LoHaConfig(RankedConfig):
     use_tucker: bool = False
 
 
-def fit(tensors: Tensors, layer: LayerSpec) -> dict[str, Tensor]:
+def fit(tensors: Tensors, spec: LayerSpec) -> dict[str, Tensor]:
     """Tensors of a file in the shapes of the table above; some writers give convolutions 4-d factors."""
     missing = [name for name in _FACTORS if name not in tensors]
     cores = [name for name in _CORES if name in tensors]
@@ -49,13 +50,13 @@ def fit(tensors: Tensors, layer: LayerSpec) -> dict[str, Tensor]:
         raise AdapterError(f"{absent} missing, only {', '.join(sorted(tensors))} found")
     flat = {name: tensors[name].flatten(1) if tensors[name].ndim > 1 else tensors[name] for name in _FACTORS}
     rank = flat["hada_w1_b"].shape[0]
-    rows, columns = layer.out_features, layer.in_features // layer.groups if cores else layer.fan_in
+    rows, columns = spec.out_features, spec.in_features // spec.groups if cores else spec.fan_in
     for name in _FACTORS:
         expected = ((rank, rows) if cores else (rows, rank)) if name.endswith("a") else (rank, columns)
         if shape_of(flat[name]) != expected or not rank:
             raise AdapterError(f"{name} has shape {shape_of(tensors[name])}, expected {expected}")
     for name in cores:
-        expected = (rank, rank, *layer.kernel)
+        expected = (rank, rank, *spec.kernel)
         # PEFT has a 2-d core on 1-d convolutions, (rank, rank, kernel, 1).
         if shape_of(tensors[name]) not in (expected, (*expected, 1)):
             raise AdapterError(f"{name} has shape {shape_of(tensors[name])}, expected {expected}")
@@ -72,19 +73,19 @@ def geometry(tensors: Tensors) -> LayerSpec:
 
 
 def init(
-    layer: LayerSpec, config: LoHaConfig, generator: torch.Generator, weight: Callable[[], Tensor]
+    spec: LayerSpec, config: LoHaConfig, *, generator: torch.Generator, weight: Callable[[], Tensor]
 ) -> dict[str, Tensor]:
     """Normal factors with the reference's deviations, and a zero `w2_a`."""
-    rank, rows = config.rank, layer.out_features
+    rank, rows = config.rank, spec.out_features
     deviations = {"hada_w1_a": 0.1, "hada_w1_b": 1.0, "hada_w2_a": 0.0 if config.init else 0.1, "hada_w2_b": 1.0}
-    if not (config.use_tucker and any(size > 1 for size in layer.kernel)):
-        shapes = {name: (rows, rank) if name.endswith("a") else (rank, layer.fan_in) for name in _FACTORS}
+    if not (config.use_tucker and any(size > 1 for size in spec.kernel)):
+        shapes = {name: (rows, rank) if name.endswith("a") else (rank, spec.fan_in) for name in _FACTORS}
         return {name: torch.randn(shapes[name], generator=generator) * deviations[name] for name in _FACTORS}
-    columns = layer.in_features // layer.groups
+    columns = spec.in_features // spec.groups
     shapes = {name: (rank, rows if name.endswith("a") else columns) for name in _FACTORS}
     tensors = {name: torch.randn(shapes[name], generator=generator) * deviations[name] for name in _FACTORS}
     for name in _CORES:
-        tensors[name] = torch.randn(rank, rank, *layer.kernel, generator=generator) * 0.1
+        tensors[name] = torch.randn(rank, rank, *spec.kernel, generator=generator) * 0.1
     return tensors
 
 
@@ -93,36 +94,38 @@ def rank(tensors: Tensors) -> int:
     return tensors["hada_w1_b"].shape[0]
 
 
-def delta_weight(tensors: Tensors, layer: LayerSpec) -> Tensor:
+def delta_weight(tensors: Tensors, spec: LayerSpec) -> Tensor:
     """The element-wise product, in the canonical weight shape."""
     parts: list[Tensor] = []
     for number in "12":
-        down, up = _part(tensors, layer, number)
+        down, up = _part(tensors, spec, number)
         parts.append(up @ down.flatten(1))
-    return (parts[0] * parts[1]).view(layer.weight_shape)
+    return (parts[0] * parts[1]).view(spec.weight_shape)
 
 
-def delta_output(tensors: Tensors, layer: LayerSpec, input: Tensor, gate: Tensor, onto: Tensor | None = None) -> Tensor:
+def delta_output(
+    tensors: Tensors, spec: LayerSpec, *, input: Tensor, gate: Tensor, onto: Tensor | None = None
+) -> Tensor:
     """As a LoRA of rank r^2, or with the matrix itself where that has fewer elements than the factors."""
-    factors = as_low_rank(tensors, layer)
+    factors = as_low_rank(tensors, spec)
     if factors is None:
-        return layer.dense(input, delta_weight(tensors, layer), gate, onto)
-    return layer.low_rank(input, *factors, gate, onto)
+        return spec.dense(input, delta_weight(tensors, spec), gate, onto)
+    return spec.low_rank(input, *factors, gate, onto)
 
 
-def as_low_rank(tensors: Tensors, layer: LayerSpec) -> tuple[Tensor, Tensor] | None:
+def as_low_rank(tensors: Tensors, spec: LayerSpec) -> tuple[Tensor, Tensor] | None:
     """`down` (rank^2, in / groups, *kernel) and `up` (out, rank^2) of the LoRA that is this LoHa."""
-    if rank(tensors) ** 2 * (layer.out_features + layer.fan_in) > layer.out_features * layer.fan_in:
+    if rank(tensors) ** 2 * (spec.out_features + spec.fan_in) > spec.out_features * spec.fan_in:
         return None
-    (down_1, up_1), (down_2, up_2) = (_part(tensors, layer, number) for number in "12")
+    (down_1, up_1), (down_2, up_2) = (_part(tensors, spec, number) for number in "12")
     up = (up_1.unsqueeze(2) * up_2.unsqueeze(1)).flatten(1)
     down = (down_1.unsqueeze(1) * down_2.unsqueeze(0)).flatten(0, 1)
     return down, up
 
 
-def rows(tensors: Tensors, layer: LayerSpec, rows: Sequence[range]) -> dict[str, Tensor] | None:
+def rows(tensors: Tensors, spec: LayerSpec, rows: Sequence[range]) -> dict[str, Tensor] | None:
     """Rows of both `a` factors, which are columns beside Tucker cores."""
-    if layer.groups > 1:
+    if spec.groups > 1:
         return None
     cut = dict(tensors)
     for name in ("hada_w1_a", "hada_w2_a"):
@@ -131,12 +134,12 @@ def rows(tensors: Tensors, layer: LayerSpec, rows: Sequence[range]) -> dict[str,
     return cut
 
 
-def _part(tensors: Tensors, layer: LayerSpec, number: str) -> tuple[Tensor, Tensor]:
+def _part(tensors: Tensors, spec: LayerSpec, number: str) -> tuple[Tensor, Tensor]:
     """`down` (rank, in / groups, *kernel) and `up` (out, rank) of one of the two products, Tucker core folded in."""
     up, down = tensors[f"hada_w{number}_a"], tensors[f"hada_w{number}_b"]
     core = tensors.get(f"hada_t{number}")
     if core is None:
-        return down.view(-1, *layer.weight_shape[1:]), up
+        return down.view(-1, *spec.weight_shape[1:]), up
     return torch.einsum("ij...,jc->ic...", core, down), up.t()
 
 

@@ -21,10 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffadapt.config import RankedConfig
 from diffadapt.errors import AdapterError
-from diffadapt.kind import AdapterType, Tensors
-from diffadapt.layer import LayerSpec, add, can_accumulate, layer_of, pick, scaled, shape_of
+from diffadapt.types.adapter_type import AdapterType, Tensors
+from diffadapt.types.config import RankedConfig
+from diffadapt.types.layer_spec import LayerSpec, layer_of
+from diffadapt.types.tensor_ops import add, can_accumulate, pick, scaled, shape_of
 
 _TENSORS = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 
@@ -65,7 +66,7 @@ class LoKrConfig(RankedConfig):
         return None if self.full_matrix else super().alpha_of()
 
 
-def fit(tensors: Tensors, layer: LayerSpec) -> dict[str, Tensor]:
+def fit(tensors: Tensors, spec: LayerSpec) -> dict[str, Tensor]:
     """Tensors of a file, checked: both factors complete, and their Kronecker product of the layer's shape."""
     for number in "12":
         whole, parts = f"lokr_w{number}", {f"lokr_w{number}_a", f"lokr_w{number}_b"}
@@ -78,14 +79,14 @@ def fit(tensors: Tensors, layer: LayerSpec) -> dict[str, Tensor]:
         raise AdapterError(f"factors have shapes {shapes}, expected matrices")
     if "lokr_w2_b" in tensors and "lokr_t2" not in tensors:
         fitted["lokr_w2_a"], fitted["lokr_w2_b"] = tensors["lokr_w2_a"].flatten(1), tensors["lokr_w2_b"].flatten(1)
-    if "lokr_t2" in tensors and shapes["lokr_t2"][2:] == (*layer.kernel, 1):
+    if "lokr_t2" in tensors and shapes["lokr_t2"][2:] == (*spec.kernel, 1):
         # PEFT has a 2-d core on 1-d convolutions.
         fitted["lokr_t2"] = tensors["lokr_t2"].squeeze(-1)
-    found = _product_shape(fitted, layer)
+    found = _product_shape(fitted, spec)
     if found is None:
-        raise AdapterError(f"factors of shapes {shapes} cannot be multiplied for {layer.weight_shape}")
-    if found != layer.weight_shape:
-        raise AdapterError(f"factors of shapes {shapes} multiply to {found}, expected {layer.weight_shape}")
+        raise AdapterError(f"factors of shapes {shapes} cannot be multiplied for {spec.weight_shape}")
+    if found != spec.weight_shape:
+        raise AdapterError(f"factors of shapes {shapes} multiply to {found}, expected {spec.weight_shape}")
     return fitted
 
 
@@ -98,18 +99,18 @@ def geometry(tensors: Tensors) -> LayerSpec:
 
 
 def init(
-    layer: LayerSpec, config: LoKrConfig, generator: torch.Generator, weight: Callable[[], Tensor]
+    spec: LayerSpec, config: LoKrConfig, *, generator: torch.Generator, weight: Callable[[], Tensor]
 ) -> dict[str, Tensor]:
     """Normal factors of unit gain, and one zero tensor in the second factor."""
-    (o1, o2), (i1, i2) = (_balanced(size, config.factor) for size in layer.weight_shape[:2])
-    rank, taps = config.rank, layer.fan_in // layer.weight_shape[1]
+    (o1, o2), (i1, i2) = (_balanced(size, config.factor) for size in spec.weight_shape[:2])
+    rank, taps = config.rank, spec.fan_in // spec.weight_shape[1]
     shapes: dict[str, tuple[int, ...]] = {"lokr_w1": (o1, i1)}
     if config.decompose_both and 2 * rank < max(o1, i1):
         shapes = {"lokr_w1_a": (o1, rank), "lokr_w1_b": (rank, i1)}
     if config.full_matrix or 2 * rank >= max(o2, i2):
-        shapes["lokr_w2"] = (o2, i2, *layer.kernel)
+        shapes["lokr_w2"] = (o2, i2, *spec.kernel)
     elif config.use_tucker and taps > 1:
-        shapes |= {"lokr_w2_a": (rank, o2), "lokr_w2_b": (rank, i2), "lokr_t2": (rank, rank, *layer.kernel)}
+        shapes |= {"lokr_w2_a": (rank, o2), "lokr_w2_b": (rank, i2), "lokr_t2": (rank, rank, *spec.kernel)}
     else:
         shapes |= {"lokr_w2_a": (o2, rank), "lokr_w2_b": (rank, i2 * taps)}
     tensors = {name: torch.randn(shape, generator=generator) / shape[1] ** 0.5 for name, shape in shapes.items()}
@@ -126,30 +127,30 @@ def rank(tensors: Tensors) -> int | None:
     return None
 
 
-def delta_weight(tensors: Tensors, layer: LayerSpec) -> Tensor:
+def delta_weight(tensors: Tensors, spec: LayerSpec) -> Tensor:
     """The Kronecker product, in the canonical weight shape."""
-    return _kron(_w1(tensors), _w2(tensors, layer))
+    return _kron(_w1(tensors), _w2(tensors, spec))
 
 
-def delta_output(tensors: Tensors, layer: LayerSpec, input: Tensor, gate: Tensor, onto: Tensor | None = None) -> Tensor:
+def delta_output(
+    tensors: Tensors, spec: LayerSpec, *, input: Tensor, gate: Tensor, onto: Tensor | None = None
+) -> Tensor:
     """`w2` on every block of the input and `w1` across the blocks: the product itself is never built.
 
     Where `w2` is of low rank, `w1` acts between its factors, where there is least to do.
     """
-    if layer.kind == "embedding" or layer.groups > 1:
+    if spec.kind == "embedding" or spec.groups > 1:
         # A row of the product is as cheap as it gets; groups cut across the blocks.
-        return layer.dense(input, delta_weight(tensors, layer), gate, onto)
-    w1, factors = scaled(_w1(tensors), gate), _w2_factors(tensors, layer)
+        return spec.dense(input, delta_weight(tensors, spec), gate, onto)
+    w1, factors = scaled(_w1(tensors), gate), _w2_factors(tensors, spec)
     if factors is not None and _is_dearer(w1, *factors):
         factors = None
-    make = _linear if layer.kind == "linear" else _convolution
-    down, up = factors or (None, _w2(tensors, layer))
-    return make(layer, input, w1, down, up, onto)
+    make = _linear if spec.kind == "linear" else _convolution
+    down, up = factors or (None, _w2(tensors, spec))
+    return make(spec, input, w1, down, up, onto)
 
 
-def _linear(
-    layer: LayerSpec, input: Tensor, w1: Tensor, down: Tensor | None, up: Tensor, onto: Tensor | None
-) -> Tensor:
+def _linear(spec: LayerSpec, input: Tensor, w1: Tensor, down: Tensor | None, up: Tensor, onto: Tensor | None) -> Tensor:
     """`up` of `w1` across the blocks of `down` of the input."""
     blocks = input.unflatten(-1, (w1.shape[1], -1))
     if down is None:
@@ -157,30 +158,30 @@ def _linear(
         hidden = hidden.view(*blocks.shape[:-2], w1.shape[0], -1)
     else:
         hidden = F.linear(F.linear(blocks, down).mT, w1).mT
-    output = layer.expand(hidden, up, onto)
+    output = spec.expand(hidden, up, onto)
     return output if onto is not None else output.flatten(-2)
 
 
 def _convolution(
-    layer: LayerSpec, input: Tensor, w1: Tensor, down: Tensor | None, up: Tensor, onto: Tensor | None
+    spec: LayerSpec, input: Tensor, w1: Tensor, down: Tensor | None, up: Tensor, onto: Tensor | None
 ) -> Tensor:
     """The same on channels; a whole `w2` (`up`) has a kernel and comes before `w1`."""
-    lead = input.shape[: -1 - len(layer.kernel)]
+    lead = input.shape[: -1 - len(spec.kernel)]
     blocks = input.reshape(-1, input.shape[len(lead)] // w1.shape[1], *input.shape[len(lead) + 1 :])
-    blocks = layer.op(blocks, up if down is None else down)
+    blocks = spec.op(blocks, up if down is None else down)
     space = blocks.shape[2:]
     blocks = blocks.reshape(-1, w1.shape[1], blocks[0].numel())
     across = w1.expand(len(blocks), -1, -1)
     if down is not None:
         hidden = torch.bmm(across, blocks).view(-1, down.shape[0], *space)
-        output = layer.expand(hidden, up, onto)
+        output = spec.expand(hidden, up, onto)
     elif onto is not None and can_accumulate(onto, blocks, w1):
         onto.view(-1, w1.shape[0], blocks.shape[2]).baddbmm_(across, blocks)
         return onto
     else:
         output = torch.bmm(across, blocks)
         output = output if onto is None else add(output, onto.reshape(output.shape))
-    return output.reshape(*lead, layer.out_features, *space)
+    return output.reshape(*lead, spec.out_features, *space)
 
 
 def _is_dearer(w1: Tensor, down: Tensor, up: Tensor) -> bool:
@@ -191,32 +192,32 @@ def _is_dearer(w1: Tensor, down: Tensor, up: Tensor) -> bool:
     )
 
 
-def as_low_rank(tensors: Tensors, layer: LayerSpec) -> tuple[Tensor, Tensor] | None:
+def as_low_rank(tensors: Tensors, spec: LayerSpec) -> tuple[Tensor, Tensor] | None:
     """`down` and `up` of the LoRA that is this LoKr: `kron(a b, c d) = kron(a, c) kron(b, d)`.
 
     A whole factor is itself times an identity, so its rank is its smaller side. `None` where the product block by block
     (`delta_output`) takes fewer multiplications.
     """
-    w1, w2 = _w1_factors(tensors), _w2_factors(tensors, layer)
+    w1, w2 = _w1_factors(tensors), _w2_factors(tensors, spec)
     if w2 is None:
         return None
     (down_1, up_1), (down_2, up_2) = w1, w2
     rank = down_1.shape[0] * down_2.shape[0]
     blockwise = down_1.shape[1] * up_2.shape[0] * (down_2[0].numel() + up_1.shape[0])
-    whole = layer.out_features * layer.fan_in
-    dense = layer.kind == "embedding" or layer.groups > 1
-    if rank * (layer.out_features + layer.fan_in) > (whole if dense else blockwise):
+    whole = spec.out_features * spec.fan_in
+    dense = spec.kind == "embedding" or spec.groups > 1
+    if rank * (spec.out_features + spec.fan_in) > (whole if dense else blockwise):
         return None
     return _kron(down_1, down_2), _kron(up_1, up_2)
 
 
-def rows(tensors: Tensors, layer: LayerSpec, rows: Sequence[range]) -> dict[str, Tensor] | None:
+def rows(tensors: Tensors, spec: LayerSpec, rows: Sequence[range]) -> dict[str, Tensor] | None:
     """Rows of `w1`, each of which makes o2 rows of the product; `None` where others than multiples of o2 are wanted."""
     if "lokr_w2" in tensors:
         size = tensors["lokr_w2"].shape[0]
     else:
         size = tensors["lokr_w2_a"].shape[1 if "lokr_t2" in tensors else 0]
-    if layer.groups > 1 or any(part.start % size or part.stop % size for part in rows):
+    if spec.groups > 1 or any(part.start % size or part.stop % size for part in rows):
         return None
     name = "lokr_w1" if "lokr_w1" in tensors else "lokr_w1_a"
     return {**tensors, name: pick(tensors[name], [range(part.start // size, part.stop // size) for part in rows])}
@@ -238,32 +239,32 @@ def _w1_factors(tensors: Tensors) -> tuple[Tensor, Tensor]:
     return (identity, w1) if w1.shape[1] < w1.shape[0] else (w1, identity)
 
 
-def _w2_factors(tensors: Tensors, layer: LayerSpec) -> tuple[Tensor, Tensor] | None:
+def _w2_factors(tensors: Tensors, spec: LayerSpec) -> tuple[Tensor, Tensor] | None:
     """`down` (rank, i2, *kernel) and `up` (o2, rank), or `None` for a whole `w2`."""
     if "lokr_w2" in tensors:
         return None
     up, down = tensors["lokr_w2_a"], tensors["lokr_w2_b"]
     if "lokr_t2" in tensors:
         return torch.einsum("ij...,jr->ir...", tensors["lokr_t2"], down).contiguous(), up.t()
-    return down.view(down.shape[0], -1, *layer.kernel), up
+    return down.view(down.shape[0], -1, *spec.kernel), up
 
 
 def _w1(tensors: Tensors) -> Tensor:
     return tensors["lokr_w1"] if "lokr_w1" in tensors else tensors["lokr_w1_a"] @ tensors["lokr_w1_b"]
 
 
-def _w2(tensors: Tensors, layer: LayerSpec) -> Tensor:
+def _w2(tensors: Tensors, spec: LayerSpec) -> Tensor:
     """`w2` as (o2, i2, *kernel)."""
     if "lokr_w2" in tensors:
         w2 = tensors["lokr_w2"]
-        return w2.reshape(*w2.shape, *(1,) * len(layer.kernel)) if w2.ndim == 2 else w2
+        return w2.reshape(*w2.shape, *(1,) * len(spec.kernel)) if w2.ndim == 2 else w2
     up, down = tensors["lokr_w2_a"], tensors["lokr_w2_b"]
     if "lokr_t2" in tensors:
         return torch.einsum("ij...,ip,jr->pr...", tensors["lokr_t2"], up, down).contiguous()
-    return (up @ down).view(up.shape[0], -1, *layer.kernel)
+    return (up @ down).view(up.shape[0], -1, *spec.kernel)
 
 
-def _product_shape(tensors: Tensors, layer: LayerSpec) -> tuple[int, ...] | None:
+def _product_shape(tensors: Tensors, spec: LayerSpec) -> tuple[int, ...] | None:
     """Shape of the Kronecker product, without computing any of it; `None` if the factors do not go together."""
     w1, w2 = (_shape(tensors, f"lokr_w{number}") for number in "12")
     core = shape_of(tensors["lokr_t2"]) if "lokr_t2" in tensors else None
@@ -272,10 +273,10 @@ def _product_shape(tensors: Tensors, layer: LayerSpec) -> tuple[int, ...] | None
         up, down = shape_of(tensors["lokr_w2_a"]), shape_of(tensors["lokr_w2_b"])
         w2 = (up[1], down[1], *core[2:]) if len(up) == len(down) == 2 and core[:2] == (up[0], down[0]) else None
     elif "lokr_w2_b" in tensors and w2 is not None:
-        taps = math.prod(layer.kernel)
-        w2 = (w2[0], w2[1] // taps, *layer.kernel) if w2[1] % taps == 0 else None
+        taps = math.prod(spec.kernel)
+        w2 = (w2[0], w2[1] // taps, *spec.kernel) if w2[1] % taps == 0 else None
     elif w2 is not None and len(w2) == 2:
-        w2 = (*w2, *(1,) * len(layer.kernel))
+        w2 = (*w2, *(1,) * len(spec.kernel))
     if w1 is None or w2 is None or len(w1) != 2 or len(w2) < 2:
         return None
     return (w1[0] * w2[0], w1[1] * w2[1], *w2[2:])

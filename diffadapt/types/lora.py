@@ -22,10 +22,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffadapt.config import RankedConfig
 from diffadapt.errors import AdapterError
-from diffadapt.kind import AdapterType, Tensors
-from diffadapt.layer import LayerSpec, layer_of, pick, scaled, shape_of
+from diffadapt.types.adapter_type import AdapterType, Tensors
+from diffadapt.types.config import RankedConfig
+from diffadapt.types.layer_spec import LayerSpec, layer_of
+from diffadapt.types.tensor_ops import pick, scaled, shape_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ class LoraConfig(RankedConfig):
         return (True, "gaussian", False)
 
 
-def fit(tensors: Tensors, layer: LayerSpec) -> dict[str, Tensor]:
+def fit(tensors: Tensors, spec: LayerSpec) -> dict[str, Tensor]:
     """Tensors of a file in the shapes of the table above; 2-d and 4-d spellings of a 1 x 1 kernel both occur."""
     for name in ("lora_down", "lora_up"):
         if name not in tensors:
@@ -54,33 +55,33 @@ def fit(tensors: Tensors, layer: LayerSpec) -> dict[str, Tensor]:
     down, up = tensors["lora_down"], tensors["lora_up"]
     if down.ndim < 2 or up.ndim < 2 or 0 in down.shape or 0 in up.shape:
         raise AdapterError(f"factors have shapes {shape_of(down)} and {shape_of(up)}, expected at least one rank")
-    if layer.kind == "embedding" and (up.shape[0], down.shape[1]) == (layer.in_features, layer.out_features):
+    if spec.kind == "embedding" and (up.shape[0], down.shape[1]) == (spec.in_features, spec.out_features):
         # Tools that know weights and not layers have `W + up down`, and an embedding's weight has its outputs last.
         down, up = up.mT, down.mT
-    rank, out = down.shape[0], layer.out_features
+    rank, out = down.shape[0], spec.out_features
     fitted: dict[str, Tensor] = {}
     if "lora_mid" in tensors:
         mid = tensors["lora_mid"]
-        expected = (rank, rank, *layer.kernel)
-        if layer.groups != 1 or tuple(mid.shape) != expected:
+        expected = (rank, rank, *spec.kernel)
+        if spec.groups != 1 or tuple(mid.shape) != expected:
             raise AdapterError(f"lora_mid has shape {shape_of(mid)}, expected {expected} on an ungrouped convolution")
-        if math.prod(down.shape[1:]) != layer.in_features:
-            raise AdapterError(f"lora_down has shape {shape_of(down)}, expected ({rank}, {layer.in_features})")
+        if math.prod(down.shape[1:]) != spec.in_features:
+            raise AdapterError(f"lora_down has shape {shape_of(down)}, expected ({rank}, {spec.in_features})")
         fitted["lora_mid"] = mid
-        fitted["lora_down"] = down.reshape(rank, layer.in_features, *(1,) * len(layer.kernel))
+        fitted["lora_down"] = down.reshape(rank, spec.in_features, *(1,) * len(spec.kernel))
     else:
-        expected = (rank, *layer.weight_shape[1:])
+        expected = (rank, *spec.weight_shape[1:])
         kernel = tuple(down.shape[2:])
-        if math.prod(down.shape[1:]) != layer.fan_in or (kernel and set(kernel) != {1} and kernel != layer.kernel):
+        if math.prod(down.shape[1:]) != spec.fan_in or (kernel and set(kernel) != {1} and kernel != spec.kernel):
             raise AdapterError(f"lora_down has shape {shape_of(down)}, expected {expected}")
         fitted["lora_down"] = down if down.shape == expected else down.reshape(expected)
     columns = math.prod(up.shape[1:])
-    if up.shape[0] != out or columns not in (rank, rank / layer.groups):
+    if up.shape[0] != out or columns not in (rank, rank / spec.groups):
         raise AdapterError(f"lora_up has shape {shape_of(up)}, expected ({out}, {rank}): lora_down has rank {rank}")
     fitted["lora_up"] = up if up.ndim == 2 else up.reshape(out, columns)
     if "lora_bias" in tensors:
         bias = tensors["lora_bias"]
-        if bias.numel() != out or layer.kind == "embedding":
+        if bias.numel() != out or spec.kind == "embedding":
             raise AdapterError(f"lora_bias has shape {shape_of(bias)}, expected ({out},) on a layer with a bias")
         fitted["lora_bias"] = bias.reshape(out)
     return fitted
@@ -95,27 +96,27 @@ def geometry(tensors: Tensors) -> LayerSpec:
 
 
 def init(
-    layer: LayerSpec, config: LoraConfig, generator: torch.Generator, weight: Callable[[], Tensor]
+    spec: LayerSpec, config: LoraConfig, *, generator: torch.Generator, weight: Callable[[], Tensor]
 ) -> dict[str, Tensor]:
     """Kaiming-uniform or normal `down` and zero `up`."""
-    if config.bias and layer.kind == "embedding":
+    if config.bias and spec.kind == "embedding":
         raise AdapterError("an embedding has no bias; set bias=False or exclude it")
-    rank, columns = config.rank, layer.in_features // layer.groups
-    kernel = (1,) * len(layer.kernel) if config.use_tucker else layer.kernel
+    rank, columns = config.rank, spec.in_features // spec.groups
+    kernel = (1,) * len(spec.kernel) if config.use_tucker else spec.kernel
     tensors = {"lora_down": torch.empty(rank, columns, *kernel)}
-    if kernel != layer.kernel:
-        if layer.groups > 1:
+    if kernel != spec.kernel:
+        if spec.groups > 1:
             raise AdapterError("a grouped convolution takes no Tucker core; set use_tucker=False or exclude it")
-        tensors["lora_mid"] = torch.empty(rank, rank, *layer.kernel)
+        tensors["lora_mid"] = torch.empty(rank, rank, *spec.kernel)
     for tensor in tensors.values():
         if config.init == "gaussian":
             tensor.normal_(std=1 / rank, generator=generator)
         else:
             bound = 1 / math.sqrt(tensor[0].numel())
             tensor.uniform_(-bound, bound, generator=generator)
-    tensors["lora_up"] = torch.zeros(layer.out_features, rank)
+    tensors["lora_up"] = torch.zeros(spec.out_features, rank)
     if config.bias:
-        tensors["lora_bias"] = torch.zeros(layer.out_features)
+        tensors["lora_bias"] = torch.zeros(spec.out_features)
     if not config.init:
         for name in sorted(tensors.keys() & {"lora_up", "lora_bias"}):
             tensors[name].normal_(std=1 / rank, generator=generator)
@@ -127,9 +128,9 @@ def rank(tensors: Tensors) -> int:
     return tensors["lora_down"].shape[0]
 
 
-def delta_weight(tensors: Tensors, layer: LayerSpec) -> Tensor:
+def delta_weight(tensors: Tensors, spec: LayerSpec) -> Tensor:
     """`up @ down` in the canonical weight shape."""
-    return layer.product(_down(tensors), tensors["lora_up"])
+    return spec.product(_down(tensors), tensors["lora_up"])
 
 
 def delta_bias(tensors: Tensors) -> Tensor | None:
@@ -137,23 +138,25 @@ def delta_bias(tensors: Tensors) -> Tensor | None:
     return tensors.get("lora_bias")
 
 
-def delta_output(tensors: Tensors, layer: LayerSpec, input: Tensor, gate: Tensor, onto: Tensor | None = None) -> Tensor:
+def delta_output(
+    tensors: Tensors, spec: LayerSpec, *, input: Tensor, gate: Tensor, onto: Tensor | None = None
+) -> Tensor:
     """`onto + up(gate * down(input))`, and the bias."""
-    output = layer.low_rank(input, _down(tensors), tensors["lora_up"], gate, onto)
+    output = spec.low_rank(input, _down(tensors), tensors["lora_up"], gate, onto)
     bias = tensors.get("lora_bias")
     if bias is None:
         return output
-    return output + layer.along_channels(scaled(bias, gate).to(output.dtype))
+    return output + spec.along_channels(scaled(bias, gate).to(output.dtype))
 
 
-def as_low_rank(tensors: Tensors, layer: LayerSpec) -> tuple[Tensor, Tensor]:
+def as_low_rank(tensors: Tensors, spec: LayerSpec) -> tuple[Tensor, Tensor]:
     """The factors, Tucker core folded in."""
     return _down(tensors), tensors["lora_up"]
 
 
-def rows(tensors: Tensors, layer: LayerSpec, rows: Sequence[range]) -> dict[str, Tensor] | None:
+def rows(tensors: Tensors, spec: LayerSpec, rows: Sequence[range]) -> dict[str, Tensor] | None:
     """Rows of `up`, and of its ranks those that these rows use: fused projections may be block-diagonal."""
-    if layer.groups > 1:
+    if spec.groups > 1:
         return None
     up = pick(tensors["lora_up"], rows)
     cut = {**tensors, "lora_up": up}

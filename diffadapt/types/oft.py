@@ -33,12 +33,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffadapt.config import AdapterConfig
 from diffadapt.errors import AdapterError
-from diffadapt.kind import AdapterType, Stage, Surroundings, Tensors
-from diffadapt.layer import LayerSpec, blockwise, layer_of, pick, shape_of
+from diffadapt.types.adapter_type import AdapterType, Stage, Surroundings, Tensors
+from diffadapt.types.config import AdapterConfig
+from diffadapt.types.layer_spec import LayerSpec, layer_of
+from diffadapt.types.tensor_ops import blockwise, pick, shape_of
 
-_TURN, _GAIN = "oft_turn", "oft_gain"
+_ROTATION, _GAIN = "oft_rotation", "oft_gain"
 _LENGTHS = frozenset({"dora_scale", "initial_norm"})
 _OLD = "oft_r"
 
@@ -123,15 +124,15 @@ class OFTConfig(RotationConfig):
         return {"neumann_terms": terms, "coft_eps": self.coft_eps, "scaled_oft": float(self.scaled)}
 
 
-def fit(tensors: Tensors, layer: LayerSpec) -> dict[str, Tensor]:
+def fit(tensors: Tensors, spec: LayerSpec) -> dict[str, Tensor]:
     """Tensors of a file, checked: the blocks cover the channels."""
     if _OLD in tensors:
         raise AdapterError(f"{_OLD} is the layout of PEFT before 0.14, which has another formula; train it again")
-    _refuse_groups(layer)
+    _refuse_groups(spec)
     names = [name for name in ("oft_R", "oft_blocks", "oft_diag") if name in tensors]
     if len(names) != 1:
         raise AdapterError(f"one of oft_R, oft_blocks and oft_diag expected, {', '.join(sorted(tensors))} found")
-    blocks, channels = tensors[names[0]], _rotated_channels(names[0], layer)
+    blocks, channels = tensors[names[0]], _rotated_channels(names[0], spec)
     shape = shape_of(blocks)
     if names[0] == "oft_R":
         size = block_size(blocks)
@@ -145,16 +146,16 @@ def fit(tensors: Tensors, layer: LayerSpec) -> dict[str, Tensor]:
         raise AdapterError(f"{names[0]} has shape {shape}, expected {expected} for {channels} channels")
     fitted = {names[0]: blocks}
     if "rescale" in tensors:
-        if names[0] == "oft_R" or tensors["rescale"].numel() != layer.out_features:
-            raise AdapterError(f"rescale has shape {shape_of(tensors['rescale'])}, expected ({layer.out_features},)")
-        fitted["rescale"] = tensors["rescale"].reshape(layer.out_features)
+        if names[0] == "oft_R" or tensors["rescale"].numel() != spec.out_features:
+            raise AdapterError(f"rescale has shape {shape_of(tensors['rescale'])}, expected ({spec.out_features},)")
+        fitted["rescale"] = tensors["rescale"].reshape(spec.out_features)
     for name in _LENGTHS & tensors.keys():
-        if names[0] != "oft_R" or "dora_scale" not in tensors or tensors[name].numel() != layer.out_features:
+        if names[0] != "oft_R" or "dora_scale" not in tensors or tensors[name].numel() != spec.out_features:
             raise AdapterError(
-                f"{name} has shape {shape_of(tensors[name])}, expected ({layer.out_features}, 1), with oft_R and "
+                f"{name} has shape {shape_of(tensors[name])}, expected ({spec.out_features}, 1), with oft_R and "
                 "dora_scale"
             )
-        fitted[name] = tensors[name].reshape(layer.out_features, 1)
+        fitted[name] = tensors[name].reshape(spec.out_features, 1)
     return fitted
 
 
@@ -168,13 +169,13 @@ def geometry(tensors: Tensors) -> LayerSpec:
 
 
 def init(
-    layer: LayerSpec, config: OFTConfig, generator: torch.Generator, weight: Callable[[], Tensor]
+    spec: LayerSpec, config: OFTConfig, *, generator: torch.Generator, weight: Callable[[], Tensor]
 ) -> dict[str, Tensor]:
     """Zero blocks, which are no rotation."""
-    _refuse_groups(layer)
+    _refuse_groups(spec)
     deviation = 0.0 if config.init else 0.1
     name = "oft_R" if config.side == "input" else "oft_blocks"
-    number, size = config.split(_rotated_channels(name, layer))
+    number, size = config.split(_rotated_channels(name, spec))
     if size == 1:
         raise AdapterError("blocks of one channel cannot be rotated")
     if name == "oft_R":
@@ -182,24 +183,24 @@ def init(
         return {name: torch.randn(shape, generator=generator) * deviation}
     tensors = {name: torch.randn(number, size, size, generator=generator) * deviation}
     if config.rescale:
-        tensors["rescale"] = 1 + torch.randn(layer.out_features, generator=generator) * deviation
+        tensors["rescale"] = 1 + torch.randn(spec.out_features, generator=generator) * deviation
     return tensors
 
 
-def stages(tensors: Tensors, layer: LayerSpec) -> tuple[Stage, ...]:
+def stages(tensors: Tensors, spec: LayerSpec) -> tuple[Stage, ...]:
     """On the output, or on the input of the layer; a kernel makes that the patch."""
-    if "oft_R" not in tensors or layer.kind == "embedding":
+    if "oft_R" not in tensors or spec.kind == "embedding":
         return ("output",)
-    side: Stage = "patch" if layer.has_kernel else "input"
+    side: Stage = "patch" if spec.has_kernel else "input"
     return (side, "gain") if "dora_scale" in tensors else (side,)
 
 
-def prepare(tensors: Tensors, layer: LayerSpec, surroundings: Surroundings) -> Tensors:
+def prepare(tensors: Tensors, spec: LayerSpec, surroundings: Surroundings) -> Tensors:
     """`R - I` of every block, `rescale` folded in, in float32 or wider."""
     settings = surroundings.settings
     if "oft_diag" in tensors:
         rotation = _widened(tensors["oft_diag"])
-        return {_TURN: rotation - torch.eye(rotation.shape[-1]).to(rotation)}
+        return {_ROTATION: rotation - torch.eye(rotation.shape[-1]).to(rotation)}
     if "oft_R" in tensors:
         skew = _skew(_widened(tensors["oft_R"]))
         if settings["scaled_oft"]:
@@ -207,10 +208,10 @@ def prepare(tensors: Tensors, layer: LayerSpec, surroundings: Surroundings) -> T
         if settings["coft_eps"]:
             skew = _within(skew, settings["coft_eps"] / math.sqrt(skew.shape[0]), (1, 2))
         terms = int(settings["neumann_terms"])
-        turn = _neumann(skew, terms) if terms else cayley(-skew)
+        rotation = _neumann(skew, terms) if terms else cayley(-skew)
         size = skew.shape[-1]
-        channels = _rotated_channels("oft_R", layer)
-        prepared = {_TURN: turn.expand(channels // size, size, size)}
+        channels = _rotated_channels("oft_R", spec)
+        prepared = {_ROTATION: rotation.expand(channels // size, size, size)}
         if "dora_scale" in tensors:
             norm = tensors.get("initial_norm")
             norm = surroundings.weight().flatten(1).norm(dim=1, keepdim=True) if norm is None else norm
@@ -218,15 +219,22 @@ def prepare(tensors: Tensors, layer: LayerSpec, surroundings: Surroundings) -> T
         return prepared
     blocks = _widened(tensors["oft_blocks"])
     skew = blocks - blocks.transpose(-1, -2)
-    limited = constrained(skew, settings["constraint"], layer, settings["constraint_eps"])
-    return {_TURN: rescaled(cayley(limited), tensors.get("rescale"))}
+    limited = constrained(skew, settings["constraint"], spec, settings["constraint_eps"])
+    return {_ROTATION: rescaled(cayley(limited), tensors.get("rescale"))}
 
 
-def turn(
-    tensors: Tensors, layer: LayerSpec, vectors: Tensor, axis: int, gate: Tensor, transposed: bool, onto: Tensor | None
+def apply_map(
+    tensors: Tensors,
+    spec: LayerSpec,
+    *,
+    vectors: Tensor,
+    axis: int,
+    gate: Tensor,
+    transposed: bool = False,
+    onto: Tensor | None = None,
 ) -> Tensor:
     """The blocks on their stretches of the axis."""
-    blocks = tensors[_TURN].mT if transposed else tensors[_TURN]
+    blocks = tensors[_ROTATION].mT if transposed else tensors[_ROTATION]
     return blockwise(vectors, blocks.mul(gate).to(vectors.dtype), axis, onto)
 
 
@@ -235,9 +243,9 @@ def gain(tensors: Tensors) -> Tensor:
     return tensors[_GAIN]
 
 
-def rows(tensors: Tensors, layer: LayerSpec, rows: Sequence[range]) -> dict[str, Tensor] | None:
+def rows(tensors: Tensors, spec: LayerSpec, rows: Sequence[range]) -> dict[str, Tensor] | None:
     """Whole blocks of a rotation of the outputs, `None` where some would be cut; all rows share one of the inputs."""
-    if stages(tensors, layer) != ("output",):
+    if stages(tensors, spec) != ("output",):
         return {name: pick(tensor, rows) if name in _LENGTHS else tensor for name, tensor in tensors.items()}
     name = next(name for name in ("oft_R", "oft_blocks", "oft_diag") if name in tensors)
     blocks = tensors[name]
@@ -245,7 +253,7 @@ def rows(tensors: Tensors, layer: LayerSpec, rows: Sequence[range]) -> dict[str,
     if any(part.start % size or part.stop % size for part in rows):
         return None
     cut = dict(tensors)
-    if blocks.shape[0] * size == layer.out_features:
+    if blocks.shape[0] * size == spec.out_features:
         cut[name] = pick(blocks, [range(part.start // size, part.stop // size) for part in rows])
     if "rescale" in tensors:
         cut["rescale"] = pick(tensors["rescale"], rows)
@@ -268,18 +276,18 @@ def cayley(skew: Tensor) -> Tensor:
     return torch.linalg.solve(identity - skew, 2 * skew, left=False)
 
 
-def constrained(skew: Tensor, constraint: float, layer: LayerSpec, eps: float = 0.0) -> Tensor:
+def constrained(skew: Tensor, constraint: float, spec: LayerSpec, eps: float = 0.0) -> Tensor:
     """All blocks of a layer together within the radius `constraint * out + eps`; 0 for no limit."""
-    radius = constraint * layer.out_features + eps
+    radius = constraint * spec.out_features + eps
     return _within(skew, radius, None) if radius > 0 else skew
 
 
-def rescaled(turn: Tensor, rescale: Tensor | None) -> Tensor:
+def rescaled(rotation: Tensor, rescale: Tensor | None) -> Tensor:
     """`R diag(s) - I` from `R - I`: the factor of an output is applied after the rotation."""
     if rescale is None:
-        return turn
-    factors = rescale.to(turn.dtype).view(turn.shape[0], 1, turn.shape[-1])
-    return turn * factors + torch.diag_embed(factors.squeeze(1) - 1)
+        return rotation
+    factors = rescale.to(rotation.dtype).view(rotation.shape[0], 1, rotation.shape[-1])
+    return rotation * factors + torch.diag_embed(factors.squeeze(1) - 1)
 
 
 def _neumann(skew: Tensor, terms: int) -> Tensor:
@@ -313,13 +321,13 @@ def _widened(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _rotated_channels(name: str, layer: LayerSpec) -> int:
-    return layer.fan_in if name == "oft_R" and layer.kind != "embedding" else layer.out_features
+def _rotated_channels(name: str, spec: LayerSpec) -> int:
+    return spec.fan_in if name == "oft_R" and spec.kind != "embedding" else spec.out_features
 
 
-def _refuse_groups(layer: LayerSpec) -> None:
-    if layer.groups > 1:
-        raise AdapterError(f"the layer has {layer.groups} groups; a rotation would mix them")
+def _refuse_groups(spec: LayerSpec) -> None:
+    if spec.groups > 1:
+        raise AdapterError(f"the layer has {spec.groups} groups; a rotation would mix them")
 
 
 OFT = AdapterType(
@@ -334,10 +342,11 @@ OFT = AdapterType(
     stages=stages,
     prepare=prepare,
     rows=rows,
-    turn=turn,
+    apply_map=apply_map,
     gain=gain,
     settings={"neumann_terms": 5, "coft_eps": 0.0, "scaled_oft": 0.0, "constraint": 0.0, "constraint_eps": 0.0},
     marks=frozenset({"scaled_oft"}),
     alpha_is="constraint",
-    blocks={_TURN: 0},
+    orthogonal=True,
+    blocks={_ROTATION: 0},
 )

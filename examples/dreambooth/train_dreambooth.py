@@ -53,7 +53,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 import diffadapt
-from diffadapt.adapter import Adapter
+from diffadapt.runtime.adapter import Adapter
 
 ADAPTER = "dreambooth"
 WEIGHTS_FILE = "pytorch_lora_weights.safetensors"

@@ -1,0 +1,76 @@
+"""New adapters on a model, from their settings."""
+
+from functools import partial
+
+import torch
+from torch import nn
+
+from diffadapt.errors import AdapterError, naming
+from diffadapt.runtime.adapter import Adapter
+from diffadapt.runtime.adapter_layer import AdapterLayer, Dropout
+from diffadapt.runtime.attach import attach_, refresh_
+from diffadapt.runtime.bank import bank_of
+from diffadapt.runtime.base_weights import weight_of
+from diffadapt.runtime.foreign_hooks import execution_device
+from diffadapt.runtime.targets import Targets
+from diffadapt.types import for_config
+from diffadapt.types.config import AdapterConfig
+from diffadapt.types.layer_spec import LayerSpec
+
+
+def add_adapter(model: nn.Module, config: AdapterConfig, name: str = "default") -> Adapter:
+    """Add a new, trainable adapter to `model` and activate it. At first it changes nothing.
+
+    Its parameters are float32, on the device the model runs on. `requires_grad` of the base model stays as it is.
+
+    Args:
+        config: of the type you want: `LoraConfig`, `LoHaConfig`, `LoKrConfig`, `OFTConfig`, ...
+
+    Returns:
+        The adapter, an `nn.Module` registered in `model`: `adapter.parameters()` is what an optimiser needs.
+
+    Raises:
+        AdapterError: a pattern that matches nothing, a layer that cannot carry such an adapter, settings that do not
+            suit a layer (the error names it), a name in use.
+    """
+    bank = bank_of(model)
+    if bank is not None and bank.merged:
+        raise AdapterError(f"{', '.join(bank.merged)} is merged into the weights; unmerge() before adding an adapter")
+    layers, hosts = new_layers(model, config)
+    adapter = Adapter(layers)
+    attach_(model, name, adapter, hosts)
+    adapter.active = adapter.outside_slots = True
+    refresh_(model)
+    return adapter
+
+
+def new_layers(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, AdapterLayer], dict[str, nn.Module]]:
+    """The adapter layers that `add_adapter` would attach, and the layers of the model they are for, by module path."""
+    adapter_type = for_config(config)
+    targets = Targets(model)
+    hosts = targets.select(config.target_modules, config.exclude_modules, adapter_type.layers)
+    generator = config.generator or torch.Generator().manual_seed(0)
+    device = execution_device(targets.all)
+    layers: dict[str, AdapterLayer] = {}
+    specs: dict[str, LayerSpec] = {}
+    for path in sorted(hosts):
+        with naming(path):
+            specs[path] = targets.spec(path, adapter_type.layers)
+    config.refuse_idle(specs)
+    for path, spec in specs.items():
+        settings = config.at(path)
+        with naming(path):
+            tensors = adapter_type.init(
+                spec, settings, generator=generator, weight=partial(weight_of, hosts[path], spec)
+            )
+        dropout = Dropout(config.dropout, getattr(config, "rank_dropout", 0.0), config.module_dropout)
+        layers[path] = AdapterLayer(
+            adapter_type,
+            spec,
+            {key: tensor.to(device, torch.float32) for key, tensor in tensors.items()},
+            settings.alpha_of(),
+            settings=settings.settings,
+            trainable=True,
+            dropout=dropout,
+        )
+    return layers, hosts

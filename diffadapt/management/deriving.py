@@ -1,0 +1,25 @@
+"""Plain LoRAs derived from loaded adapters, by name."""
+
+from collections.abc import Callable
+
+from diffadapt.management.activation import refuse_schedule
+from diffadapt.management.owner import Owner
+from diffadapt.management.snapshot import Chosen
+from diffadapt.merging.merge import expand_
+from diffadapt.to_lora.change import Sources
+from diffadapt.to_lora.derive import Maker, derive_
+from diffadapt.to_lora.report import Conversion
+
+
+def derive_adapter_(owner: Owner, adapters: Chosen, name: str, maker: Callable[[Sources], Maker]) -> Conversion:
+    """Add the LoRA that `maker` makes of `adapters`, inactive; see `Adapters.to_lora` and `Adapters.combine`."""
+    snapshot = owner.snapshot()
+    snapshot.refuse_name(name)
+    for bank in snapshot.banks.values():
+        expand_(bank)
+    wanted, strengths = snapshot.resolved(adapters)
+    for source, strength in wanted.items():
+        refuse_schedule(name, source, strength)
+    report = derive_(snapshot.models, name, strengths, maker)
+    owner.changed()
+    return report

@@ -1,0 +1,238 @@
+"""The adapters of some models at one moment, and what a user means who speaks of them by name and strength."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from diffadapt.errors import AdapterError
+from diffadapt.runtime.adapter import Adapter
+from diffadapt.runtime.attach import refresh_
+from diffadapt.runtime.bank import Bank, bank_of
+from diffadapt.runtime.components import is_text_encoder
+from diffadapt.strengths.by_prefix import SharedStrengths, Strength, check_strength, numbers_at, resolve_prefixes
+from diffadapt.strengths.schedules import START, Moment
+from diffadapt.tokens.learned_tokens import LearnedTokens, learned_tokens_of, vectors_by_token
+
+Chosen: TypeAlias = str | Iterable[str] | Mapping[str, Strength]
+"""Adapters by name; a name alone means the strength 1."""
+
+LayerStrengths: TypeAlias = float | list[float]
+"""A strength for all layers of an adapter on one model, or one for each."""
+
+
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """One adapter over all components.
+
+    Attributes:
+        components: component -> the `Adapter` module there, which owns the parameters.
+    """
+
+    name: str
+    components: Mapping[str, Adapter]
+
+    @property
+    def learned(self) -> tuple[LearnedTokens, ...]:
+        """The tokens it brought, one entry for each text encoder."""
+        found = (learned_tokens_of(adapter) for adapter in self.components.values())
+        return tuple(tokens for tokens in found if tokens is not None)
+
+    @property
+    def tokens(self) -> Mapping[str, int]:
+        """The tokens it brought, with their numbers of vectors."""
+        return vectors_by_token(self.learned)
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        """Adapter types in use."""
+        return tuple(sorted({layer.adapter_type.name for a in self.components.values() for layer in a.layers.values()}))
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Ranks in use, ascending."""
+        ranks = {layer.rank for adapter in self.components.values() for layer in adapter.layers.values()}
+        return tuple(sorted(rank for rank in ranks if rank is not None))
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """Dtypes of the parameters."""
+        dtypes = {parameter.dtype for adapter in self.components.values() for parameter in adapter.parameters()}
+        return tuple(sorted(dtypes, key=str))
+
+    @property
+    def bytes(self) -> int:
+        """Size of the parameters."""
+        return sum(adapter.bytes for adapter in self.components.values())
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """Metadata of the file, verbatim."""
+        return next(iter(self.components.values())).metadata
+
+    @property
+    def active(self) -> bool:
+        """Whether it takes part in the forward, at run time or merged."""
+        return any(adapter.active for adapter in self.components.values())
+
+    @property
+    def strength(self) -> Strength:
+        """What `activate` or `scale=` set last."""
+        return next(iter(self.components.values())).strength
+
+
+def check_name(name: str) -> None:
+    """Raise `AdapterError` if `name` cannot be the name of an adapter."""
+    if not name or "." in name:
+        raise AdapterError(f"{name!r} is no name for an adapter: it must not be empty or contain a dot")
+
+
+class AdapterSnapshot:
+    """What is loaded into some models now; to be asked anew after anything came or went.
+
+    Attributes:
+        models: by component.
+        banks: of those models that have adapters or slots.
+        adapters: by name, in the order of loading.
+    """
+
+    def __init__(self, models: Mapping[str, nn.Module], *, qualified: bool = True) -> None:
+        """
+        Args:
+            qualified: whether prefixes of paths start with a component name.
+        """
+        self.models = models
+        self.banks: dict[str, Bank] = {}
+        found: dict[str, dict[str, Adapter]] = {}
+        for component, model in models.items():
+            bank = bank_of(model)
+            if bank is not None:
+                self.banks[component] = bank
+                for name, adapter in bank.adapters.items():
+                    found.setdefault(name, {})[component] = adapter
+        self.adapters = {name: LoadedAdapter(name, components) for name, components in found.items()}
+        self._qualified = qualified
+
+    def __getitem__(self, name: str) -> LoadedAdapter:
+        if name not in self.adapters:
+            raise AdapterError(f"no adapter {name!r}; loaded are {', '.join(self.adapters) or 'none'}")
+        return self.adapters[name]
+
+    def __str__(self) -> str:
+        """A table of all adapters."""
+        header = ("name", "types", "components", "rank", "dtype", "size", "active", "scale")
+        rows = [header, *map(self._row, self.adapters.values())]
+        if len(rows) == 1:
+            return "no adapters"
+        widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+    @property
+    def active(self) -> dict[str, Strength]:
+        """Strength of every active adapter, as it was set."""
+        return {name: adapter.strength for name, adapter in self.adapters.items() if adapter.active}
+
+    @cached_property
+    def merged(self) -> list[str]:
+        """Names of the adapters that are merged into the weights."""
+        merged = {name for bank in self.banks.values() for name in bank.merged}
+        return [name for name in self.adapters if name in merged]
+
+    @property
+    def running(self) -> list[str]:
+        """Names of the active adapters that are not merged."""
+        return [name for name in self.active if name not in self.merged]
+
+    def refuse_merged(self, action: str) -> None:
+        """Raise `AdapterError` if any adapter is merged."""
+        if self.merged:
+            raise AdapterError(f"{action}: {', '.join(self.merged)} is merged into the weights; call unmerge() first")
+
+    def free_name(self) -> str:
+        """A name for an adapter whose source has none."""
+        names = (f"default_{number}" for number in range(len(self.adapters) + 1))
+        return next(name for name in names if name not in self.adapters)
+
+    def refuse_name(self, name: str) -> None:
+        """Raise `AdapterError` if a new adapter cannot be called so."""
+        check_name(name)
+        if name in self.adapters:
+            raise AdapterError(f"adapter {name!r} exists already; remove it first or pass another name=")
+
+    def resolved(self, adapters: Chosen) -> tuple[dict[str, Strength], dict[str, dict[str, LayerStrengths]]]:
+        """What was asked for: name -> strength, and the same as name -> component -> numbers per layer."""
+        adapters = [adapters] if isinstance(adapters, str) else adapters
+        wanted: dict[str, Strength] = dict(adapters) if isinstance(adapters, Mapping) else dict.fromkeys(adapters, 1.0)
+        return wanted, {name: self.strengths(name, amount, self[name].components) for name, amount in wanted.items()}
+
+    def strengths(
+        self,
+        name: str,
+        strength: Strength,
+        components: Mapping[str, Adapter],
+        *,
+        strict: bool = True,
+        moment: Moment = START,
+    ) -> dict[str, LayerStrengths]:
+        """By component, one number for all layers or one for each; `strict` for prefixes that have to match.
+
+        Args:
+            name: for messages; the adapter need not be loaded yet.
+        """
+        check_strength(name, strength)
+        numbers = numbers_at(strength, moment)
+        if not isinstance(numbers, Mapping):
+            return dict.fromkeys(components, numbers)
+        strengths: dict[str, LayerStrengths] = {}
+        matched: set[str] = set()
+        for component, adapter in components.items():
+            paths = [f"{component}.{path}" for path in adapter.layers] if self._qualified else list(adapter.layers)
+            strengths[component], hits = resolve_prefixes(numbers, paths)
+            matched |= hits
+        missed = sorted(set(numbers) - matched - {""})
+        if missed and strict and not (isinstance(strength, SharedStrengths) and self._suits(strength, matched)):
+            names = [*map(repr, missed[:4]), *(["..."] if len(missed) > 4 else [])]
+            raise AdapterError(
+                f"adapter {name!r} has no layer under {', '.join(names)}; "
+                f"it has layers under {', '.join(self._prefixes(components))}"
+            )
+        return strengths
+
+    def set_active_(self, names: Iterable[str]) -> None:
+        """Make exactly these adapters act."""
+        names = set(names)
+        for name, adapter in self.adapters.items():
+            for part in adapter.components.values():
+                part.active = name in names
+        self.refresh_()
+
+    def refresh_(self) -> None:
+        """See `attach.refresh_`."""
+        for component in self.banks:
+            refresh_(self.models[component])
+
+    def _suits(self, strength: SharedStrengths[Any], matched: set[str]) -> bool:
+        """Whether some of the prefixes match, and the others may be missing: not if they are of another denoiser."""
+        others = (prefix for prefix in strength if prefix and not is_text_encoder(prefix.partition(".")[0]))
+        return bool(matched or "" in strength) and {prefix.partition(".")[0] for prefix in others} <= set(self.models)
+
+    def _prefixes(self, components: Mapping[str, Adapter]) -> list[str]:
+        tops = {f"{component}.{path.split('.')[0]}" for component, a in components.items() for path in a.layers}
+        return sorted(tops if self._qualified else {top.partition(".")[2] for top in tops})
+
+    def _row(self, adapter: LoadedAdapter) -> tuple[str, ...]:
+        ranks = adapter.ranks
+        state = "merged" if adapter.name in self.merged else "yes" if adapter.active else "no"
+        return (
+            adapter.name,
+            ",".join([*adapter.types, *(["tokens"] if adapter.learned else [])]),
+            ", ".join(f"{name} {len(part.layers)}" for name, part in adapter.components.items()),
+            str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}" if ranks else "-",
+            ",".join(str(dtype).removeprefix("torch.") for dtype in adapter.dtypes),
+            f"{adapter.bytes / 2**20:.1f} MiB",
+            state,
+            str(adapter.strength),
+        )

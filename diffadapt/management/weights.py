@@ -1,0 +1,61 @@
+"""Adapters into the weights of the models and out again, by name."""
+
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+
+from diffadapt.errors import AdapterError
+from diffadapt.management.activation import refuse_schedule
+from diffadapt.management.owner import Owner
+from diffadapt.management.seating import seat_
+from diffadapt.merging.keeping import Keeping
+from diffadapt.merging.merge import merge_, unmerge_
+from diffadapt.merging.undo_from_file import BaseFiles, open_base_files
+from diffadapt.runtime.locks import exclusive
+
+
+def merge_adapters_(owner: Owner, names: tuple[str, ...], compact: bool | None, base_files: BaseFiles) -> None:
+    """Merge adapters into the weights of the models; see `Adapters.merge`."""
+    snapshot = owner.snapshot()
+    if any(bank.call.samples for bank in snapshot.banks.values()):
+        raise AdapterError("merge: inside per_sample every sample has weights of its own; leave it first")
+    chosen = names or tuple(snapshot.running)
+    if not chosen:
+        raise AdapterError("nothing to merge: no adapter is active that is not merged already")
+    for name in chosen:
+        if name in snapshot.merged:
+            raise AdapterError(f"adapter {name!r} is merged already; call unmerge() first")
+        refuse_schedule("merge", name, snapshot[name].strength)
+    components = {component for name in chosen for component in snapshot[name].components}
+    models = {component: model for component, model in snapshot.models.items() if component in components}
+    files = open_base_files(models, base_files)
+    merge_(snapshot.models, chosen, Keeping(compact, files))
+    for name in chosen:
+        for adapter in snapshot[name].components.values():
+            adapter.active = True
+
+
+def unmerge_adapters_(owner: Owner) -> None:
+    """Undo every merge; see `Adapters.unmerge`."""
+    merged = owner.snapshot().merged
+    if not merged:
+        return
+    for model in owner.models().values():
+        unmerge_(model)
+    snapshot = owner.snapshot()
+    # Others may have taken their seats; without one they run beside the slots.
+    with suppress(AdapterError):
+        seat_(snapshot, merged, staying=snapshot.active)
+    snapshot.refresh_()
+
+
+@contextmanager
+def unmerged(owner: Owner) -> Generator[None, None, None]:
+    """Hold the models of `owner` for this thread with nothing merged; merge the same adapters again on leaving."""
+    with exclusive(owner.models().values()):
+        merged, keeping = owner.snapshot().merged, Keeping.of(owner.models())
+        unmerge_adapters_(owner)
+        try:
+            yield
+        finally:
+            if merged:
+                merge_(owner.models(), merged, keeping)

@@ -1,0 +1,110 @@
+"""What stands in for methods of a pipeline while it has adapters, to hear of its calls."""
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from diffadapt.pipelines.components import components_of
+from diffadapt.runtime.bank import Bank, bank_of
+from diffadapt.runtime.components import is_text_encoder
+from diffadapt.runtime.foreign_hooks import diffusers_scales_with_peft
+from diffadapt.strengths.scheduler_clock import Listener, follow, is_scheduler
+from diffadapt.tokens.installation import is_extended, refresh_tokens_
+
+_IMAGES = ("num_images_per_prompt", "num_videos_per_prompt")
+_HANDED = frozenset({"lora_scale", *_IMAGES})
+
+
+class EncodePromptHook:
+    """Stands in for an `encode_prompt` of diffusers and hands its `lora_scale` to the text encoders' adapters, and the
+    number of images per prompt to all others.
+
+    diffusers keeps that scale for peft, and without peft it crashes on the text encoders of transformers 5. Learned
+    tokens look at their tokenizers here, which diffusers' own textual inversions may have changed in the meantime.
+    """
+
+    def __init__(self, pipe: Any, owner: Any) -> None:
+        self.pipe = pipe
+        self.owner = owner
+
+    @classmethod
+    def install(cls, pipe: Any) -> None:
+        """Put it on `pipe` while one of its models carries adapters, and take it away afterwards."""
+        models = components_of(pipe).values()
+        adapted = any(bank_of(model) is not None for model in models)
+        has_tokens = any(is_extended(model) for model in models)
+        for owner in _prompt_encoders(pipe):
+            present = owner.__dict__.get("encode_prompt")
+            if not adapted and isinstance(present, cls):
+                del owner.__dict__["encode_prompt"]
+            elif adapted and present is None:
+                if has_tokens or _HANDED.intersection(inspect.signature(owner.encode_prompt).parameters):
+                    owner.__dict__["encode_prompt"] = cls(pipe, owner)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        owner_class = type(self.owner)
+        # A method of pipelines, a static method of modular blocks.
+        encode = inspect.getattr_static(owner_class, "encode_prompt").__get__(self.owner, owner_class)
+        bound = inspect.signature(encode).bind(*args, **kwargs)
+        scale = bound.arguments.get("lora_scale")
+        if scale is not None and not diffusers_scales_with_peft():
+            bound.arguments["lora_scale"] = None
+        models = components_of(self.pipe).items()
+        for _, model in models:
+            if is_extended(model):
+                refresh_tokens_(model)
+        images = next((number for name in _IMAGES if (number := bound.arguments.get(name)) is not None), 1)
+        banks: list[Bank] = []
+        for name, model in models:
+            bank = bank_of(model)
+            if bank is not None and is_text_encoder(name):
+                banks.append(bank)
+            elif bank is not None and bank.call.asks_images:
+                bank.call.images = images
+        value = None if scale is None else torch.as_tensor(scale, dtype=torch.float32)
+        for bank in banks:
+            bank.call.outer = bank.call.value = value
+        try:
+            return encode(*bound.args, **bound.kwargs)
+        finally:
+            for bank in banks:
+                bank.call.outer = bank.call.value = None
+
+
+class ProgressBarHook:
+    """Stands in for the `progress_bar` of a pipeline, which it calls right before its loop: by then it may have got
+    another scheduler.
+    """
+
+    def __init__(self, pipe: Any, listener: Listener) -> None:
+        self.pipe = pipe
+        self.listener = listener
+
+    @classmethod
+    def install(cls, pipe: Any, listener: Listener | None) -> None:
+        """Make the schedulers of `pipe` tell `listener` of every step; `None`: nobody any more."""
+        for scheduler in filter(is_scheduler, pipe.components.values()):
+            follow(scheduler, pipe, listener)
+        present = pipe.__dict__.get("progress_bar")
+        if listener is None and isinstance(present, cls):
+            del pipe.__dict__["progress_bar"]
+        elif listener is not None and present is None and hasattr(type(pipe), "progress_bar"):
+            pipe.__dict__["progress_bar"] = cls(pipe, listener)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for scheduler in filter(is_scheduler, self.pipe.components.values()):
+            follow(scheduler, self.pipe, self.listener, running=True)
+        return type(self.pipe).progress_bar(self.pipe, *args, **kwargs)
+
+
+def _prompt_encoders(pipe: Any) -> Iterator[Any]:
+    """The pipeline and, if it is modular, its blocks, as far as they encode prompts."""
+    waiting = [pipe, getattr(pipe, "_blocks", None)]
+    while waiting:
+        owner = waiting.pop()
+        if hasattr(type(owner), "encode_prompt"):
+            yield owner
+        if owner is not pipe:
+            waiting.extend((getattr(owner, "sub_blocks", None) or {}).values())

@@ -1,0 +1,70 @@
+"""Adapters on diffusers pipelines: the two names pipelines get, the scale they pass to their text encoders, and whom
+their schedulers tell of their steps.
+"""
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+import warnings
+from collections.abc import Sequence
+from types import ModuleType
+
+from diffadapt.pipelines.entry import adapters_of, load_adapter
+
+_OWNERS = {
+    "diffusers.pipelines.pipeline_utils": "DiffusionPipeline",
+    "diffusers.modular_pipelines.modular_pipeline": "ModularPipeline",
+}
+
+
+def install() -> None:
+    """Give `DiffusionPipeline` and `ModularPipeline` the names `load_adapter` and `adapters`.
+
+    Pipelines take a second to import, so classes that are not there yet get them when they are.
+    """
+    waiting = {module: owner for module, owner in _OWNERS.items() if module not in sys.modules}
+    for module, owner in _OWNERS.items():
+        if module not in waiting:
+            _extend(getattr(sys.modules[module], owner))
+    if waiting:
+        sys.meta_path.insert(0, _Finder(waiting))
+
+
+def _extend(owner: type) -> None:
+    for name, value in (("load_adapter", load_adapter), ("adapters", property(adapters_of))):
+        existing = vars(owner).get(name)
+        if getattr(owner, name, None) is None:
+            setattr(owner, name, value)
+        elif existing is not load_adapter and getattr(existing, "fget", None) is not adapters_of:
+            warnings.warn(
+                f"{owner.__name__} has its own {name!r} in this version of diffusers, which stays as it is; "
+                f"use diffadapt.{'adapters(pipe)' if name == 'adapters' else 'load_adapter(pipe, ...)'}",
+                stacklevel=2,
+            )
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Calls `_extend` on a class right after its module has been imported, and then gets out of the way."""
+
+    def __init__(self, waiting: dict[str, str]) -> None:
+        self.waiting = waiting
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        owner = self.waiting.pop(fullname, None)
+        if owner is None:
+            return None
+        if not self.waiting:
+            sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                _extend(getattr(module, owner))
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec

@@ -1,0 +1,156 @@
+"""Module paths of a model: which of them a name in a file means, and which can carry an adapter."""
+
+import re
+from collections.abc import Collection, Iterator, Sequence
+from functools import cached_property
+
+from torch import nn
+
+from diffadapt.errors import AdapterError
+from diffadapt.runtime.adapter_layer import BANK
+from diffadapt.runtime.foreign_hooks import is_bypassed
+from diffadapt.types.layer_spec import LayerKind, LayerSpec
+
+_CLIP_LEVEL = "text_model."
+_CARRIERS: tuple[LayerKind, ...] = ("linear", "conv", "embedding", "norm")
+
+
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module of `model` with its path, adapters left out; a module at two paths is given twice."""
+    stack = [("", model)]
+    while stack:
+        prefix, module = stack.pop()
+        for name, child in module._modules.items():
+            if child is not None and not (prefix == "" and name == BANK):
+                path = f"{prefix}{name}"
+                yield path, child
+                stack.append((f"{path}.", child))
+
+
+class Targets:
+    """The module paths of one model, as the truth that every spelling in a file is resolved against.
+
+    Attributes:
+        modules: path -> module.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.modules = dict(walk(model))
+        self._paths: dict[int, str] = {}
+        for path, module in self.modules.items():
+            self._paths.setdefault(id(module), path)
+
+    @property
+    def all(self) -> list[nn.Module]:
+        """The model and every module in it, adapters left out."""
+        return [self.model, *self.modules.values()]
+
+    @cached_property
+    def flattened(self) -> dict[str, str]:
+        """`down_blocks_0_attentions_0_proj_in` -> `down_blocks.0.attentions.0.proj_in`, for every leaf module."""
+        leaves = ((path, module) for path, module in self.modules.items() if not module._modules)
+        return {path.replace(".", "_"): self._paths[id(module)] for path, module in leaves}
+
+    def resolve(self, path: str) -> str | None:
+        """The model's own path for a dotted path of a file.
+
+        CLIP text encoders have a `text_model.` level in transformers 4 and mostly not in 5; files have either.
+        """
+        module = self.modules.get(path)
+        if module is None:
+            other = path.removeprefix(_CLIP_LEVEL) if path.startswith(_CLIP_LEVEL) else _CLIP_LEVEL + path
+            module = self.modules.get(other)
+        # A module at two paths (the convolutions of old downsamplers) is one layer, whatever a file calls it.
+        return None if module is None else self._paths[id(module)]
+
+    def resolve_flat(self, flat: str) -> str | None:
+        """The model's own path for a flattened one."""
+        path = self.flattened.get(flat)
+        if path is None:
+            level = _CLIP_LEVEL.replace(".", "_")
+            path = self.flattened.get(flat.removeprefix(level) if flat.startswith(level) else level + flat)
+        return path
+
+    def has_weight(self, path: str) -> bool:
+        """Whether the module there is a layer with a weight."""
+        module = self.modules[path]
+        return module._parameters.get("weight") is not None or getattr(module, "weight", None) is not None
+
+    def spec(self, path: str, kinds: Collection[LayerKind] = _CARRIERS) -> LayerSpec:
+        """Geometry of the layer at `path`, for an adapter that can sit on layers of these `kinds`.
+
+        Raises:
+            AdapterError: no adapter can sit there, and why.
+        """
+        module = self.modules[path]
+        parent_path, _, name = path.rpartition(".")
+        parent = self.modules.get(parent_path, self.model)
+        if isinstance(parent, nn.MultiheadAttention):
+            raise AdapterError(f"nn.MultiheadAttention reads the weight of {name} without calling the layer")
+        if is_bypassed(parent, name):
+            raise AdapterError("its projections are fused, so it is never called; call unfuse_qkv_projections() first")
+        spec = LayerSpec.of(module)
+        if spec is None or spec.kind not in kinds:
+            raise AdapterError(f"a {type(module).__name__} cannot carry {'an' if spec is None else 'this'} adapter")
+        return spec
+
+    def select(
+        self,
+        wanted: str | Sequence[str],
+        excluded: str | Sequence[str] = (),
+        kinds: Collection[LayerKind] = _CARRIERS,
+    ) -> dict[str, nn.Module]:
+        """Layers by pattern, for new adapters; only layers of these `kinds` are looked at.
+
+        Args:
+            wanted: "all-linear", "all-conv", a regular expression for the whole path, or a list of path endings
+                that match whole path components.
+            excluded: a regular expression or a list of endings.
+
+        Raises:
+            AdapterError: a pattern that matches nothing, or a layer that cannot carry an adapter.
+        """
+        chosen: dict[str, nn.Module] = {}
+        for pattern in [wanted] if isinstance(wanted, str) else wanted:
+            matched = self._matching(pattern, kinds, is_regex=isinstance(wanted, str))
+            if not matched:
+                raise AdapterError(
+                    f"target_modules: {pattern!r} matches no layer of {type(self.model).__name__}; "
+                    f"its layers end in {', '.join(self._endings(kinds))}"
+                )
+            chosen.update(matched)
+        for pattern in [excluded] if isinstance(excluded, str) else excluded:
+            for path in self._matching(pattern, kinds, is_regex=isinstance(excluded, str)):
+                chosen.pop(path, None)
+        if not chosen:
+            raise AdapterError(f"target_modules={wanted!r} without {excluded!r} leaves no layer")
+        return chosen
+
+    def _matching(self, pattern: str, kinds: Collection[LayerKind], *, is_regex: bool) -> dict[str, nn.Module]:
+        if is_regex and pattern in ("all-linear", "all-conv"):
+            kind = pattern.removeprefix("all-")
+            found = {path: module for path, module in self.modules.items() if self._kind(path) == kind}
+        elif is_regex:
+            expression = re.compile(pattern)
+            found = {path: module for path, module in self.modules.items() if expression.fullmatch(path)}
+        else:
+            found = {
+                path: module for path, module in self.modules.items() if path == pattern or path.endswith(f".{pattern}")
+            }
+        return {
+            path: module
+            for path, module in found.items()
+            if self._paths[id(module)] == path and (spec := LayerSpec.of(module)) is not None and spec.kind in kinds
+        }
+
+    def _kind(self, path: str) -> str | None:
+        try:
+            return self.spec(path).kind
+        except AdapterError:
+            return None
+
+    def _endings(self, kinds: Collection[LayerKind]) -> list[str]:
+        specs = ((path, LayerSpec.of(module)) for path, module in self.modules.items())
+        endings = {path.rsplit(".", 1)[-1] for path, spec in specs if spec is not None and spec.kind in kinds}
+        return sorted(ending for ending in endings if not ending.isdigit())

@@ -1,0 +1,209 @@
+"""Every prompt of a batch with its own mix of adapters, and activation that ends with its context."""
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import diffadapt
+from tests.support import files, models
+from tests.support.compare import assert_differs, assert_same
+from tests.support.small_models import unet
+
+pytestmark = pytest.mark.slow
+
+PROMPTS = ["a red circle", "a blue square on a hill", "two stars"]
+Mix = dict[str, Any]
+MIXES: list[Mix] = [{"a": 1.0}, {"b": 0.7, "a": 0.3}, {}]
+DENOISERS = {"sd15": "unet", "sdxl": "unet", "sd3": "transformer", "flux": "transformer"}
+
+
+def drawn(pipe: DiffusionPipeline, prompts: list[str], first: int, images: int = 2, **options: Any) -> Tensor:
+    """Latents; the noise of a picture depends on its number alone."""
+    generators = [torch.Generator().manual_seed(first * images + i) for i in range(len(prompts) * images)]
+    options = {"guidance_scale": 4.0, "num_inference_steps": 2, "height": 16, "width": 16, **options}
+    with torch.no_grad():
+        return pipe(
+            prompt=prompts,
+            num_images_per_prompt=images,
+            generator=generators if len(generators) > 1 else generators[0],
+            output_type="latent",
+            **options,
+        ).images
+
+
+def loaded(family: str, dora: bool = False) -> DiffusionPipeline:
+    pipe = models.FAMILIES[family]()
+    denoiser = DENOISERS[family]
+    components = (denoiser, "text_encoder", *(("text_encoder_2",) if family != "sd15" else ()))
+    pattern = r"to_[qkv]|[qkv]_proj|fc1|q|v|conv1"
+    for name, rank in (("a", 4), ("b", 2)):
+        parts = files.parts_for(pipe, components if name == "a" else (denoiser,), pattern, rank)
+        pipe.load_adapter(files.peft_names(parts), name, activate=False)
+    if dora:
+        config = diffadapt.LoraConfig(rank=2, use_dora=True, target_modules=["to_q", "to_v"], init=False)
+        diffadapt.add_adapter(getattr(pipe, denoiser), config, "c")
+    return pipe
+
+
+@pytest.mark.parametrize("family", DENOISERS)
+@pytest.mark.parametrize("guidance", [4.0, 1.0], ids=["guided", "plain"])
+def test_every_row_is_what_a_run_of_its_own_gives(family: str, guidance: float) -> None:
+    pipe = loaded(family)
+    alone: list[Tensor] = []
+    for number, mix in enumerate(MIXES):
+        pipe.adapters.activate(mix)
+        alone.append(drawn(pipe, PROMPTS[number : number + 1], number, guidance_scale=guidance))
+    pipe.adapters.activate({"b": 0.5})
+    with pipe.adapters.per_sample(MIXES):
+        together = drawn(pipe, PROMPTS, 0, guidance_scale=guidance)
+    assert_same(together, torch.cat(alone), 2e-5)
+    assert pipe.adapters.active == {"b": 0.5}
+    for number, mix in enumerate(MIXES):
+        with pipe.adapters.activated({} if mix else {"a": 1.0}):
+            other = drawn(pipe, PROMPTS[number : number + 1], number, guidance_scale=guidance)
+        assert_differs(other, alone[number], 1e-4)
+
+
+def test_a_compiled_denoiser_takes_other_mixes_without_a_recompile(counter: CompileCounterWithBackend) -> None:
+    pipe, plain = models.sd15(), models.sd15()
+    for owner in (pipe, plain):
+        owner.unet = unet()
+        parts = files.parts_for(owner, pattern=r"to_[qv]|q_proj")
+        sources = {
+            "a": files.peft_names(parts),
+            "b": files.peft_names({"unet": files.parts_for(owner, rank=2)["unet"]}),
+        }
+        if owner is pipe:
+            pipe.adapters.prepare_hotswap(list(sources.values()), slots=2, samples=2)
+        for name, source in sources.items():
+            owner.load_adapter(source, name)
+    bare = pipe.unet
+    pipe.unet = torch.compile(bare, backend=counter, fullgraph=True)
+    uniform = drawn(pipe, PROMPTS[:2], 0)
+    assert_same(uniform, drawn(plain, PROMPTS[:2], 0), 2e-5)
+    assert counter.frame_count == 1
+    mixes: list[list[Mix]] = [[{"a": 1.0}, {"b": 0.5}], [{}, {"a": 0.25, "b": {"unet.down_blocks": 2.0}}], [{}, {}]]
+    for chosen in mixes:
+        with pipe.adapters.per_sample(chosen):
+            compiled = drawn(pipe, PROMPTS[:2], 0)
+        with plain.adapters.per_sample(chosen):
+            assert_same(compiled, drawn(plain, PROMPTS[:2], 0), 2e-5)
+        assert_differs(compiled, uniform, 1e-3)
+    assert_same(drawn(pipe, PROMPTS[:2], 0), uniform)
+    assert counter.frame_count == 1
+    pipe.unet = bare
+    # Another batch: the samples are all alike there, and that is all that can be.
+    assert_same(drawn(pipe, PROMPTS[:1], 0, images=1), drawn(plain, PROMPTS[:1], 0, images=1), 2e-5)
+    with pytest.raises(diffadapt.AdapterError, match=r"3 mixes, but the slots of .* are for 2 samples"):
+        with pipe.adapters.per_sample(MIXES):
+            pass
+
+
+def test_refusals() -> None:
+    pipe = loaded("sd15")
+    pipe.adapters.activate({"a": 0.5})
+    before = drawn(pipe, PROMPTS[:2], 0)
+    with pytest.raises(diffadapt.AdapterError, match="no adapter 'z'"), pipe.adapters.per_sample([{"z": 1.0}]):
+        pass
+    with pytest.raises(diffadapt.AdapterError, match="no mixes"), pipe.adapters.per_sample([]):
+        pass
+    with pytest.raises(diffadapt.AdapterError, match="pass as many prompts"), pipe.adapters.per_sample(MIXES):
+        drawn(pipe, PROMPTS[:2], 0)
+    with pytest.raises(diffadapt.AdapterError, match="inside per_sample"), pipe.adapters.per_sample(MIXES):
+        pipe.adapters.merge("a")
+    assert pipe.adapters.active == {"a": 0.5}
+    assert torch.equal(drawn(pipe, PROMPTS[:2], 0), before)
+    pipe.adapters.merge("a")
+    with pytest.raises(diffadapt.AdapterError, match="merged"), pipe.adapters.per_sample(MIXES):
+        pass
+
+
+def test_types_in_one_batch_and_images_said_by_hand() -> None:
+    pipe = loaded("sd15", dora=True)
+    mixes: list[Mix] = [{"c": 1.0}, {"a": 0.5, "c": -0.5}]
+    alone: list[Tensor] = []
+    for number, mix in enumerate(mixes):
+        with pipe.adapters.activated(mix):
+            alone.append(drawn(pipe, PROMPTS[number : number + 1], number))
+    with pipe.adapters.per_sample(mixes, images=2):
+        assert_same(drawn(pipe, PROMPTS[:2], 0), torch.cat(alone), 2e-5)
+
+
+def test_activated_restores_exactly_what_was_active() -> None:
+    pipe = loaded("sd15")
+    adapters = pipe.adapters
+    scale: Mapping[str, float] = {"unet.down_blocks": 0.5, "text_encoder": 0.0}
+    adapters.activate({"a": scale})
+    before = drawn(pipe, PROMPTS[:1], 0)
+    with adapters.activated({"b": 2.0}):
+        assert adapters.active == {"b": 2.0}
+        inner = drawn(pipe, PROMPTS[:1], 0)
+        with adapters.activated({"a": 1.0, "b": 1.0}):
+            assert adapters.active == {"a": 1.0, "b": 1.0}
+            with pytest.raises(RuntimeError, match="mine"), adapters.per_sample([{"a": 1.0}]):
+                raise RuntimeError("mine")
+            assert adapters.active == {"a": 1.0, "b": 1.0}
+            adapters.remove("b")
+        assert adapters.active == {}
+    assert adapters.active == {"a": scale}
+    assert torch.equal(drawn(pipe, PROMPTS[:1], 0), before)
+    assert_differs(inner, before, 1e-3)
+    with pytest.raises(diffadapt.AdapterError), adapters.activated({"a": float("nan")}):
+        pass
+    with adapters.activated("a"):
+        adapters.hotswap("a", files.peft_names({"unet": files.parts_for(pipe, rank=3)["unet"]}))
+        pipe.load_adapter(files.peft_names({"unet": files.parts_for(pipe, rank=1)["unet"]}), "new")
+    assert adapters.active == {"a": scale}
+    assert adapters["a"].ranks == (3,)
+
+
+def test_sixteen_threads_give_what_one_gives() -> None:
+    pipe = loaded("sd15")
+    pipe.adapters.activate({"a": 0.1})
+    mixes: list[Mix] = [{"a": number / 8, "b": 1.0} if number % 3 else {"b": -number / 8} for number in range(16)]
+    serial: list[Tensor] = []
+    for number, mix in enumerate(mixes):
+        with pipe.adapters.activated(mix):
+            serial.append(drawn(pipe, PROMPTS[:1], number, 1))
+
+    def request(number: int) -> Tensor:
+        with pipe.adapters.activated(mixes[number]):
+            return drawn(pipe, PROMPTS[:1], number, 1)
+
+    with ThreadPoolExecutor(16) as pool:
+        threaded = list(pool.map(request, range(16)))
+    assert all(torch.equal(left, right) for left, right in zip(threaded, serial, strict=True))
+    assert pipe.adapters.active == {"a": 0.1}
+
+
+def test_a_call_beside_the_request_of_another_thread_is_refused() -> None:
+    pipe = loaded("sd15")
+    inside, leave = Event(), Event()
+
+    def request() -> None:
+        with pipe.adapters.activated({"a": 1.0}):
+            inside.set()
+            leave.wait(60)
+
+    def change() -> None:
+        pipe.adapters.activate({"b": 1.0})
+
+    with ThreadPoolExecutor(2) as pool:
+        holding = pool.submit(request)
+        inside.wait(60)
+        with pytest.raises(diffadapt.AdapterError, match="another thread"):
+            drawn(pipe, PROMPTS[:1], 0, 1)
+        changing = pool.submit(change)
+        assert pipe.adapters.active == {"a": 1.0}
+        leave.set()
+        holding.result(60)
+        changing.result(60)
+    assert pipe.adapters.active == {"b": 1.0}
+    assert drawn(pipe, PROMPTS[:1], 0, 1).isfinite().all()

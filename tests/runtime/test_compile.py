@@ -1,0 +1,161 @@
+"""Compiled models: no graph breaks, and no recompile when only numbers change."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import diffadapt
+from tests.support import files, models
+from tests.support.compare import assert_differs, assert_same, assert_unchanged, snapshot
+from tests.support.small_models import predict, unet
+
+pytestmark = pytest.mark.slow
+
+Layers = dict[str, files.Factors]
+
+
+def flux() -> FluxTransformer2DModel:
+    torch.manual_seed(0)
+    return models.flux_transformer(blocks=1)
+
+
+def layers_of(model: nn.Module, rank: int = 4) -> Layers:
+    return files.factors_for(files.layers_of(model, rf"{files.ATTENTION}|conv1|proj_mlp"), rank)
+
+
+def load(model: nn.Module, layers: Layers, name: str, **options: Any) -> None:
+    component = "unet" if isinstance(model, UNet2DConditionModel) else "transformer"
+    diffadapt.load_adapter(model, files.peft_names({component: layers}), name=name, **options)
+
+
+@torch.no_grad()
+def expected(build: Callable[[], nn.Module], *changes: tuple[Layers, float]) -> Tensor:
+    model = build()
+    for layers, strength in changes:
+        for path, part in layers.items():
+            weight = model.get_submodule(path).weight
+            weight += (strength * part.delta).to(weight)
+    return predict(model)
+
+
+@torch.no_grad()
+def test_adapted_model_is_one_graph_and_rescaling_keeps_it(counter: CompileCounterWithBackend) -> None:
+    model = unet()
+    one, two = layers_of(model), layers_of(model, rank=2)
+    load(model, one, "one")
+    load(model, two, "two", scale=0.5)
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    assert_same(predict(compiled), expected(unet, (one, 1.0), (two, 0.5)))
+    assert_differs(predict(compiled), expected(unet))
+    for strengths in ((0.3, 1.0), (0.0, 0.0), (-1.0, 2.5)):
+        diffadapt.adapters(model).activate(dict(zip(("one", "two"), strengths, strict=True)))
+        assert_same(predict(compiled), expected(unet, (one, strengths[0]), (two, strengths[1])))
+    prefix = next(iter(one)).split(".")[0]
+    diffadapt.adapters(model).activate({"one": {prefix: 0.5}, "two": 1.0})
+    assert_same(predict(compiled), predict(model))
+    assert counter.frame_count == 1
+
+
+@torch.no_grad()
+def test_loading_merging_and_clearing_a_compiled_model(counter: CompileCounterWithBackend) -> None:
+    model = flux()
+    layers = layers_of(model)
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    base = predict(compiled)
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        load(model, layers, "one")
+        adapted = predict(compiled)
+        assert_same(adapted, expected(flux, (layers, 1.0)))
+        diffadapt.adapters(model).merge("one")
+        assert_same(predict(compiled), adapted)
+        diffadapt.adapters(model).unmerge()
+        assert_same(predict(compiled), adapted)
+        diffadapt.adapters(model).clear()
+        assert torch.equal(predict(compiled), base)
+
+
+@torch.no_grad()
+def test_pipeline_with_a_compiled_component(counter: CompileCounterWithBackend) -> None:
+    pipe = models.flux()
+    model = flux()
+    pipe.transformer = torch.compile(model, backend=counter, fullgraph=True)
+    parts = {"transformer": layers_of(model), "text_encoder": layers_of(pipe.text_encoder)}
+    report = pipe.load_adapter(files.peft_names(parts), "a")
+    assert report.components == {name: len(layers) for name, layers in parts.items()}
+    assert_same(predict(pipe.transformer), expected(flux, (parts["transformer"], 1.0)))
+    pipe.adapters.activate({"a": {"transformer": 0.5}})
+    assert_same(predict(pipe.transformer), expected(flux, (parts["transformer"], 0.5)))
+    assert counter.frame_count == 1
+
+
+@torch.no_grad()
+def test_model_compiled_in_place(counter: CompileCounterWithBackend) -> None:
+    model = flux()
+    layers = layers_of(model)
+    load(model, layers, "a")
+    model.compile(backend=counter, fullgraph=True)
+    assert_same(predict(model), expected(flux, (layers, 1.0)))
+    diffadapt.adapters(model).activate({"a": 0.2})
+    assert_same(predict(model), expected(flux, (layers, 0.2)))
+    assert counter.frame_count == 1
+
+
+@torch.no_grad()
+def test_blocks_compiled_one_by_one(counter: CompileCounterWithBackend) -> None:
+    torch.manual_seed(0)
+    model = models.flux_transformer()
+    load(model, layers_of(model), "a")
+    eager = predict(model)
+    model.compile_repeated_blocks(backend=counter, fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        # The first and the later blocks get inputs of different strides, with or without adapters.
+        assert_same(predict(model), eager)
+    diffadapt.adapters(model).activate({"a": 0.3})
+    assert_differs(predict(model), eager, 1e-3)
+
+
+@torch.no_grad()
+def test_per_call_scale_in_a_compiled_model(counter: CompileCounterWithBackend) -> None:
+    model = flux()
+    layers = layers_of(model)
+    load(model, layers, "a")
+    compiled = torch.compile(model, backend=counter)
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        assert_same(predict(compiled, scale=0.5), expected(flux, (layers, 0.5)))
+        assert_same(predict(compiled), expected(flux, (layers, 1.0)))
+
+
+def test_training_a_compiled_model(counter: CompileCounterWithBackend) -> None:
+    gradients: list[list[Tensor]] = []
+    for backend in (None, counter):
+        model = flux()
+        model.requires_grad_(False)
+        adapter = diffadapt.add_adapter(model, diffadapt.LoraConfig(rank=2, target_modules=["to_q", "to_v"]))
+        for parameter in adapter.parameters():
+            parameter.data.fill_(0.1)
+        call = model if backend is None else torch.compile(model, backend=backend, fullgraph=True)
+        predict(call).square().sum().backward()
+        gradients.append([parameter.grad for parameter in adapter.parameters()])
+    for eager, compiled in zip(*gradients, strict=True):
+        assert eager.abs().max() > 0
+        assert_same(compiled, eager)
+    assert counter.frame_count == 1
+
+
+@torch.no_grad()
+def test_refused_load_leaves_a_compiled_model_as_it_was(counter: CompileCounterWithBackend) -> None:
+    model = flux()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    base, before = predict(compiled), snapshot(model)
+    tensors = files.peft_names({"transformer": layers_of(model)})
+    tensors.popitem()
+    with pytest.raises(diffadapt.AdapterError):
+        diffadapt.load_adapter(compiled, tensors)
+    assert_unchanged(model, before)
+    assert torch.equal(predict(compiled), base)
+    assert counter.frame_count == 1

@@ -1,0 +1,196 @@
+"""Layerwise casting and offloading, installed before or after loading, change nothing about what an adapter does."""
+
+from collections.abc import Callable
+from typing import Any
+
+import accelerate
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.hooks import apply_layerwise_casting
+from torch import Tensor
+
+from tests.support import files, models
+from tests.support.compare import assert_differs, assert_same
+from tests.support.models import draw
+
+pytestmark = pytest.mark.slow
+
+FP8 = torch.float8_e4m3fn
+CPU = torch.device("cpu")
+ORDERS = ["hook first", "adapter first", "hook between two adapters"]
+
+
+def first(pipe: DiffusionPipeline) -> dict[str, dict[str, files.Factors]]:
+    return files.parts_for(pipe, tuple(name for name in ("unet", "transformer", "text_encoder") if hasattr(pipe, name)))
+
+
+def second(pipe: DiffusionPipeline) -> dict[str, dict[str, files.Factors]]:
+    name = "unet" if hasattr(pipe, "unet") else "transformer"
+    return files.parts_for(pipe, (name,), "to_q|conv1|proj_mlp", rank=2)
+
+
+def prepared(
+    order: str, hook: Callable[[DiffusionPipeline], Any], build: Callable[[], DiffusionPipeline] = models.sd15
+) -> DiffusionPipeline:
+    """A pipeline with both adapters and the hook, installed in this order."""
+    plain, pipe = build(), build()
+    loads = [
+        lambda: pipe.load_adapter(files.peft_names(first(plain)), "first"),
+        lambda: pipe.load_adapter(files.peft_names(second(plain)), "second", scale=0.5),
+    ]
+    position = {"hook first": 0, "hook between two adapters": 1, "adapter first": 2}[order]
+    for step in (*loads[:position], lambda: hook(pipe), *loads[position:]):
+        step()
+    return pipe
+
+
+def expected(build: Callable[[], DiffusionPipeline] = models.sd15) -> Tensor:
+    """Both adapters without any hook."""
+    plain = build()
+    base = draw(plain)
+    files.bake(files.bake(plain, first(plain)), second(plain), 0.5)
+    picture = draw(plain)
+    assert_differs(picture, base)
+    return picture
+
+
+def accelerate_layers(pipe: DiffusionPipeline) -> None:
+    """What `enable_sequential_cpu_offload` does; by itself it cannot take the CPU for the accelerator."""
+    for model in (pipe.unet, pipe.text_encoder, pipe.vae):
+        accelerate.cpu_offload(model, execution_device=CPU)
+
+
+OFFLOADS: dict[str, Callable[[DiffusionPipeline], Any]] = {
+    "sequential cpu offload": accelerate_layers,
+    "model cpu offload": lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
+    "group offload, leaves": lambda pipe: pipe.unet.enable_group_offload(CPU, offload_type="leaf_level"),
+    "group offload, blocks": lambda pipe: pipe.unet.enable_group_offload(
+        CPU, offload_type="block_level", num_blocks_per_group=1
+    ),
+    "group offload, pipeline": lambda pipe: pipe.enable_group_offload(CPU, offload_type="leaf_level"),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("offload", OFFLOADS)
+def test_offloading_in_any_order(offload: str, order: str) -> None:
+    pipe = prepared(order, OFFLOADS[offload])
+    picture = draw(pipe)
+    assert_same(picture, expected())
+    assert torch.equal(draw(pipe), picture)
+
+
+@pytest.mark.parametrize("offload", OFFLOADS)
+def test_adapters_are_managed_under_offloading(offload: str) -> None:
+    pipe = prepared("hook first", OFFLOADS[offload])
+    pipe.adapters.activate({"first": 0.5})
+    plain = models.sd15()
+    assert_same(draw(pipe), draw(files.bake(plain, first(plain), 0.5)))
+    with pipe.adapters.disabled():
+        assert_same(draw(pipe), draw(models.sd15()), 1e-7)
+    pipe.adapters.clear()
+    assert_same(draw(pipe), draw(models.sd15()), 1e-7)
+
+
+@pytest.mark.parametrize("offload", ["sequential cpu offload", "model cpu offload"])
+def test_hooks_can_be_removed_with_adapters_loaded(offload: str) -> None:
+    pipe = prepared("adapter first", OFFLOADS[offload])
+    draw(pipe)
+    for model in (pipe.unet, pipe.text_encoder, pipe.vae):
+        accelerate.hooks.remove_hook_from_module(model, recurse=True)
+    assert_same(draw(pipe), expected())
+
+
+@pytest.mark.parametrize("offload", OFFLOADS)
+def test_merge_under_offloading(offload: str) -> None:
+    pipe = prepared("hook first", OFFLOADS[offload])
+    picture = draw(pipe)
+    pipe.adapters.merge("first", "second")
+    assert_same(draw(pipe), picture)
+    pipe.adapters.unmerge()
+    assert torch.equal(draw(pipe), picture)
+    pipe.adapters.clear()
+    assert_same(draw(pipe), draw(models.sd15()), 1e-7)
+
+
+def cast(pipe: DiffusionPipeline) -> None:
+    denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    denoiser.enable_layerwise_casting(storage_dtype=FP8, compute_dtype=torch.float32)
+
+
+def rounded(build: Callable[[], DiffusionPipeline]) -> DiffusionPipeline:
+    """The pipeline with exactly those weights rounded to float8 that layerwise casting rounds, and no hooks."""
+    pipe, hooked = build(), build()
+    cast(hooked)
+    name = "unet" if hasattr(pipe, "unet") else "transformer"
+    stored = {path: p.dtype for path, p in getattr(hooked, name).named_parameters()}
+    assert FP8 in stored.values()
+    for path, parameter in getattr(pipe, name).named_parameters():
+        parameter.data = parameter.data.to(stored[path]).float()
+    return pipe
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("build", [models.sd15, models.flux])
+def test_layerwise_casting_in_any_order(build: Callable[[], DiffusionPipeline], order: str) -> None:
+    pipe = prepared(order, cast, build)
+    assert_same(draw(pipe), expected(lambda: rounded(build)))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_layerwise_casting_of_everything_leaves_adapters_in_their_dtype(order: str) -> None:
+    def everything(pipe: DiffusionPipeline) -> None:
+        apply_layerwise_casting(
+            pipe.unet, storage_dtype=FP8, compute_dtype=torch.float32, skip_modules_pattern=("norm",)
+        )
+
+    pipe = prepared(order, everything)
+    loaded = [pipe.adapters[name].components["unet"] for name in ("first", "second")]
+    before = [parameter.clone() for adapter in loaded for parameter in adapter.parameters()]
+    assert {parameter.dtype for parameter in before} == {torch.float32}
+    picture = draw(pipe)
+    after = [parameter for adapter in loaded for parameter in adapter.parameters()]
+    assert all(torch.equal(left, right) for left, right in zip(before, after, strict=True))
+    pipe.adapters.activate({})
+    assert_differs(picture, draw(pipe))
+
+
+def test_adapter_computes_in_the_compute_dtype_and_not_in_the_stored_one() -> None:
+    pipe = models.sd15()
+    pipe.unet.enable_layerwise_casting(storage_dtype=FP8, compute_dtype=torch.bfloat16)
+    pipe.load_adapter(files.peft_names(second(pipe)), "a")
+    assert {p.dtype for p in pipe.adapters["a"].components["unet"].parameters()} == {torch.bfloat16}
+
+
+def test_merge_under_layerwise_casting() -> None:
+    pipe = prepared("hook first", cast)
+    weights = {name: p.clone() for name, p in pipe.unet.named_parameters()}
+    picture = draw(pipe)
+    pipe.adapters.merge("first", "second")
+    # The merged weight is stored in float8 again, so this is a comparison within float8's own error.
+    assert_same(draw(pipe), picture, 0.2)
+    pipe.adapters.unmerge()
+    assert torch.equal(draw(pipe), picture)
+    changed = [name for name, p in pipe.unet.named_parameters() if not torch.equal(p.float(), weights[name].float())]
+    assert changed == []
+
+
+def test_clear_under_layerwise_casting_is_bit_exact() -> None:
+    hooked = models.sd15()
+    cast(hooked)
+    pipe = prepared("hook first", cast)
+    pipe.adapters.clear()
+    assert torch.equal(draw(pipe), draw(hooked))
+
+
+def test_forward_hooks_of_a_user_keep_the_base_output() -> None:
+    """A tensor that a hook has kept must not change when the adapter adds to the layer's output."""
+    pipe = models.sd15()
+    path, layer = next(iter(files.layers_of(pipe.unet, "to_q").items()))
+    kept: list[tuple[Tensor, Tensor]] = []
+    layer.register_forward_hook(lambda module, args, output: kept.append((output, output.clone())))
+    pipe.load_adapter(files.peft_names(files.parts_for(pipe, ("unet",), "to_q")))
+    draw(pipe)
+    assert kept
+    assert all(torch.equal(output, copy) for output, copy in kept), path

@@ -1,0 +1,403 @@
+"""Files of every family, dialect and adapter type, made in memory, and what they have to become.
+
+A file has all the layers of a small model that the dialect has names for. What is right is computed in float64 by the
+plain formulas of `formulas`, from the tensors as the file has them, on the layer as the file has it: the output of
+every layer on random inputs, and its weight. `judge` says what becomes of a file.
+"""
+
+import copy
+import json
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from diffadapt.management.manager import Adapters
+from diffadapt.management.owner import Owner
+from diffadapt.types.layer_spec import LayerSpec
+from tests.support.denoisers import SMALL
+from tests.support.dialects import DIALECTS, Dialect, Layer
+from tests.support.formulas import (
+    VARIANTS,
+    Content,
+    Variant,
+    added,
+    alpha,
+    boft_of_lycoris,
+    control,
+    dora,
+    dora_of_peft,
+    eight,
+    glora,
+    lokr,
+    lora_factors,
+    lora_of_any_scale,
+    lora_with_bias,
+    norm,
+    oft_of_lycoris,
+    oft_of_peft,
+    tucker_factors,
+)
+
+TOLERANCE = 1e-4
+"""Of the largest change that an adapter makes to what is compared."""
+
+Where = tuple[str, str]
+"""Component, and path of a layer there."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A type of adapter as rows of the matrix have it.
+
+    Attributes:
+        variants: the first that a dialect has a place for is the one that it writes.
+        layers: kinds of layers it is put on.
+        paths: those of them whose paths are like this.
+        dialect: the only one it is in, and that has no other.
+    """
+
+    variants: tuple[Variant, ...]
+    layers: tuple[str, ...] = ("linear", "conv")
+    paths: str = ".*"
+    dialect: str | None = None
+
+
+def _of(*names: str) -> Kind:
+    return Kind(tuple(VARIANTS[name][1] for name in names))
+
+
+_PEFT_WHOLE = added(lokr(""), 0.5, {"r": 4, "alpha": 2.0}, **alpha(2.0))
+"""PEFT divides alpha by the rank in its config also where no tensor has it."""
+
+KINDS: dict[str, Kind] = {
+    # What most trainers write if nothing is set.
+    "LoRA in blocks, one alpha": Kind(
+        (added(lora_factors, 0.5, **alpha(2.0)), VARIANTS["lora"][1]),
+        ("linear",),
+        r"(.*\.)?\w*(block|blocks|layers|refiner)\.\d+\..*",
+    ),
+    "LoRA": Kind((lora_of_any_scale, VARIANTS["lora"][1])),
+    "LoRA with biases": Kind((lora_with_bias,)),
+    "LoRA with Tucker cores": Kind((added(tucker_factors, 0.5, **alpha(2.0)),), ("conv",)),
+    "LoHa": _of("loha-alpha", "loha"),
+    "LoKr, whole": Kind((VARIANTS["lokr-whole"][1], _PEFT_WHOLE, added(lokr(""), 1.0))),
+    "LoKr, one factor low-rank": Kind((VARIANTS["lokr-low-rank"][1], added(lokr("2"), 1.0))),
+    "LoKr, both low-rank": Kind((VARIANTS["lokr-low-rank-both"][1], added(lokr("12"), 1.0))),
+    "DoRA": Kind((dora(lora_of_any_scale), dora_of_peft(lora_of_any_scale), VARIANTS["dora-peft"][1])),
+    "DoRA by input": Kind((dora(lora_of_any_scale, by_input=True),)),
+    "DoRA of LoHa": _of("dora-loha"),
+    "DoRA of LoKr": _of("dora-lokr"),
+    "OFT": Kind((oft_of_lycoris(eight),)),
+    "OFT, limited": Kind((oft_of_lycoris(eight, constraint=0.01),)),
+    "OFT, rescaled": Kind((oft_of_lycoris(eight, rescaled=True),)),
+    "OFT of 2023": _of("oft-old"),
+    "OFT on inputs": Kind((oft_of_peft(),)),
+    "OFT on inputs, exact": Kind((oft_of_peft(exact=True),)),
+    "OFT on inputs, scaled": _of("oft-scaled"),
+    "DoRA of OFT": _of("oft-scaled-lengths"),
+    "BOFT": Kind((boft_of_lycoris(eight, 2, rescaled=True),)),
+    "BOFT on inputs": _of("boft-peft"),
+    "IA3": _of("ia3-lycoris", "ia3"),
+    "IA3 on inputs": _of("ia3-lycoris-input", "ia3-input"),
+    "GLoRA": Kind((glora,)),
+    "full": _of("full"),
+    "norms": Kind((norm,), ("norm",)),
+    "control": Kind((control,), ("linear", "norm"), dialect="BFL control"),
+}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a layer has to be and to compute with the adapter, and what without."""
+
+    weight: Tensor
+    bias: Tensor | None
+    output: Tensor
+    base_weight: Tensor
+    base_output: Tensor
+
+    def is_output(self, output: Tensor) -> bool:
+        return _close(output, self.output, self.base_output)
+
+    def is_weight(self, weight: Tensor) -> bool:
+        return _close(weight, self.weight, self.base_weight)
+
+    def is_base(self, output: Tensor) -> bool:
+        return _close(output, self.base_output, self.output)
+
+
+def _close(found: Tensor, expected: Tensor, other: Tensor) -> bool:
+    """Equal within `TOLERANCE` of the difference between what is expected and what it could be mistaken for."""
+    if found.shape != expected.shape or not found.isfinite().all():
+        return False
+    error = (found.detach().double() - expected).abs().max()
+    return bool(error <= TOLERANCE * (expected - other).abs().max())
+
+
+@dataclass(frozen=True)
+class Made:
+    """What is in a file for one of its layers, and what the model's layers have to become."""
+
+    content: Content
+    wanted: Mapping[Where, Wanted]
+
+
+class Workbench:
+    """One family's small models, and what they compute."""
+
+    def __init__(self, name: str, *, tall: bool = False) -> None:
+        self.name = name
+        self.small = SMALL[name]
+        self.models = self.small.build(tall)
+        self._wide = {component: copy.deepcopy(model).double() for component, model in self.models.items()}
+        self.loaded = Adapters(Owner(lambda: self.models))
+        self._made: dict[Any, list[Made | None]] = {}
+        self._spare: dict[str, nn.Module] | None = None
+
+    @cached_property
+    def for_diffusers(self) -> "Workbench":
+        """The same with as many outputs as diffusers' converters count on."""
+        return self if self.small.tall is None else Workbench(self.name, tall=True)
+
+    def lend(self) -> dict[str, nn.Module]:
+        """Copies of the models, for others to change."""
+        spare, self._spare = self._spare, None
+        return spare or {component: copy.deepcopy(model) for component, model in self.models.items()}
+
+    def give_back(self, models: dict[str, nn.Module]) -> None:
+        """Copies that nobody has changed, for the next one."""
+        self._spare = models
+
+    @property
+    def manager(self) -> Adapters:
+        """What `pipe.adapters` is, with nothing loaded."""
+        self.loaded.clear()
+        return self.loaded
+
+    def layers(self, dialect: Dialect, kind: Kind) -> list[Layer]:
+        """The layers of a file of this kind."""
+        hosts = {
+            component: [
+                path
+                for path, found in self._layers[component].items()
+                if found in kind.layers and re.fullmatch(kind.paths, path)
+            ]
+            for component in self.models
+        }
+        return dialect.layers(self.name, self.models, {name: paths for name, paths in hosts.items() if paths})
+
+    @cached_property
+    def _layers(self) -> dict[str, dict[str, str]]:
+        found: dict[str, dict[str, str]] = {}
+        for component, model in self.models.items():
+            specs = ((path, LayerSpec.of(module)) for path, module in model.named_modules() if path)
+            found[component] = {path: spec.kind for path, spec in specs if spec is not None and spec.groups == 1}
+        return found
+
+    def made(self, kind: str, variant: int, layers: Sequence[tuple[str, tuple[str, ...], bool]]) -> list[Made | None]:
+        """Contents for these layers, by component, parts and whether they are swapped; the same for the same layers."""
+        key = (kind, variant, tuple(layers))
+        if key not in self._made:
+            torch.default_generator.manual_seed(3)
+            self._made[key] = [self._make(KINDS[kind].variants[variant], *layer) for layer in layers]
+        return self._made[key]
+
+    def _make(self, variant: Variant, component: str, parts: tuple[str, ...], swapped: bool) -> Made | None:
+        layer = Layer("", component, parts, swapped)
+        before = {(component, path): self.parameters((component, path)) for path in parts}
+        shifts = [bias for _, bias in before.values() if bias is not None]
+        weight = layer.joined([weight for weight, _ in before.values()])
+        content = variant(weight, layer.joined(shifts) if len(shifts) == len(before) else None)
+        if content is None:
+            return None
+        sizes = [len(weight) for weight, _ in before.values()]
+        weights = layer.cut(content.weight, sizes)
+        biases = [None] * len(parts) if content.bias is None else layer.cut(content.bias, sizes)
+        wanted: dict[Where, Wanted] = {}
+        for (where, (base, shift)), weight, bias in zip(before.items(), weights, biases, strict=True):
+            output = self.output(where, weight, bias)
+            wanted[where] = Wanted(weight, bias, output, base, self.output(where, base, shift))
+        return Made(content, wanted)
+
+    def parameters(self, where: Where) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of a layer in float64."""
+        host = self._wide[where[0]].get_submodule(where[1])
+        return host.weight.detach(), None if getattr(host, "bias", None) is None else host.bias.detach()
+
+    def input(self, where: Where) -> Tensor:
+        """Always the same random input for a layer."""
+        host = self.models[where[0]].get_submodule(where[1])
+        generator = torch.Generator().manual_seed(7)
+        spec = LayerSpec.of(host)
+        assert spec is not None
+        if spec.kind == "conv":
+            shape = (1, spec.in_features, *(2 * size for size in spec.kernel))
+        elif isinstance(host, nn.GroupNorm):
+            shape = (2, spec.in_features, 3, 3)
+        else:
+            shape = (2, 3, spec.in_features)
+        return torch.randn(shape, generator=generator)
+
+    def output(self, where: Where, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What the layer would compute with this weight and bias."""
+        host = self._wide[where[0]].get_submodule(where[1])
+        parameters = {"weight": weight, **({} if bias is None else {"bias": bias})}
+        with warnings.catch_warnings(category=UserWarning, action="ignore"):
+            # Some norms compute in single precision and tell that their weights are wider.
+            return torch.func.functional_call(host, parameters, (self.input(where).double(),))
+
+
+@dataclass
+class File:
+    """A file in a dialect, and what it has to become.
+
+    Attributes:
+        contents: of every layer of the file, in its order.
+        keys: of every layer.
+    """
+
+    dialect: Dialect
+    kind: str
+    layers: list[Layer]
+    contents: list[Content]
+    wanted: dict[Where, Wanted]
+    keys: dict[str, int] = field(default_factory=dict[str, int])
+    tensors: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    metadata: dict[str, str] = field(default_factory=dict[str, str])
+    config: dict[str, Any] | None = None
+
+    def write(self, folder: Path) -> Path:
+        """A `.safetensors` file, or a PEFT folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        content = {key: tensor.clone().contiguous() for key, tensor in self.tensors.items()}
+        if self.config is None:
+            save_file(content, folder / "adapter.safetensors", metadata=self.metadata)
+            return folder / "adapter.safetensors"
+        save_file(content, folder / "adapter_model.safetensors", metadata=self.metadata)
+        (folder / "adapter_config.json").write_text(json.dumps(self.config))
+        return folder
+
+
+def files(bench: Workbench, dialect: Dialect, *, most: int | None = None) -> Iterator[File]:
+    """A file of every type that the dialect has a place for.
+
+    Args:
+        most: layers of a component; default all there are.
+    """
+    for kind in KINDS:
+        file = file_of(bench, dialect, kind, most=most)
+        if file is not None:
+            yield file
+
+
+def file_of(bench: Workbench, dialect: Dialect, kind: str, *, most: int | None = None) -> File | None:
+    """The file of one type, or `None` if nobody writes it so for these models."""
+    chosen = KINDS[kind]
+    only = {other.small: other.name for other in DIALECTS if other.small is not None}
+    if only.get(bench.name) != chosen.dialect or chosen.dialect not in (None, dialect.name):
+        return None
+    layers = [] if dialect.small not in (None, bench.name) else bench.layers(dialect, chosen)
+    if most is not None and not dialect.whole:
+        layers = _picked(layers, most)
+    for number in range(len(chosen.variants)):
+        made = bench.made(kind, number, [(layer.component, layer.parts, layer.swapped) for layer in layers])
+        found = [(layer, one) for layer, one in zip(layers, made, strict=True) if one is not None]
+        if found and all(dialect.holds(one.content) for _, one in found):
+            return _assembled(dialect, kind, found)
+    return None
+
+
+def _picked(layers: Sequence[Layer], most: int) -> list[Layer]:
+    """Of every component those first that are several layers of the model."""
+    found: dict[str, list[Layer]] = {}
+    for layer in sorted(layers, key=lambda layer: (-len(layer.parts), not layer.swapped)):
+        found.setdefault(layer.component, []).append(layer)
+    return [layer for own in found.values() for layer in own[:most]]
+
+
+def _assembled(dialect: Dialect, kind: str, found: Sequence[tuple[Layer, Made]]) -> File:
+    file = File(dialect, kind, [layer for layer, _ in found], [one.content for _, one in found], {})
+    for layer, one in found:
+        spelled = dialect.spelled(layer, one.content)
+        file.keys[layer.stem] = len(spelled)
+        file.tensors |= {key: t.float() if t.is_floating_point() else t for key, t in spelled.items()}
+        file.wanted |= one.wanted
+    _settle(file)
+    return file
+
+
+_PEFT_TYPES = {"hada": "LOHA", "lokr": "LOKR", "oft_": "OFT", "boft": "BOFT", "ia3_": "IA3", "lora": "LORA"}
+
+
+def _settle(file: File) -> None:
+    """The metadata or the config that the tensors need beside them."""
+    if file.dialect.alpha == "tensor":
+        file.metadata = {"format": "pt", "ss_network_module": "somebody's"}
+        return
+    file.metadata = {"format": "pt"}
+    if file.dialect.alpha is None:
+        return
+    ranks: dict[str, dict[str, int]] = {}
+    alphas: dict[str, dict[str, float]] = {}
+    for layer, content in zip(file.layers, file.contents, strict=True):
+        down = content.tensors.get("lora_A.weight")
+        rank = int(content.config.get("r") or (4 if down is None else len(down)))
+        ranks.setdefault(layer.component, {})[layer.parts[0]] = rank
+        number = content.tensors.get("alpha")
+        alphas.setdefault(layer.component, {})[layer.parts[0]] = rank if number is None else float(number)
+    first = file.contents[0]
+    if file.dialect.alpha == "metadata":
+        settings: dict[str, Any] = {}
+        for component in ranks:
+            found = _settings(ranks[component], alphas[component], first)
+            settings |= {f"{component}.{option}": value for option, value in found.items()}
+        file.metadata["lora_adapter_metadata"] = json.dumps(settings)
+        return
+    ((component, paths),) = ranks.items()
+    peft_type = next(type for start, type in _PEFT_TYPES.items() if any(n.startswith(start) for n in first.tensors))
+    options = _settings(paths, alphas[component], first)
+    if peft_type != "LORA":
+        options = {"alpha": options.pop("lora_alpha"), **options}
+    if not any("alpha" in content.tensors for content in file.contents):
+        options = {option: value for option, value in options.items() if "alpha" not in option and option != "r"}
+    inputs = [
+        layer.parts[0]
+        for layer, content in zip(file.layers, file.contents, strict=True)
+        if "ia3_l" in content.tensors and content.tensors["ia3_l"].ndim == 2 and content.tensors["ia3_l"].shape[1] > 1
+    ]
+    common = {key: value for key, value in first.config.items() if key not in ("alpha", "oft_block_size")}
+    file.config = {
+        "peft_type": peft_type,
+        "peft_version": "0.21.2",
+        "feedforward_modules": inputs,
+        **options,
+        **common,
+    }
+
+
+def _settings(ranks: Mapping[str, int], alphas: Mapping[str, float], content: Content) -> dict[str, Any]:
+    """As PEFT's config has them: those of the first layer, and patterns for all others."""
+    rank, number = next(iter(ranks.values())), next(iter(alphas.values()))
+
+    def pattern(path: str) -> str:
+        # In files CLIP's paths have a level that they do not have in transformers 5.
+        return path if path.startswith("encoder.layers.") else f"^{path}"
+
+    return {
+        "r": rank,
+        "lora_alpha": number,
+        "rank_pattern": {pattern(path): value for path, value in ranks.items() if value != rank},
+        "alpha_pattern": {pattern(path): value for path, value in alphas.items() if value != number},
+        "target_modules": list(ranks),
+        "use_dora": "lora_magnitude_vector" in content.tensors,
+        "lora_bias": "lora_B.bias" in content.tensors,
+        "use_rslora": False,
+    }
