@@ -1,7 +1,7 @@
 # The commands of this project. `make` alone lists them.
 #
-#   PYTHON     interpreter the environment is made with; the pinned versions need 3.11 or newer
-#   PIP_ARGS   further arguments for pip, e.g. an index with the torch build for your machine
+#   PYTHON     interpreter to create the environment with; the pinned versions need 3.11 or newer
+#   PIP_ARGS   further arguments for pip, such as an index with the torch build for your machine
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -9,7 +9,7 @@ PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Every worker loads torch and diffusers, about 1.5 GB: not one for each core of a large machine.
+# At most four workers, since each loads torch and diffusers, about 1.5 GB.
 PYTEST := $(BIN)/pytest -q --numprocesses=logical --maxprocesses=4 --dist=worksteal
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 
@@ -34,26 +34,26 @@ lint: $(STAMP)  ## run the linters and the type checker
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 
-check: lint test  ## run everything a change has to pass
+check: lint test  ## run everything that a change has to pass
 
-fix: $(STAMP)  ## format the code and repair what the linter can repair
+fix: $(STAMP)  ## format the code and fix what the linter can fix
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: $(STAMP)  ## measure speed beside the peer libraries
+bench: $(STAMP)  ## measure speed against the peer libraries
 	@for script in scripts/bench_*.py; do $(BIN)/python $$script || exit 1; done
 
-matrix: $(STAMP)  ## generate docs/compatibility.md: every family, dialect and type, here and in diffusers
+matrix: $(STAMP)  ## generate docs/compatibility.md: files of every family, dialect and type, here and in diffusers
 	$(BIN)/python -m scripts.compat_matrix
 
 clean:  ## delete the environment, caches and build output
 	rm -rf $(VENV) .pytest_cache .ruff_cache build dist demo.png
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# torch goes first and alone: a later install then finds it present and never swaps in another build.
+# torch is installed first and alone, so that later installs find it and do not replace it by another build.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("make needs PYTHON=<3.11 or newer>" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install $(PIP_ARGS) -c constraints.txt "$(TORCH)"
-	$(BIN)/pip install $(PIP_ARGS) -c constraints.txt -e ".[test,train]"
+	$(BIN)/pip install $(PIP_ARGS) -c constraints.txt -e ".[quant,test,train]"
 	@touch $@

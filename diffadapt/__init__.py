@@ -1,11 +1,14 @@
-"""Adapters for diffusers pipelines: `import diffadapt`, then `pipe.load_adapter("anything.safetensors")`."""
+"""Adapters for diffusers pipelines.
+
+After `import diffadapt` every pipeline has `pipe.load_adapter("anything.safetensors")` and `pipe.adapters`.
+"""
 
 from diffadapt.errors import AdapterError, LoadError
 from diffadapt.files.pickles import read_pickle
 from diffadapt.loading.conversion import convert
 from diffadapt.loading.plan import Plan
 from diffadapt.loading.report import Report
-from diffadapt.management.create import add_adapter
+from diffadapt.management.creation import add_adapter
 from diffadapt.management.manager import Adapters
 from diffadapt.management.pool import AdapterPool
 from diffadapt.management.reserving import Reserved

@@ -8,20 +8,24 @@ from diffadapt.errors import AdapterError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; 1 on an error the user can do something about."""
+    """Run one command and return its exit status: 0, or 1 after an `AdapterError`.
+
+    Args:
+        arguments: command line arguments; defaults to those of the process.
+    """
     parser = argparse.ArgumentParser(prog="diffadapt", description="Adapters for diffusers pipelines.")
     commands = parser.add_subparsers(dest="command", required=True)
     inspect = commands.add_parser("inspect", help="explain an adapter file without loading it")
-    inspect.add_argument("file", help="file, folder or hub id")
+    inspect.add_argument("file", help="adapter file, folder or hub id")
     inspect.add_argument("--metadata", action="store_true", help="also print the file's metadata")
     convert = commands.add_parser("convert", help="write an adapter file in another format")
-    convert.add_argument("file", help="file, folder or hub id")
+    convert.add_argument("file", help="adapter file, folder or hub id")
     convert.add_argument("output", help="file or folder to write")
-    convert.add_argument("--to", required=True, metavar="FORMAT", help="diffusers, kohya, peft, ...")
-    convert.add_argument("--family", help="of the models it is for, where its names do not tell: sdxl, flux, ...")
+    convert.add_argument("--to", required=True, metavar="FORMAT", help="format to write: diffusers, kohya, peft, ...")
+    convert.add_argument("--family", help="family of its models, if the tensor names do not tell: sdxl, flux, ...")
     demo = commands.add_parser("demo", help="load adapters into the embedded pipeline and draw a picture")
     demo.add_argument("--pipeline", default=None, help="folder of the embedded pipeline (default: this checkout's)")
-    demo.add_argument("--output", default="demo.png", help="picture to write (default: %(default)s)")
+    demo.add_argument("--output", default="demo.png", help="PNG file to write (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
         return {"inspect": _inspect, "convert": _convert, "demo": _demo}[options.command](options)

@@ -1,4 +1,4 @@
-"""`diffadapt demo`: the main job on the embedded pipeline, ending in one labelled picture."""
+"""`diffadapt demo`: load, mix and remove adapters on the embedded pipeline, and draw the results as one picture."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,27 +27,34 @@ _MARGIN = 6
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the picture: its label and the pictures (columns, height, width, 3) in 0..1."""
+    """One row of the grid.
+
+    Attributes:
+        label: text at the left of the row.
+        pictures: `(columns, height, width, 3)` in 0..1.
+    """
 
     label: str
     pictures: np.ndarray[Any, Any]
 
 
 def run(pipeline: str | None = None, output: str = "demo.png") -> None:
-    """Draw the same prompts and seeds without adapters, with each, mixed, at several scales, and after removing all.
+    """Draw the same prompts and seeds without adapters, with each adapter, with a mix, at several strengths, and after
+    removing all adapters.
 
     Args:
-        pipeline: folder of the embedded pipeline, with its adapters in `adapters/`; default the one of this checkout.
-        output: PNG to write.
+        pipeline: folder of the embedded pipeline, with adapters in its folder `adapters`; defaults to the one in this
+            checkout.
+        output: path of the PNG file to write.
 
     Raises:
-        AdapterError: the folder is not there.
+        AdapterError: the folder has no adapters.
     """
     folder = Path(pipeline) if pipeline else Path(__file__).parents[1] / "examples" / "tiny_pipeline"
     files = sorted((folder / "adapters").glob("*.safetensors"))
     if not files:
         raise AdapterError(
-            f"{folder}: no adapters/*.safetensors there; run the demo from a checkout, or pass --pipeline FOLDER"
+            f"{folder} has no adapters/*.safetensors; run the demo from a checkout, or pass --pipeline FOLDER"
         )
     from diffusers import StableDiffusionPipeline
 
@@ -65,6 +72,7 @@ def run(pipeline: str | None = None, output: str = "demo.png") -> None:
 
 
 def _draw(pipe: Any, names: Sequence[str]) -> list[Row]:
+    """Draw all rows with the loaded adapters `names`, and remove these before the last row."""
     plan: list[tuple[str, dict[str, Strength]]] = [("no adapter", {})]
     plan.extend((name, {name: 1.0}) for name in names)
     subject, style = ("critter", "ink") if {"critter", "ink"} <= set(names) else (names[0], names[-1])
@@ -83,14 +91,14 @@ def _draw(pipe: Any, names: Sequence[str]) -> list[Row]:
 
 
 def _generate(pipe: Any) -> np.ndarray[Any, Any]:
-    """The prompts with fixed seeds, `(prompt, height, width, 3)` in 0..1."""
+    """Draw every prompt with a fixed seed; return pictures `(prompt, height, width, 3)` in 0..1."""
     generators = [torch.Generator().manual_seed(seed) for seed in range(len(PROMPTS))]
     result = pipe(list(PROMPTS), generator=generators, num_inference_steps=_STEPS, guidance_scale=3.0, output_type="np")
     return result.images
 
 
 def grid(rows: Sequence[Row]) -> Image.Image:
-    """The rows under one another, with the prompts above their columns."""
+    """Return a picture of all rows, each after its label, with the prompts above the columns."""
     size = rows[0].pictures.shape[1] * _ZOOM
     step = size + _MARGIN
     grid = Image.new("RGB", (_LABEL_WIDTH + step * len(PROMPTS), 40 + step * len(rows)), "white")

@@ -1,16 +1,29 @@
-"""The errors users can catch. Every message says path, expected, found, and what to do."""
+"""The errors that users can catch. Every message says where, what was expected, what was found, and what to do."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 _LONGEST_LINE = 2000
 
 
-class AdapterError(ValueError):
-    """Base of every error this library raises on purpose.
+class Fault(NamedTuple):
+    """A tensor of a file that is not used, and the reason.
 
-    A `ValueError`, so that code written against other loaders keeps catching it. Lines that a file made very long are
-    shortened.
+    Attributes:
+        key: the tensor's name in the file.
+        reason: why the tensor is not used.
+    """
+
+    key: str
+    reason: str
+
+
+class AdapterError(ValueError):
+    """The base class of all errors that this library raises on purpose.
+
+    It is a `ValueError`, so code written for other loaders still catches it. Very long lines of a message, which come
+    from names in a file, are shortened.
     """
 
     def __init__(self, message: str) -> None:
@@ -18,20 +31,21 @@ class AdapterError(ValueError):
 
 
 class LoadError(AdapterError):
-    """A file that cannot be applied as asked; nothing has been changed when this is raised.
+    """A file cannot be applied as requested. Nothing has changed when this is raised.
 
     Attributes:
-        faults: one `(key, reason)` per tensor of the file that could not be used.
+        faults: `(key, reason)` for every tensor of the file that could not be used; empty if the file was refused as a
+            whole.
     """
 
-    def __init__(self, message: str, faults: list[tuple[str, str]] | None = None) -> None:
+    def __init__(self, message: str, faults: list[Fault] | None = None) -> None:
         super().__init__(message)
         self.faults = faults or []
 
 
 @contextmanager
 def naming(where: str) -> Generator[None, None, None]:
-    """Put the path of a layer in front of what is said about it."""
+    """Prefix the message of an `AdapterError` raised in the `with` block with `where`, the path of a layer."""
     try:
         yield
     except AdapterError as error:

@@ -12,7 +12,16 @@
 # Versions: torch 2.13.0 (CPU), bitsandbytes 0.50.2; Python 3.11.
 #
 # Seen on 2026-11-30:
-#     (not run yet)
+#     torch 2.13.0+cpu, bitsandbytes 0.50.2
+#     quant_storage torch.uint8: after .to(torch.bfloat16) the packed weight is torch.uint8,
+#         relative error of the output 0.093
+#     quant_storage torch.uint8: after .to(torch.float16) the packed weight is torch.uint8, relative
+#         error of the output 0.093
+#     quant_storage torch.bfloat16: after .to(torch.bfloat16) the packed weight is torch.bfloat16,
+#         relative error of the output 0.093
+#     quant_storage torch.bfloat16: after .to(torch.float16) the packed weight is torch.float16,
+#         relative error of the output 1.301
+#     holds
 #
 # Why it matters: quant_storage=torch.bfloat16 is what sharded 4-bit training asks for, and
 # model.half() or .to(dtype) in front of inference is common. Adapters trained on the sound base are
@@ -22,7 +31,7 @@ set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
-pip=("$work/venv/bin/pip" install -qq --disable-pip-version-check torch==2.13.0)
+pip=("$work/venv/bin/pip" install -qq --no-compile --disable-pip-version-check torch==2.13.0)
 "${pip[@]}"
 "${pip[@]}" bitsandbytes==0.50.2 numpy==2.4.6
 

@@ -13,7 +13,13 @@
 # 1.15.0, safetensors 0.8.0; Python 3.11.
 #
 # Seen on 2026-11-30:
-#     (not run yet)
+#     torch 2.13.0+cpu, diffusers 0.42.1, peft 0.21.2
+#     fuse_lora(lora_scale=0.5) put in 0.5 of the LoRA; after unfuse_lora() its own scaling is 0.5
+#     fuse_lora(lora_scale=0.5) put in 0.25 of the LoRA; after unfuse_lora() its own scaling is 0.25
+#     fuse_lora(lora_scale=0.5) put in 0.125 of the LoRA; after unfuse_lora() its own scaling is
+#         0.125
+#     fuse_lora() with no scale put in 0.125
+#     holds
 #
 # Why it matters: a tool that tries strengths by fusing and unfusing measures something else from
 # its second try on. The remedy is set_adapters(name, 1.0) between two fusings, and a loader that
@@ -23,7 +29,7 @@ set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
-pip=("$work/venv/bin/pip" install -qq --disable-pip-version-check torch==2.13.0)
+pip=("$work/venv/bin/pip" install -qq --no-compile --disable-pip-version-check torch==2.13.0)
 "${pip[@]}"
 "${pip[@]}" diffusers==0.42.1 peft==0.21.2 transformers==5.23.0 accelerate==1.15.0 safetensors==0.8.0
 

@@ -14,7 +14,12 @@
 # 1.15.0, safetensors 0.8.0; Python 3.11.
 #
 # Seen on 2026-11-30:
-#     (not run yet)
+#     torch 2.13.0+cpu, diffusers 0.42.1, peft 0.21.2
+#     the file: all ones for transformer.*, all twos for transformer_2.*
+#     load_lora_weights(file, {}): transformer got 1.0, transformer_2 got None, warnings about it: 0
+#     load_lora_weights(file, {'load_into_transformer_2': True}): transformer got None,
+#         transformer_2 got 1.0, warnings about it: 0
+#     holds
 #
 # Why it matters: the high-noise and the low-noise expert get different weights in training. Whoever
 # saves both in one file, with the prefixes that the pipeline's own components have, gets a pipeline
@@ -25,7 +30,7 @@ set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
-pip=("$work/venv/bin/pip" install -qq --disable-pip-version-check torch==2.13.0)
+pip=("$work/venv/bin/pip" install -qq --no-compile --disable-pip-version-check torch==2.13.0)
 "${pip[@]}"
 "${pip[@]}" diffusers==0.42.1 peft==0.21.2 transformers==5.23.0 accelerate==1.15.0 safetensors==0.8.0
 

@@ -11,7 +11,12 @@
 # Versions: torch 2.13.0 (CPU), lycoris-lora 4.1.3; Python 3.11.
 #
 # Seen on 2026-11-30:
-#     (not run yet)
+#     torch 2.13.0+cpu, lycoris-lora 4.1.3
+#     lora, dim 8, alpha 2: the merged effect is 1.0 of the effect that was trained
+#     loha, dim 8, alpha 2: the merged effect is 0.25 of the effect that was trained
+#     lokr, dim 8, alpha 2: the merged effect is 0.25 of the effect that was trained
+#     glora, dim 8, alpha 2: the merged effect is 1.0 of the effect that was trained
+#     holds
 #
 # Why it matters: with the usual alpha of 1 a LoHa or LoKr network nearly vanishes when it is
 # merged, and the merged checkpoint then looks like failed training. The same file applied is right,
@@ -21,7 +26,7 @@ set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
-pip=("$work/venv/bin/pip" install -qq --disable-pip-version-check torch==2.13.0)
+pip=("$work/venv/bin/pip" install -qq --no-compile --disable-pip-version-check torch==2.13.0)
 "${pip[@]}"
 "${pip[@]}" lycoris-lora==4.1.3 numpy==2.4.6
 

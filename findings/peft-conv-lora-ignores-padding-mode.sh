@@ -13,7 +13,17 @@
 # 0.8.0; Python 3.11.
 #
 # Seen on 2026-11-30:
-#     (not run yet)
+#     torch 2.13.0+cpu, peft 0.21.2
+#     zeros    LoraConfig merged against unmerged: off by 1.4e-06 at the border, 1.2e-06 inside
+#     zeros    LoHaConfig merged against unmerged: off by 3.6e-07 at the border, 3.6e-07 inside
+#     zeros    LoKrConfig merged against unmerged: off by 4.8e-07 at the border, 4.8e-07 inside
+#     circular LoraConfig merged against unmerged: off by 5.4 at the border, 2.9e-06 inside
+#     circular LoHaConfig merged against unmerged: off by 2.4 at the border, 4.8e-07 inside
+#     circular LoKrConfig merged against unmerged: off by 3.5 at the border, 9.5e-07 inside
+#     reflect  LoraConfig merged against unmerged: off by 7 at the border, 1.4e-06 inside
+#     reflect  LoHaConfig merged against unmerged: off by 0.51 at the border, 3.6e-07 inside
+#     reflect  LoKrConfig merged against unmerged: off by 4.4 at the border, 1.4e-06 inside
+#     holds
 #
 # Why it matters: padding_mode = 'circular' on each convolution is the usual way to seamless
 # textures and panoramas. With an unmerged adapter the seam comes back, and only there; fused, it is
@@ -23,7 +33,7 @@ set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
-pip=("$work/venv/bin/pip" install -qq --disable-pip-version-check torch==2.13.0)
+pip=("$work/venv/bin/pip" install -qq --no-compile --disable-pip-version-check torch==2.13.0)
 "${pip[@]}"
 "${pip[@]}" peft==0.21.2 transformers==5.23.0 accelerate==1.15.0 safetensors==0.8.0
 

@@ -12,17 +12,22 @@
 # 1.15.0, safetensors 0.8.0; Python 3.11.
 #
 # Seen on 2026-11-30:
-#     (not run yet)
+#     torch 2.13.0+cpu, diffusers 0.42.1, peft 0.21.2
+#     LoRA moves the output: {'strength 1': 0.2281, 'a call with scale 0': 0.0, 'set_adapters 0':
+#         0.0, 'disable_adapters': 0.0}
+#     DoRA moves the output: {'strength 1': 0.271, 'a call with scale 0': 0.0747, 'set_adapters 0':
+#         0.0747, 'disable_adapters': 0.0}
+#     holds
 #
 # Why it matters: a strength slider does not end at the base model, and 'strength 0' is no baseline
-# for a comparison. LyCORIS scales the whole change of a DoRA, so the same file at half strength is
-# another thing in the two libraries.
+# for a comparison. What a strength between 0 and 1 means for a DoRA is each library's own choice,
+# so only strength 1 can be compared between loaders.
 
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
-pip=("$work/venv/bin/pip" install -qq --disable-pip-version-check torch==2.13.0)
+pip=("$work/venv/bin/pip" install -qq --no-compile --disable-pip-version-check torch==2.13.0)
 "${pip[@]}"
 "${pip[@]}" diffusers==0.42.1 peft==0.21.2 transformers==5.23.0 accelerate==1.15.0 safetensors==0.8.0
 

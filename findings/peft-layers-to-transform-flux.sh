@@ -14,7 +14,12 @@
 # 1.15.0, safetensors 0.8.0; Python 3.11.
 #
 # Seen on 2026-11-30:
-#     (not run yet)
+#     torch 2.13.0+cpu, diffusers 0.42.1, peft 0.21.2
+#     target_modules attn.to_q and ff.net.0.proj; the model has transformer_blocks.0 to .2
+#     layers_to_transform=[0] adapts: ['transformer_blocks.0.ff.net.0.proj',
+#         'transformer_blocks.1.ff.net.0.proj', 'transformer_blocks.2.ff.net.0.proj']
+#     layers_to_transform=[1] adapts: NoMatchingPeftModuleError
+#     holds
 #
 # Why it matters: 'train block 0 only' trains the first feed-forward layer of all blocks, with no
 # warning, and a trainer that reports the number of blocks instead of the layers' names hides it.
@@ -24,7 +29,7 @@ set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
-pip=("$work/venv/bin/pip" install -qq --disable-pip-version-check torch==2.13.0)
+pip=("$work/venv/bin/pip" install -qq --no-compile --disable-pip-version-check torch==2.13.0)
 "${pip[@]}"
 "${pip[@]}" diffusers==0.42.1 peft==0.21.2 transformers==5.23.0 accelerate==1.15.0 safetensors==0.8.0
 

@@ -12,7 +12,13 @@
 # 0.8.0; Python 3.11.
 #
 # Seen on 2026-11-30:
-#     (not run yet)
+#     torch 2.13.0+cpu, peft 0.21.2
+#     OFTConfig().use_cayley_neumann is True
+#     use_cayley_neumann=True: oft_R.weight begins [-0.01526, -0.0075, -0.00654]
+#     use_cayley_neumann=False: oft_R.weight begins [-0.01526, -0.0075, -0.00654]
+#     both change the weight by 0.0502 of its norm; the cosine between the two changes is -0.9976;
+#         what is left of their sum is 0.0691 of one
+#     holds
 #
 # Why it matters: the tensors alone don't say which rotation was trained. A converter or loader that
 # reads oft_R and uses the textbook Cayley form on a file of the default setting undoes what was
@@ -22,7 +28,7 @@ set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
-pip=("$work/venv/bin/pip" install -qq --disable-pip-version-check torch==2.13.0)
+pip=("$work/venv/bin/pip" install -qq --no-compile --disable-pip-version-check torch==2.13.0)
 "${pip[@]}"
 "${pip[@]}" peft==0.21.2 transformers==5.23.0 accelerate==1.15.0 safetensors==0.8.0
 

@@ -16,15 +16,14 @@
 #     (not run yet)
 #
 # Why it matters: exceptions before the rule is the natural way to write such a mapping. The
-# strength of single layers changes between training and use. Anchored full names,
-# '^up\\.to_k$'-like, keep clear of it, and a loader that trusts the order in the file reproduces
-# the wrong scales faithfully.
+# strength of single layers changes between training and use. Full module names as keys keep clear
+# of it, and a loader that trusts the order in the file reproduces the wrong scales faithfully.
 
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
-pip=("$work/venv/bin/pip" install -qq --disable-pip-version-check torch==2.13.0)
+pip=("$work/venv/bin/pip" install -qq --no-compile --disable-pip-version-check torch==2.13.0)
 "${pip[@]}"
 "${pip[@]}" peft==0.21.2 transformers==5.23.0 accelerate==1.15.0 safetensors==0.8.0
 

@@ -17,16 +17,15 @@
 # Seen on 2026-11-30:
 #     (not run yet)
 #
-# Why it matters: the fast initialisation is the one recommended for large models. The saved adapter
-# is only of use once converted to a plain LoRA while saving
-# (path_initial_model_for_weight_conversion), and a bug report about it can't be reproduced from the
-# folder.
+# Why it matters: the fast initialisation is there for large models. The saved adapter is only of
+# use once converted to a plain LoRA while saving (path_initial_model_for_weight_conversion), and a
+# bug report about it can't be reproduced from the folder.
 
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
-pip=("$work/venv/bin/pip" install -qq --disable-pip-version-check torch==2.13.0)
+pip=("$work/venv/bin/pip" install -qq --no-compile --disable-pip-version-check torch==2.13.0)
 "${pip[@]}"
 "${pip[@]}" peft==0.21.2 transformers==5.23.0 accelerate==1.15.0 safetensors==0.8.0
 

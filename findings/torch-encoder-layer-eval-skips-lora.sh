@@ -14,14 +14,13 @@
 #     (not run yet)
 #
 # Why it matters: the loss falls, the validation is the base model's, and it looks like a failed
-# save or load. Text and audio encoders and connectors next to diffusion models are often built of
-# this layer. Anything that wraps or hooks its Linear layers meets the same.
+# save or load. Anything that wraps or hooks its Linear layers meets the same.
 
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
-pip=("$work/venv/bin/pip" install -qq --disable-pip-version-check torch==2.13.0)
+pip=("$work/venv/bin/pip" install -qq --no-compile --disable-pip-version-check torch==2.13.0)
 "${pip[@]}"
 "${pip[@]}" peft==0.21.2 transformers==5.23.0 accelerate==1.15.0 safetensors==0.8.0
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A LoRA on T5's 'shared' embedding has no effect in transformers 5 until it is merged.
+# A LoRA on T5's 'shared' embedding has no effect in transformers 5.23 until it is merged.
 #
 # Expected: shared is the encoder's token embedding: named_parameters() has no other one. An adapter
 # on it changes the prompt's embedding.
@@ -14,16 +14,16 @@
 # Seen on 2026-11-30:
 #     (not run yet)
 #
-# Why it matters: 'shared' is the only name for the embedding that the parameters and checkpoints
-# show, so it is the one that people target for T5 text encoders of Flux, SD3 or Wan. Beside other
-# targets the loss falls without it and nobody notices; the merged model then behaves as no one has
-# seen it do. embed_tokens is the name to target.
+# Why it matters: 'shared' is the only name that named_parameters() shows for the embedding, so it
+# is the one to be picked as a target in the T5 text encoder of an image pipeline. Beside other
+# targets the loss falls without it and nobody notices; the merged model then does what no sample
+# has shown before. embed_tokens is the name to target.
 
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
-pip=("$work/venv/bin/pip" install -qq --disable-pip-version-check torch==2.13.0)
+pip=("$work/venv/bin/pip" install -qq --no-compile --disable-pip-version-check torch==2.13.0)
 "${pip[@]}"
 "${pip[@]}" peft==0.21.2 transformers==5.23.0 accelerate==1.15.0 safetensors==0.8.0
 

@@ -1,7 +1,8 @@
-"""Adapters that come, go and change at run time, beside diffusers with peft, interleaved in one run.
+"""Benchmark loading, swapping, merging and removing adapters at run time against diffusers with peft.
 
-The first table: CPU milliseconds on an SDXL-shaped UNet with 560 LoRA layers of rank 16 in bf16, medians over rounds.
-The second: how often a compiled model is compiled anew, on a tiny UNet (backend aot_eager, which counts like inductor).
+Both libraries take turns in one run. The first table has CPU milliseconds on an SDXL-shaped UNet with 560 LoRA layers
+of rank 16 in bf16: medians over the rounds, and minima in brackets. The second counts how often a compiled tiny UNet is
+compiled anew (backend aot_eager, which recompiles when inductor does).
 
     python scripts/bench_hotswap.py [--rounds 5] [--skip speed|graphs]
 """
@@ -28,7 +29,7 @@ Tensors = dict[str, Tensor]
 
 
 def speed_of_ours(unet: nn.Module, sources: list[Tensors], file: Path, figures: Figures) -> None:
-    """Everything but the merges, on slots for two adapters, with one other adapter resident, and with 25."""
+    """Measure everything but merging, with slots for two adapters, and with 2 and 25 adapters loaded."""
     adapters = diffadapt.adapters(unet)
     with timed(figures, "prepare"):
         adapters.prepare_hotswap(sources[:1], slots=2)
@@ -65,7 +66,7 @@ def speed_of_ours(unet: nn.Module, sources: list[Tensors], file: Path, figures: 
 
 
 def speed_of_diffusers(unet: nn.Module, sources: list[Tensors], file: Path, figures: Figures) -> None:
-    """The same operations where diffusers has them."""
+    """Measure the same operations as `speed_of_ours`, as far as diffusers has them."""
     with timed(figures, "prepare"):
         unet.enable_lora_hotswap(target_rank=RANK)
     for name, source in zip("ab", sources, strict=False):
@@ -91,9 +92,9 @@ def speed_of_diffusers(unet: nn.Module, sources: list[Tensors], file: Path, figu
 
 
 def merge_of_ours(unet: nn.Module, sources: list[Tensors], file: Path, figures: Figures) -> None:
-    """Into the weights and back, by what undoes it, and one in the place of another; what memory is kept for that."""
+    """Measure merging, swapping the merged adapter and unmerging, and the memory kept, for every way of undoing."""
     adapters = diffadapt.adapters(unet)
-    # As strong as usual: random factors of unit size change a weight by many times its size.
+    # Scaled to the usual size of a change: random factors of unit size change a weight by many times its size.
     diffadapt.load_adapter(unet, sources[0], "a", scale=3e-5)
     other = adapters.prefetch(sources[1])
     after: Any = [other, sources[0], sources[1]]
@@ -114,7 +115,7 @@ def merge_of_ours(unet: nn.Module, sources: list[Tensors], file: Path, figures: 
 
 
 def merge_of_diffusers(unet: nn.Module, sources: list[Tensors], file: Path, figures: Figures) -> None:
-    """Its undoing is a subtraction."""
+    """Measure merging in diffusers, which undoes it by subtraction."""
     unet.load_lora_adapter(dict(sources[0]), prefix="unet", adapter_name="a")
     unet.set_adapters(["a"], [3e-5])
     with timed(figures, "merge"):
@@ -131,7 +132,11 @@ def merge_of_diffusers(unet: nn.Module, sources: list[Tensors], file: Path, figu
 
 
 def speed(rounds: int) -> None:
-    """Print the first table."""
+    """Measure times and print the first table.
+
+    Args:
+        rounds: how often everything is measured, after one round to warm up.
+    """
     unets = sdxl_unet(), sdxl_unet()
     weights: Tensors = {}
     for path, module in unets[0].named_modules():
@@ -150,7 +155,7 @@ def speed(rounds: int) -> None:
             print(f"round {number} of {rounds}", file=sys.stderr)
             for pair in pairs:
                 for measure, unet, found in zip(pair, unets, figures, strict=True):
-                    # The first round warms up caches and is not counted.
+                    # The first round fills caches and is not counted.
                     measure(unet, sources, file, found if number else {})
     print(f"{len(tensors) // 2} LoRA layers, rank {RANK}, bf16; {torch.get_num_threads()} thread; {versions()}\n")
     print("| CPU ms, median (minimum) | diffadapt | diffusers + peft |\n|---|---|---|")
@@ -160,7 +165,7 @@ def speed(rounds: int) -> None:
 
 
 def tiny_unet() -> UNet2DConditionModel:
-    """Attention at two depths, and convolutions."""
+    """Return a small UNet with attention at two depths, and convolutions."""
     torch.manual_seed(0)
     return UNet2DConditionModel(
         sample_size=8,
@@ -175,7 +180,7 @@ def tiny_unet() -> UNet2DConditionModel:
 
 
 def tiny_file(rank: int, endings: Iterable[str] = (".to_q", ".to_v"), alpha: float | None = None) -> Tensors:
-    """A LoRA for the tiny UNet."""
+    """Return the tensors of a LoRA for the layers of the tiny UNet with these endings of their paths."""
     generator = torch.Generator().manual_seed(rank)
     tensors: Tensors = {}
     for path, module in tiny_unet().named_modules():
@@ -197,6 +202,7 @@ Steps = list[tuple[str, Callable[[nn.Module], object]]]
 
 
 def _swap(name: str, source: Tensors) -> tuple[Callable[[nn.Module], object], Callable[[nn.Module], object]]:
+    """Return how diffadapt and diffusers replace adapter `name`."""
     return (
         lambda unet: diffadapt.adapters(unet).hotswap(name, source),
         lambda unet: unet.load_lora_adapter(dict(source), prefix="unet", adapter_name=name, hotswap=True),
@@ -204,6 +210,7 @@ def _swap(name: str, source: Tensors) -> tuple[Callable[[nn.Module], object], Ca
 
 
 def _scale(scales: dict[str, float]) -> tuple[Callable[[nn.Module], object], Callable[[nn.Module], object]]:
+    """Return how diffadapt and diffusers set strengths."""
     return (
         lambda unet: diffadapt.adapters(unet).activate(scales),
         lambda unet: unet.set_adapters(list(scales), list(scales.values())),
@@ -211,7 +218,9 @@ def _scale(scales: dict[str, float]) -> tuple[Callable[[nn.Module], object], Cal
 
 
 def graphs() -> None:
-    """Print the second table: both prepared for rank 16, and from then on one change after the other."""
+    """Count recompilations and print the second table: both libraries are prepared for rank 16 and then make the same
+    changes one after the other.
+    """
     changes = {
         "rank 4 -> 16": _swap("a", LARGE),
         "-> fewer layers": _swap("a", FEWER),
@@ -262,15 +271,15 @@ def graphs() -> None:
 
 @torch.no_grad()
 def run(unet: nn.Module) -> None:
-    """One call."""
+    """Call the tiny UNet once."""
     unet(torch.ones(1, 4, 8, 8), 1, torch.ones(1, 3, 16))
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--skip", choices=("speed", "graphs"))
+    parser.add_argument("--rounds", type=int, default=5, help="rounds to measure (default: %(default)s)")
+    parser.add_argument("--skip", choices=("speed", "graphs"), help="table to leave out")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.skip != "speed":

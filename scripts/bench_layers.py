@@ -1,11 +1,12 @@
-"""One adapted layer beside peft and LyCORIS, interleaved in one run: how much slower than the bare layer it is.
+"""Benchmark one adapted layer against peft and LyCORIS: how much slower than the bare layer is it?
 
-Figures are ratios of process CPU time, one thread, to the bare layer in the same round: the median over the rounds,
-and in brackets minimum over minimum. `fwd` is inference (`torch.no_grad`, frozen parameters), `f+b` is forward and
-backward with the base frozen, the adapter's parameters trained and a gradient for the input, as inside a network. Of
-the peers the fastest by median is shown, with its name: "bypass" is LyCORIS without rebuilding the weight.
-`MiB` is what f+b allocates at its peak, less what the bare layer does. The process keeps the memory it frees, as torch
-does on a GPU; otherwise page faults, which come and go with the order of allocations, blur everything.
+All libraries take turns in one run. Figures are ratios of process CPU time, one thread, to the bare layer in the same
+round: the median over the rounds, and in brackets the ratio of the minima. `fwd` is inference (`torch.no_grad`, frozen
+parameters). `f+b` is forward and backward with the base frozen, the adapter's parameters trained and a gradient for the
+input, as inside a network. Only the peer that is fastest by median is shown, with its name; "bypass" is LyCORIS without
+rebuilding the weight. `MiB` is the peak of what f+b allocates, minus that of the bare layer. The process keeps the
+memory it frees, as torch does on a GPU; otherwise page faults, which depend on the order of allocations, blur all
+figures.
 
     python scripts/bench_layers.py [--rounds 7] [--layer linear] [--tokens 4096] [--dtype bfloat16] [--only loha]
         [--json FILE]
@@ -44,11 +45,11 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], tuple[int, ...]
 }
 
 Build: TypeAlias = Callable[[nn.Module], nn.Module]
-"""Wraps a bare layer; the trainable parameters of the result are the adapter's."""
+"""Wraps a bare layer; the parameters that the result has in addition are those of the adapter."""
 
 
 class Goal(NamedTuple):
-    """Ratios to the bare layer that we want not to exceed; 0 for none."""
+    """Ratios to the bare layer that should not be exceeded; 0 for no goal."""
 
     forward: float = 0.0
     both: float = 0.0
@@ -56,7 +57,7 @@ class Goal(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """One adapter on one layer."""
+    """One row of a table: one adapter on one layer, in diffadapt and its peers."""
 
     name: str
     ours: Build
@@ -65,7 +66,7 @@ class Row:
 
 
 def ours(make: Callable[..., Any], count: int = 1, **options: Any) -> Build:
-    """`count` adapters of diffadapt, all active."""
+    """Return a function that adds `count` adapters of diffadapt to a layer, all active."""
 
     def build(layer: nn.Module) -> nn.Module:
         model = nn.Sequential(layer)
@@ -77,7 +78,7 @@ def ours(make: Callable[..., Any], count: int = 1, **options: Any) -> Build:
 
 
 def with_peft(make: Callable[..., Any], count: int = 1, **options: Any) -> Build:
-    """`count` adapters of peft, all active."""
+    """Return a function that adds `count` adapters of peft to a layer, all active."""
 
     def build(layer: nn.Module) -> nn.Module:
         model: nn.Module = nn.Sequential(layer)
@@ -93,7 +94,7 @@ def with_peft(make: Callable[..., Any], count: int = 1, **options: Any) -> Build
 
 
 def with_lycoris(make: Callable[..., Any], rank: int, bypass: bool = False, **options: Any) -> Build:
-    """A module of LyCORIS that has taken over the layer's forward."""
+    """Return a function that lets a module of LyCORIS take over the forward of a layer."""
 
     def build(layer: nn.Module) -> nn.Module:
         adapter = make("a", layer, lora_dim=rank, alpha=rank, bypass_mode=bypass or None, **options)
@@ -102,15 +103,15 @@ def with_lycoris(make: Callable[..., Any], rank: int, bypass: bool = False, **op
         adapter.apply_to()
         model = nn.Sequential(layer)
         model.add_module("adapter", adapter)
-        # A root that calls only the layer, which calls the adapter.
+        # The root calls only the layer, which calls the adapter.
         model.forward = layer.forward
         return model
 
     return build
 
 
-def both_of_lycoris(make: Callable[..., Any], rank: int, **options: Any) -> dict[str, Build]:
-    """LyCORIS with and without bypass."""
+def lycoris_and_bypass(make: Callable[..., Any], rank: int, **options: Any) -> dict[str, Build]:
+    """Return LyCORIS without and with bypass, by name."""
     return {
         "lycoris": with_lycoris(make, rank, **options),
         "bypass": with_lycoris(make, rank, bypass=True, **options),
@@ -118,33 +119,33 @@ def both_of_lycoris(make: Callable[..., Any], rank: int, **options: Any) -> dict
 
 
 def lokr(rank: int, factor: int, goal: Goal) -> Row:
-    """LoKr with a second factor of low rank."""
+    """Return the row of LoKr with a second factor of low rank."""
     return Row(
         f"LoKr r{rank} factor {factor}, low-rank w2",
         ours(diffadapt.LoKrConfig, rank=rank, factor=factor),
         {
             "peft": with_peft(peft.LoKrConfig, r=rank, decompose_factor=factor, init_weights=False),
-            **both_of_lycoris(lycoris.LokrModule, rank, factor=factor),
+            **lycoris_and_bypass(lycoris.LokrModule, rank, factor=factor),
         },
         goal,
     )
 
 
 def lokr_full(factor: int, goal: Goal) -> Row:
-    """LoKr with two whole factors, which peft has only by way of a rank that is too large to save anything."""
+    """Return the row of LoKr with two full factors. In peft, only a rank too large to be of use selects them."""
     return Row(
         f"LoKr full factors, factor {factor}",
         ours(diffadapt.LoKrConfig, full_matrix=True, factor=factor),
         {
             "peft": with_peft(peft.LoKrConfig, r=10000, decompose_factor=factor, init_weights=False),
-            **both_of_lycoris(lycoris.LokrModule, 8, factor=factor, full_matrix=True),
+            **lycoris_and_bypass(lycoris.LokrModule, 8, factor=factor, full_matrix=True),
         },
         goal,
     )
 
 
 def rows(layer: str) -> list[Row]:
-    """What is measured on a layer."""
+    """Return the rows of the table for "linear" or "conv"."""
     linear = layer == "linear"
     found = [
         Row(
@@ -152,7 +153,7 @@ def rows(layer: str) -> list[Row]:
             ours(diffadapt.LoraConfig, rank=16),
             {
                 "peft": with_peft(peft.LoraConfig, r=16, lora_alpha=16, init_lora_weights=False),
-                **both_of_lycoris(lycoris.LoConModule, 16),
+                **lycoris_and_bypass(lycoris.LoConModule, 16),
             },
             Goal(1.05, 1.10) if linear else Goal(),
         ),
@@ -170,7 +171,7 @@ def rows(layer: str) -> list[Row]:
             ours(diffadapt.LoHaConfig, rank=8),
             {
                 "peft": with_peft(peft.LoHaConfig, r=8, alpha=8, init_weights=False),
-                **both_of_lycoris(lycoris.LohaModule, 8),
+                **lycoris_and_bypass(lycoris.LohaModule, 8),
             },
             Goal(1.12, 1.22) if linear else Goal(1.26, 1.40),
         ),
@@ -190,13 +191,13 @@ def rows(layer: str) -> list[Row]:
                 Goal(1.08, 1.15) if linear else Goal(),
             )
         )
-    # LyCORIS chooses the blocks itself; ours are made the same.
+    # LyCORIS chooses the block size itself; diffadapt gets the same.
     size = 32 if linear else 10
     found.append(
         Row(
             f"OFT b{size} output",
             ours(diffadapt.OFTConfig, block_size=size, side="output"),
-            both_of_lycoris(lycoris.DiagOFTModule, 32),
+            lycoris_and_bypass(lycoris.DiagOFTModule, 32),
             Goal(1.08, 1.15) if linear else Goal(1.13, 1.16),
         )
     )
@@ -212,7 +213,7 @@ def rows(layer: str) -> list[Row]:
         Row(
             f"BOFT b20 output, m{7 if linear else 5}",
             ours(diffadapt.BOFTConfig, block_size=20, side="output"),
-            both_of_lycoris(lycoris.ButterflyOFTModule, 32),
+            lycoris_and_bypass(lycoris.ButterflyOFTModule, 32),
             Goal() if linear else Goal(1.5, 1.5),
         )
     )
@@ -230,7 +231,7 @@ def rows(layer: str) -> list[Row]:
 
 @dataclass
 class Subject:
-    """A model that is measured, and what was found, in CPU seconds and bytes."""
+    """A model to measure and its input; the CPU seconds of every round, and the bytes f+b allocates at its peak."""
 
     model: nn.Module
     input: Tensor
@@ -241,7 +242,7 @@ class Subject:
 
     @classmethod
     def of(cls, build: Build, layer: nn.Module, input: Tensor) -> "Subject":
-        """`build` on a frozen copy of `layer`."""
+        """Return what `build` makes of a frozen copy of `layer`."""
         bare = type(layer).__new__(type(layer))
         bare.__dict__.update(layer.__dict__)
         bare._parameters = dict(layer._parameters)
@@ -249,14 +250,14 @@ class Subject:
         weights = {id(parameter) for parameter in layer.parameters()}
         parameters = [parameter for parameter in model.parameters() if id(parameter) not in weights]
         for parameter in parameters:
-            # As a caller has them who loads a file of this dtype.
+            # The dtype that loading a file of this dtype results in.
             parameter.data = parameter.data.to(input.dtype)
         for parameter in layer.parameters():
             parameter.requires_grad_(False)
         return cls(model, input, parameters, [], [])
 
     def measure(self, gradient: Tensor, count: bool) -> None:
-        """Both figures once more."""
+        """Measure both times once, and keep them if they `count`."""
         self.model.eval()
         for parameter in self.parameters:
             parameter.requires_grad_(False)
@@ -268,7 +269,7 @@ class Subject:
             self.both.append(both)
 
     def trainable(self) -> tuple[Tensor]:
-        """The input, after making everything ready for a step."""
+        """Make everything ready for a training step and return its input."""
         self.model.train()
         for parameter in self.parameters:
             parameter.requires_grad_(True)
@@ -277,11 +278,11 @@ class Subject:
         return (leaf.view_as(leaf),)
 
     def step(self, input: Tensor, gradient: Tensor) -> None:
-        """Forward and backward."""
+        """Run forward and backward."""
         self.model(input).backward(gradient)
 
     def measure_memory(self, gradient: Tensor) -> None:
-        """Peak of what a step allocates: the running sum of torch's allocation events."""
+        """Measure the peak of what a step allocates, as the largest running sum of torch's allocation events."""
         (input,) = self.trainable()
         activities = [torch.profiler.ProfilerActivity.CPU]
         with silent(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
@@ -295,7 +296,7 @@ class Subject:
 
 @contextmanager
 def silent() -> Generator[None, None, None]:
-    """Nothing from native code on the standard error stream: torch's profiler says when it starts and stops."""
+    """Silence the standard error stream, native code included: torch's profiler reports its start and stop there."""
     stream = os.dup(2)
     with open(os.devnull, "w") as nothing:
         os.dup2(nothing.fileno(), 2)
@@ -307,7 +308,7 @@ def silent() -> Generator[None, None, None]:
 
 
 def keep_memory() -> None:
-    """Tell glibc not to give freed memory back to the system."""
+    """Tell glibc not to return freed memory to the system."""
     if sys.platform == "linux":
         mallopt = ctypes.CDLL(None).mallopt
         trim_threshold, mmap_threshold, most = -1, -3, 2**31 - 1
@@ -316,7 +317,7 @@ def keep_memory() -> None:
 
 
 def timed(body: Callable[[], object]) -> float:
-    """CPU seconds of `body`."""
+    """Return the CPU seconds that `body` takes."""
     gc.collect()
     start = time.process_time()
     body()
@@ -324,13 +325,13 @@ def timed(body: Callable[[], object]) -> float:
 
 
 def measured(row: Row, layer: nn.Module, input: Tensor, rounds: int) -> dict[str, Subject]:
-    """The bare layer, ours and the peers, round by round in turn."""
+    """Measure the bare layer, diffadapt and the peers in turn, round by round, and return them by name."""
     subjects = {"base": Subject.of(nn.Sequential, layer, input), "ours": Subject.of(row.ours, layer, input)}
     subjects |= {name: Subject.of(build, layer, input) for name, build in row.peers.items()}
     gradient = torch.randn_like(layer(input))
     for number in range(rounds + 1):
         for subject in subjects.values():
-            # The first round warms up and is not counted.
+            # The first round fills caches and is not counted.
             subject.measure(gradient, count=number > 0)
     for subject in subjects.values():
         subject.measure_memory(gradient)
@@ -338,12 +339,12 @@ def measured(row: Row, layer: nn.Module, input: Tensor, rounds: int) -> dict[str
 
 
 def ratios(values: list[float], base: list[float]) -> tuple[float, float]:
-    """Median of the ratios within a round, and minimum over minimum."""
+    """Return the median of the ratios within a round, and the ratio of the minima."""
     return statistics.median(v / b for v, b in zip(values, base, strict=True)), min(values) / min(base)
 
 
 def cells(subjects: dict[str, Subject], goal: Goal) -> list[str]:
-    """The table's cells for one row."""
+    """Return the cells of one row."""
     base, own = subjects["base"], subjects["ours"]
     peers = {name: subject for name, subject in subjects.items() if name not in ("base", "ours")}
     found: list[str] = []
@@ -360,15 +361,17 @@ def cells(subjects: dict[str, Subject], goal: Goal) -> list[str]:
 
 
 def main() -> None:
-    """Measure, print one table per layer, and write the figures if asked."""
+    """Measure, print one table per layer, and write the figures if asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--layer", choices=LAYERS, help="default both")
-    parser.add_argument("--tokens", type=int, default=4096, help="of the linear layer's input")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--only", default="", help="rows with this in their name")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds to measure (default: %(default)s)")
+    parser.add_argument("--layer", choices=LAYERS, help="measure this layer only")
+    parser.add_argument(
+        "--tokens", type=int, default=4096, help="input tokens of the linear layer (default: %(default)s)"
+    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of all tensors")
+    parser.add_argument("--only", default="", help="measure only rows with this in their name")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="also write all figures to this file")
     options = parser.parse_args()
     keep_memory()
     warnings.simplefilter("ignore")

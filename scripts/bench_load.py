@@ -1,8 +1,9 @@
-"""Loading and managing adapters on an SDXL-shaped UNet, beside diffusers with peft, interleaved in one run.
+"""Benchmark loading and managing adapters on an SDXL-shaped UNet against diffusers with peft.
 
-560 LoRA layers of rank 16 (attention q, k, v, out), bf16, random weights. Figures are CPU milliseconds of this process,
-medians over the rounds, so that other work on the machine distorts them little. "Resolve" is what comes after reading a
-kohya file of all 794 layers (2,382 keys): recognising it, and finding the layer of every key.
+Both libraries take turns in one run, with 560 LoRA layers of rank 16 (attention q, k, v, out), bf16, random weights.
+Figures are CPU milliseconds of this process, medians over the rounds, so that other work on the machine distorts them
+little. "Resolve" is the step after reading a kohya file of all 794 layers (2,382 keys): recognising the format and
+finding the layer of every key.
 
     python scripts/bench_load.py [--rounds 5] [--json FILE]
 """
@@ -53,14 +54,14 @@ Figures = dict[str, list[float]]
 
 
 def sdxl_unet() -> UNet2DConditionModel:
-    """The real shape with memory that is never touched: loading does not read base weights."""
+    """Return a UNet of the real shapes. Its memory is never touched, since loading does not read base weights."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(**SDXL).to(torch.bfloat16)
     return unet.to_empty(device="cpu").requires_grad_(False)
 
 
 def lora_file(unet: nn.Module) -> dict[str, Tensor]:
-    """A diffusers-format LoRA for every attention projection."""
+    """Return the tensors of a LoRA in the diffusers format, for every attention projection."""
     generator = torch.Generator().manual_seed(0)
     tensors: dict[str, Tensor] = {}
     for path, module in unet.named_modules():
@@ -73,7 +74,7 @@ def lora_file(unet: nn.Module) -> dict[str, Tensor]:
 
 
 def kohya_file(unet: nn.Module) -> dict[str, Tensor]:
-    """A kohya-format LoRA of rank 1 for every linear and convolutional layer."""
+    """Return the tensors of a LoRA of rank 1 in the kohya format, for every linear and convolutional layer."""
     tensors: dict[str, Tensor] = {}
     for path, module in unet.named_modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -85,18 +86,18 @@ def kohya_file(unet: nn.Module) -> dict[str, Tensor]:
 
 
 def versions() -> str:
-    """Of everything that matters here."""
+    """Return the versions of the libraries that influence the figures."""
     return ", ".join(f"{name} {version(name)}" for name in PACKAGES)
 
 
 def cell(values: list[float]) -> str:
-    """Median and minimum for a table."""
+    """Return a table cell with median and minimum."""
     return f"{statistics.median(values):.1f} ({min(values):.1f})" if values else "-"
 
 
 @contextmanager
 def timed(figures: Figures, what: str) -> Generator[None, None, None]:
-    """Append the CPU milliseconds of the body to `figures[what]`; Python's collector runs before and not in it."""
+    """Append the CPU milliseconds of the `with` block to `figures[what]`; Python's garbage is collected before it."""
     gc.collect()
     start = time.process_time()
     yield
@@ -106,7 +107,7 @@ def timed(figures: Figures, what: str) -> Generator[None, None, None]:
 def round_of_ours(
     unet: nn.Module, tensors: dict[str, Tensor], kohya: dict[str, Tensor], file: Path, figures: Figures
 ) -> None:
-    """Load three adapters, manage them, remove them."""
+    """Measure loading, activating and removing adapters with diffadapt."""
     header = read(kohya).header
     with timed(figures, "resolve 2,382 keys of a kohya file"):
         verdicts = detect(header).locate(header, Names({"unet": Targets(unet)}))
@@ -131,7 +132,7 @@ def round_of_ours(
 def round_of_diffusers(
     unet: nn.Module, tensors: dict[str, Tensor], kohya: dict[str, Tensor], file: Path, figures: Figures
 ) -> None:
-    """The same operations by diffusers with peft; its names of layers are looked up while loading."""
+    """Measure the same operations with diffusers and peft, which finds the layers of keys only while loading."""
     with timed(figures, "resolve 2,382 keys of a kohya file"):
         StableDiffusionXLLoraLoaderMixin.lora_state_dict(dict(kohya), unet_config=unet.config)
     for number, name in enumerate("abc", 1):
@@ -151,10 +152,10 @@ def round_of_diffusers(
 
 
 def main() -> None:
-    """Measure, print a table, and write the figures if asked."""
+    """Measure, print a table, and write the figures if asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds to measure (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="also write all figures to this file")
     options = parser.parse_args()
     torch.set_num_threads(1)
     unets = sdxl_unet(), sdxl_unet()
@@ -167,7 +168,7 @@ def main() -> None:
         for number in range(options.rounds + 1):
             print(f"round {number} of {options.rounds}", file=sys.stderr)
             for measure, unet, found in zip(measures, unets, figures, strict=True):
-                # The first round warms up caches and is not counted.
+                # The first round fills caches and is not counted.
                 measure(unet, tensors, kohya, file, found if number else {})
     print(f"{len(tensors) // 2} LoRA layers, rank {RANK}, bf16; {torch.get_num_threads()} thread; {versions()}\n")
     print("| CPU ms, median (minimum) | diffadapt | diffusers + peft | ratio |\n|---|---|---|---|")

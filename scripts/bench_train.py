@@ -1,10 +1,11 @@
-"""Training steps on a UNet of about 140 M parameters, beside peft: time and memory.
+"""Benchmark training steps on a UNet of about 140 M parameters against peft: time and memory.
 
 A step is forward, mean squared error, backward and AdamW, float32, batch 1, with adapters on all attention and
 feed-forward layers. The base is the frozen UNet with a gradient for its input and no optimiser. Times are ratios of
-process CPU time, one thread, to the base in the same round: the median over the rounds, and in brackets minimum over
-minimum; as in bench_layers.py the process keeps the memory it frees. `MiB` is the peak resident memory of a fresh
-process that takes two steps, less that of the base's; `build` is what it had before the first step, likewise.
+process CPU time, one thread, to the base in the same round: the median over the rounds, and in brackets the ratio of
+the minima. As in bench_layers.py the process keeps the memory it frees. `MiB` is the peak resident memory of a fresh
+process that takes two steps, minus that of the same process with the base; `build` is the peak before the first step,
+minus that of the base.
 
     python scripts/bench_train.py [--rounds 3] [--only loha] [--json FILE]
 """
@@ -50,7 +51,7 @@ BASE = "base"
 
 @dataclass(frozen=True)
 class Variant:
-    """Settings of one type in both libraries."""
+    """Settings of one adapter type in both libraries."""
 
     ours: Callable[..., Any]
     peft: Callable[..., Any]
@@ -93,13 +94,18 @@ VARIANTS = {
 
 @dataclass
 class Trainer:
-    """A UNet with an adapter of one library, or none."""
+    """A UNet with an adapter of one library, or without.
+
+    Attributes:
+        library: "ours", "peft" or "base" for no adapter.
+        seconds: CPU seconds of every measured step.
+    """
 
     library: str
     seconds: list[float] = field(default_factory=list[float])
 
     def build(self, name: str) -> "Trainer":
-        """Make the model, its optimiser and its data."""
+        """Make the model with the adapter of variant `name`, its optimiser and its data."""
         torch.manual_seed(0)
         self.model = UNet2DConditionModel(**SHAPE).requires_grad_(False)
         before = {id(parameter) for parameter in self.model.parameters()}
@@ -119,7 +125,7 @@ class Trainer:
         return self
 
     def step(self) -> Tensor:
-        """One training step."""
+        """Take one training step and return the loss."""
         sample = self.sample.detach().requires_grad_()
         loss = F.mse_loss(self.model(sample, 500, self.text).sample, self.target)
         loss.backward()
@@ -129,7 +135,7 @@ class Trainer:
         return loss
 
     def measure(self) -> None:
-        """Time one step, in CPU seconds."""
+        """Measure the CPU seconds of one step."""
         gc.collect()
         start = time.process_time()
         self.step()
@@ -137,22 +143,22 @@ class Trainer:
 
 
 def peak_memory() -> float:
-    """Resident MiB of this process at its highest."""
+    """Return the peak resident memory of this process in MiB."""
     status = Path("/proc/self/status")
     if status.exists():
-        # Not `getrusage`: on Linux its figure is at least that of the process that started this one.
+        # `getrusage` would not do: on Linux it returns at least the peak of the process that started this one.
         return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def memory_of(library: str, name: str) -> dict[str, float]:
-    """MiB at the peak of two steps, and before them, in a fresh process."""
+    """Return the peak memory in MiB of a fresh process, after two steps ("peak") and before them ("build")."""
     command = [sys.executable, __file__, "--memory", library, "--only", name]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def measure_own_memory(library: str, name: str) -> None:
-    """What a fresh process does for `memory_of`."""
+    """Measure the memory of this process and print it; runs in the fresh process of `memory_of`."""
     trainer = Trainer(library).build(name)
     found = {"build": peak_memory()}
     for _ in range(2):
@@ -161,11 +167,11 @@ def measure_own_memory(library: str, name: str) -> None:
 
 
 def main() -> None:
-    """Measure, print a table, and write the figures if asked."""
+    """Measure, print a table, and write the figures if asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", default="", help="variants with this in their name")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds to measure (default: %(default)s)")
+    parser.add_argument("--only", default="", help="measure only variants with this in their name")
+    parser.add_argument("--json", type=Path, help="also write all figures to this file")
     parser.add_argument("--memory", choices=(BASE, "ours", "peft"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -186,7 +192,7 @@ def main() -> None:
         base.seconds = []
         trainers = {library: Trainer(library).build(name) for library in ("ours", "peft")}
         for trainer in trainers.values():
-            # The first step warms up and is not counted.
+            # The first step fills caches and is not counted.
             trainer.step()
         for _ in range(options.rounds):
             for trainer in (base, *trainers.values()):

@@ -1,7 +1,7 @@
-"""Write `docs/compatibility.md`: what becomes of files of every family, dialect and type, here and in diffusers.
+"""Write `docs/compatibility.md`: which files of every family, dialect and type load, here and in diffusers.
 
-Every cell is the result of a run; nothing is written by hand. How files are made and judged: `tests/support/matrix.py`
-and `tests/support/judge.py`. Run it from the root of the repository:
+Every cell is the result of a run; nothing is written by hand. `tests/support/matrix.py` makes the files, and
+`tests/support/judge.py` judges them. Run it from the root of the repository:
 
     python -m scripts.compat_matrix                    # everything, one process per core
     python -m scripts.compat_matrix --family flux      # one family, printed and not written
@@ -34,37 +34,43 @@ KEYS = ROOT / "tests" / "fixtures" / "keys"
 PEERS = ("torch", "diffusers", "transformers", "peft")
 
 EXPLANATION = """\
-Each row is one file or several, made in memory for a small model of the family, with random tensors for all layers that
-the dialect has names for (linear layers, convolutions, norms; text encoders too where the dialect has them).
+Each row stands for one file or several. Files are made in memory for a small model of the family, with random tensors
+for all layers that the dialect has names for: linear layers, convolutions and norms, and layers of the text encoders
+where the dialect covers them.
 
-* **loads**: with every tensor used; or why it is refused, which leaves the models as they are.
-* **equals**: the output of every layer, and after merging its weight, are those that a plain formula in float64 gives
-  from the file's tensors (`tests/support/formulas.py`, within 1e-4 of the change).
-* **comes back**: saved in a format and loaded again, every tensor is the same bit for bit, and so are scales and
-  settings. After "as weights:" are formats that have to put layers together which were trained one by one: other
-  factors, the same weights. Formats that are not there cannot hold the adapter, and saving says so.
-* **diffusers**: the same file in plain diffusers with peft, by `load_lora_weights` of the family's pipeline. "yes": all
-  outputs as they should be. "wrong": some are not. "drops": layers are left without their adapter, without an error.
-  "refuses": an error. "no loader": the pipeline has no such method.
+* **loads**: whether the file loads with every tensor used, or why it is refused. A refused file leaves the models as
+  they are.
+* **equals**: whether the output of every layer, and its weight after merging, equal what a plain formula in float64
+  computes from the tensors of the file (`tests/support/formulas.py`), within 1e-4 of the change.
+* **comes back**: the formats in which the adapter can be saved and loaded again with every tensor the same bit for bit,
+  and the same scales and settings. Formats after "as weights:" have to fuse layers that were trained one by one: the
+  weights come back, but as other factors. Formats that are not listed cannot hold the adapter; saving in them raises an
+  error.
+* **diffusers**: the same file in plain diffusers with peft, loaded by `load_lora_weights` of the family's pipeline.
+  "yes": all outputs are correct. "wrong": some are not. "drops": layers stay without their adapter, without an error.
+  "refuses": it raises an error. "no loader": the pipeline has no such method.
 
-Which layers of a model are one in its original layout is read from the tables in `diffadapt/families/`;
-`tests/families/test_families.py` holds these against diffusers' converters of whole checkpoints. Files of the dialects
-are written after other programs' code (`tests/support/dialects.py`). LoRA is there in two rows: as most trainers write
-it, and with another rank and alpha in every layer and on all layers that a model has. All types are: {kinds}.
+The tables in `diffadapt/families/` say which layers of a model are fused in its original layout;
+`tests/families/test_families.py` checks them against diffusers' converters of whole checkpoints. Files of each dialect
+are written as the code of other programs writes them (`tests/support/dialects.py`). LoRA has two rows: as most trainers
+write it, and with another rank and alpha in every layer, on all layers of the model. The types are: {kinds}.
 """
 
 
 def main() -> int:
+    """Judge all files that the options select, and write or print the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", nargs="+", choices=SMALL, help="only these, and print instead of writing")
-    parser.add_argument("--dialect", nargs="+", choices=[dialect.name for dialect in DIALECTS], help="likewise")
-    parser.add_argument("--keys", type=Path, default=KEYS, help="folder with key lists of real files")
-    parser.add_argument("--output", type=Path, default=PAGE)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    selection: dict[str, list[str]] = {"family": [*SMALL], "dialect": [dialect.name for dialect in DIALECTS]}
+    for option, names in selection.items():
+        text = f"print the page for these only, and write nothing: {'; '.join(names)}"
+        parser.add_argument(f"--{option}", nargs="+", choices=names, metavar="NAME", help=text)
+    parser.add_argument("--keys", type=Path, default=KEYS, help="folder of key lists (default: tests/fixtures/keys)")
+    parser.add_argument("--output", type=Path, default=PAGE, help="page to write (default: docs/compatibility.md)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one per CPU core)")
     options = parser.parse_args()
     start = time.perf_counter()
     parts = [(family, options.dialect) for family in options.family or SMALL]
-    # A process of its own for every family: what peft leaves in memory goes with it.
+    # Every family gets a process of its own, which frees what peft leaves in memory when it ends.
     with multiprocessing.get_context("spawn").Pool(options.jobs, maxtasksperchild=1) as pool:
         outcomes: list[Outcome] = []
         for family, found in pool.imap(_judged, parts):
@@ -81,6 +87,7 @@ def main() -> int:
 
 
 def _judged(part: tuple[str, Sequence[str] | None]) -> tuple[str, list[Outcome]]:
+    """Judge all files of a family, or those of some dialects, and return the family with the outcomes."""
     family, dialects = part
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -121,10 +128,10 @@ def _summary(outcomes: Sequence[Outcome]) -> Iterator[str]:
     peer = Counter(_verdict(outcome.diffusers) for outcome in outcomes)
     yield f"{len(outcomes)} files of {len(families)} model families in {len(dialects)} dialects:\n"
     yield f"* {len(loaded)} load with every tensor used, {len(outcomes) - len(loaded)} are refused with a reason;"
-    yield f"* of those {len(equal)} equal the formulas, {len(loaded) - len(equal)} do not;"
+    yield f"* of these, {len(equal)} equal the formulas, {len(loaded) - len(equal)} do not;"
     yield (
-        f"* saved in every format that can hold them, {saved} come back bit for bit, {joined} as the same weights by "
-        f"other factors, {changed} otherwise;"
+        f"* saved in every format that can hold them, {saved} come back bit for bit, {joined} as other factors of the "
+        f"same weights, and {changed} changed;"
     )
     yield f"* plain diffusers: {', '.join(f'{word} {peer[word]}' for word in VERDICTS)}.\n"
     yield "| family | files | load | equal | come back | diffusers: " + " | ".join(VERDICTS) + " |"
@@ -159,7 +166,7 @@ def _summary(outcomes: Sequence[Outcome]) -> Iterator[str]:
 
 
 _SHOWN = 9
-"""Of so many types every one is named in a row."""
+"""A row names up to this many types; more become "the other ..." if it is the longest row of its dialect."""
 
 VERDICTS = ("yes", "wrong", "drops", "refuses", "no loader")
 
@@ -189,7 +196,7 @@ def _family(family: str, outcomes: Sequence[Outcome]) -> Iterator[str]:
 
 
 def _cells(outcome: Outcome, reasons: dict[str, int]) -> tuple[str, str, str, str]:
-    """What a row says; long reasons go below the table."""
+    """Return the last four cells of a row; long reasons become numbers, and are listed below the table."""
 
     def note(text: str) -> str:
         return f"[{reasons.setdefault(text, len(reasons) + 1)}]"
@@ -211,15 +218,15 @@ def _cells(outcome: Outcome, reasons: dict[str, int]) -> tuple[str, str, str, st
 
 
 def _short(reason: str) -> str:
-    """Without the names of the layers, so that a reason is the same for all types."""
+    """Return a reason without the path of the layer, so that it is the same for all types."""
     return reason.rpartition(": ")[2]
 
 
 def _lists(lists: Sequence[Listed]) -> Iterator[str]:
     yield "## Key lists of real files\n"
-    yield "Names and shapes as they are in the files, on models of the published sizes without weights. Lists without"
-    yield "shapes count the names whose layer is found. What the lists are is in their `source` and `kind`.\n"
-    yield "| list | kind | format | family | tensors | used | the others |"
+    yield "Names and shapes of real files, resolved against models of the published sizes without weights. For lists"
+    yield "without shapes, the names whose layer is found are counted. Each list states its `source` and `kind`.\n"
+    yield "| list | kind | format | family | tensors | used | why not the others |"
     yield "|---|---|---|---|---|---|---|"
     for one in lists:
         used = "" if one.used is None else f"{one.used} found" if one.by_name else one.used
@@ -228,8 +235,8 @@ def _lists(lists: Sequence[Listed]) -> Iterator[str]:
 
 
 def _foreign() -> Iterator[str]:
-    yield "## Files that are no adapters\n"
-    yield "| file | recognised as | refused with |"
+    yield "## Files that are not adapters\n"
+    yield "| file | recognised as | error |"
     yield "|---|---|---|"
     for name, keys in FOREIGN.items():
         yield _row([name, *refusal(keys)])

@@ -1,7 +1,7 @@
 """An objective judge of the embedded pipeline: does a picture show what its prompt says?
 
-A small CNN learns shape, colour, background, size and position from drawn pictures, then reads the same
-off generated ones. Drawn pictures are exact, so the judge needs no labels and is trained in a minute or two.
+A small CNN learns to read shape, colour, background, size and position from drawn pictures, and then reads them from
+generated ones. The content of drawn pictures is known, so no labelling is needed, and training takes a minute or two.
 """
 
 from itertools import pairwise
@@ -29,14 +29,14 @@ GUIDANCE = 2.5
 
 
 class Judge(nn.Module):
-    """A plain CNN with one linear head per attribute; coarse positions survive the last pooling."""
+    """A plain CNN with one linear head per attribute. Its last feature map is 4 x 4, which keeps coarse positions."""
 
     def __init__(self) -> None:
         super().__init__()
-        widths = (3, 24, 48, 64, 64)
+        channels = (3, 24, 48, 64, 64)
         layers: list[nn.Module] = []
-        for narrow, wide in pairwise(widths):
-            layers += [nn.Conv2d(narrow, wide, 3, stride=2, padding=1), nn.BatchNorm2d(wide), nn.ReLU()]
+        for inputs, outputs in pairwise(channels):
+            layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
         self.features = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 16, 128), nn.ReLU())
         self.heads = nn.ModuleDict({key: nn.Linear(128, len(values)) for key, values in ATTRIBUTES.items()})
 
@@ -46,7 +46,7 @@ class Judge(nn.Module):
 
 
 def _roughen(pictures: Tensor, generator: torch.Generator) -> Tensor:
-    """Blur and noise, so that the judge reads generated pictures as a person would, not by their edges."""
+    """Return pictures with blur, noise and colour casts, so that the judge does not rely on exact edges."""
     blurred = F.avg_pool2d(F.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     amount = torch.rand((len(pictures), 1, 1, 1), generator=generator)
     noise = torch.randn(pictures.shape, generator=generator) * 0.06
@@ -55,6 +55,7 @@ def _roughen(pictures: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def train_judge(steps: int, seed: int, batch: int = 64) -> Judge:
+    """Train a judge on drawn pictures."""
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -73,11 +74,12 @@ def train_judge(steps: int, seed: int, batch: int = 64) -> Judge:
 
 
 def _labels(scenes: list[Scene], attribute: str) -> Tensor:
+    """Return the class index of an attribute for every scene, (N,)."""
     return torch.tensor([ATTRIBUTES[attribute].index(getattr(scene, attribute)) for scene in scenes])
 
 
 def load_judge(work: Path, seed: int = 0, steps: int = 800) -> Judge:
-    """The cached judge, or a freshly trained one."""
+    """Return the judge saved in folder `work`; train and save it first if there is none."""
     path = work / "judge.pt"
     if path.exists():
         judge = Judge()
@@ -90,6 +92,7 @@ def load_judge(work: Path, seed: int = 0, steps: int = 800) -> Judge:
 
 
 def _prompts(count: int, seed: int) -> tuple[list[Scene], list[str]]:
+    """Return random scenes and a caption for each."""
     generator = torch.Generator().manual_seed(seed + 1000)
     scenes = [sample_scene(generator) for _ in range(count)]
     return scenes, [caption(scene, generator) for scene in scenes]
@@ -97,7 +100,7 @@ def _prompts(count: int, seed: int) -> tuple[list[Scene], list[str]]:
 
 @torch.no_grad()
 def _generate(pipeline: StableDiffusionPipeline, prompts: list[str], seed: int, batch: int = 10) -> Tensor:
-    """One picture per prompt, [N, 3, 64, 64]; picture number i comes from seed + i whatever the batch."""
+    """Generate one picture per prompt, (N, 3, 64, 64). Picture i has the seed `seed + i` for every batch size."""
     pictures = []
     for first in tqdm(range(0, len(prompts), batch), "generate"):
         chunk = prompts[first : first + batch]
@@ -114,13 +117,14 @@ def _generate(pipeline: StableDiffusionPipeline, prompts: list[str], seed: int, 
 
 
 def _load_pipeline(folder: Path, device: torch.device) -> StableDiffusionPipeline:
+    """Load a pipeline from a folder, without progress bars."""
     pipeline = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True).to(device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 def _is_mentioned(scene: Scene, attribute: str, prompt: str) -> bool:
-    """What the prompt leaves open, the picture may choose."""
+    """Return whether a prompt mentions an attribute. The picture is free to choose those it does not mention."""
     if attribute == "size":
         return scene.size in prompt
     if attribute == "position":
@@ -130,6 +134,7 @@ def _is_mentioned(scene: Scene, attribute: str, prompt: str) -> bool:
 
 @torch.no_grad()
 def accuracies(judge: Judge, pictures: Tensor, scenes: list[Scene], prompts: list[str]) -> dict[str, float]:
+    """Return, per attribute, the share of pictures that show what their prompt says, of those that mention it."""
     answers = judge(pictures)
     result = {}
     for key in ATTRIBUTES:
@@ -140,7 +145,7 @@ def accuracies(judge: Judge, pictures: Tensor, scenes: list[Scene], prompts: lis
 
 
 def evaluate(folder: Path, work: Path, device: torch.device, seed: int, count: int = 100) -> int:
-    """Print what the judge reads off drawn and generated pictures; 1 if a required attribute fails, else 0."""
+    """Print the accuracies on drawn and generated pictures. Return 1 if a required one is below `PASS`, else 0."""
     judge = load_judge(work)
     scenes, prompts = _prompts(count, seed)
     drawn = accuracies(judge, torch.stack([draw(scene) for scene in scenes]), scenes, prompts)
@@ -153,7 +158,7 @@ def evaluate(folder: Path, work: Path, device: torch.device, seed: int, count: i
 
 
 def write_contact_sheet(folder: Path, path: Path, device: torch.device, seed: int, columns: int = 6) -> None:
-    """Generated pictures above their prompts."""
+    """Generate pictures and save them as one sheet, each above its prompt."""
     _, prompts = _prompts(columns * 6, seed)
     pictures = _generate(_load_pipeline(folder, device), prompts, seed)
     side, text_height = 2 * SIZE, 40
@@ -169,6 +174,7 @@ def write_contact_sheet(folder: Path, path: Path, device: torch.device, seed: in
 
 
 def _wrap(text: str, width: int = 24) -> str:
+    """Break a text into lines of at most `width` characters."""
     lines = [""]
     for word in text.split():
         lines[-1:] = [lines[-1] + " " + word] if len(lines[-1] + word) < width else [lines[-1], word]

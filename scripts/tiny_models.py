@@ -1,7 +1,7 @@
-"""The models of the embedded pipeline: diffusers' and transformers' own classes, in miniature.
+"""The models of the embedded pipeline: classes of diffusers and transformers, in miniature.
 
-A CLIP tokenizer and text encoder (0.15 M parameters), a UNet (4.2 M) over 16 x 16 x 4 latents and a VAE
-(0.95 M) make 64 x 64 pictures; in half precision all of it is 11 MB.
+A CLIP tokenizer and text encoder (0.15 M parameters), a UNet (4.2 M) over 16 x 16 x 4 latents and a VAE (0.95 M) make
+64 x 64 pictures. In half precision they take 11 MB together.
 """
 
 from collections.abc import Callable
@@ -18,11 +18,11 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """CLIP's byte-level BPE with just the merges that make each word of the world one token."""
+    """Return CLIP's byte-level BPE tokenizer with just the merges that make every word of the world one token."""
     merges: dict[tuple[str, str], None] = {}
     for word in vocabulary():
         parts = _split(word, list(merges))
-        while len(parts) > 1:  # a merge added last has the lowest rank, so it never breaks an earlier word
+        while len(parts) > 1:  # the merge added last has the lowest priority, so it never breaks an earlier word
             merges[parts[0], parts[1]] = None
             parts[:2] = [parts[0] + parts[1]]
     symbols = _byte_symbols()
@@ -33,14 +33,14 @@ def build_tokenizer() -> CLIPTokenizer:
 
 
 def _byte_symbols() -> list[str]:
-    """The stand-ins of byte-level BPE: printable bytes are themselves, the others start at 256."""
+    """Return the symbols of byte-level BPE for all bytes: printable ones stand for themselves, others start at 256."""
     spans = (("!", "~"), ("¡", "¬"), ("®", "ÿ"))
     printable = [chr(code) for first, last in spans for code in range(ord(first), ord(last) + 1)]
     return printable + [chr(256 + number) for number in range(256 - len(printable))]
 
 
 def _split(word: str, merges: list[tuple[str, str]]) -> list[str]:
-    """The tokens of a word under the merges so far, by the rule of BPE: the earliest merge goes first."""
+    """Return the tokens of a word by the rule of BPE: merges are applied in their order."""
     parts = [*word[:-1], word[-1] + "</w>"]
     for merge in merges:
         for place in range(len(parts) - 2, -1, -1):
@@ -50,6 +50,7 @@ def _split(word: str, merges: list[tuple[str, str]]) -> list[str]:
 
 
 def build_vae() -> AutoencoderKL:
+    """Return the untrained VAE."""
     return AutoencoderKL(
         block_out_channels=(32, 64, 64),
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -62,6 +63,7 @@ def build_vae() -> AutoencoderKL:
 
 
 def build_unet() -> UNet2DConditionModel:
+    """Return the untrained UNet."""
     return UNet2DConditionModel(
         sample_size=SIZE // LATENT_FACTOR,
         block_out_channels=(64, 128),
@@ -75,6 +77,7 @@ def build_unet() -> UNet2DConditionModel:
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """Return the untrained text encoder for a tokenizer."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -91,7 +94,9 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def build_scheduler() -> DDIMScheduler:
-    """Linear betas and trailing spacing: sampling starts from (almost) pure noise, as training did."""
+    """Return the scheduler. With linear betas and trailing spacing, sampling starts from almost pure noise, as the last
+    training timestep does.
+    """
     return DDIMScheduler(
         beta_start=1e-4,
         beta_end=0.02,
@@ -105,7 +110,7 @@ def build_scheduler() -> DDIMScheduler:
 
 
 def seeded(build: Callable[[], Model], seed: int) -> Model:
-    """Initialise a model from its own seed: module constructors only know the global generator."""
+    """Build a model from a seed and leave the global generator, which module constructors use, as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build()

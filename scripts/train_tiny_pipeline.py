@@ -1,19 +1,18 @@
 """Train the embedded text-to-image pipeline from scratch, on pictures drawn by `tiny_world`.
 
-No weights can be downloaded where the checks run, so the project carries its own Stable Diffusion in
-miniature, made of diffusers' and transformers' own classes. Without options this trains every stage and
-saves the pipeline; interrupted, the same command continues from the last checkpoint.
+No weights can be downloaded where the checks run, so the project carries its own Stable Diffusion in miniature, made of
+classes of diffusers and transformers. Without options, this script trains every stage and saves the pipeline. If it is
+interrupted, the same command continues from the last checkpoint.
 
     python scripts/train_tiny_pipeline.py                      # train, about 100 minutes on two CPU cores
     python scripts/train_tiny_pipeline.py --evaluate --grid sheet.png
 
-The stages: `vae` (encoder and decoder together), `decoder` (alone, against the now frozen encoder),
-`unet` (with the text encoder, in the latent space of that encoder), `export`. Once `vae` is done,
-`decoder` and `unet` may run side by side in two processes.
+The stages are `vae` (encoder and decoder together), `decoder` (alone, with the encoder frozen), `unet` (together with
+the text encoder, in the latent space of that encoder) and `export`. Once `vae` is done, `decoder` and `unet` may run in
+two processes at the same time.
 """
 
 import argparse
-import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from tiny_models import (
     build_vae,
     seeded,
 )
+from tiny_training import Run, train
 from tiny_world import (
     COLOURS,
     POSITIONS,
@@ -52,100 +52,16 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 STAGES = ("vae", "decoder", "unet", "export")
 CAPTION_DROPOUT = 0.1
-CHECKPOINT_EVERY = 250
-
-
-@dataclass(frozen=True)
-class Run:
-    """What every stage needs to know."""
-
-    work: Path
-    device: torch.device
-    precision: torch.dtype
-    seed: int
-    batch: int
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
-
-    def generator(self, offset: int = 0) -> torch.Generator:
-        """Always on the CPU, so that every device draws the same numbers."""
-        return torch.Generator().manual_seed(self.seed + offset)
-
-
-# --- the training loop, shared by all stages --------------------------------------------------------------
-
-
-def train(
-    name: str,
-    model: nn.Module,
-    loss_of: Callable[[int, torch.Generator], Tensor],
-    steps: int,
-    run: Run,
-    learning_rate: float = 1e-3,
-    average: AveragedModel | None = None,
-) -> None:
-    """AdamW with warm-up and cosine decay; resumes from `work/name.pt` and leaves the final state there."""
-    path = run.work / f"{name}.pt"
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    generator = run.generator()
-    start = 0
-    if path.exists():
-        state = torch.load(path, map_location=run.device)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        generator.set_state(state["generator"].cpu())
-        if average is not None:
-            average.load_state_dict(state["average"])
-        start = state["step"]
-    running = None
-    progress = tqdm(range(start, steps), name, initial=start, total=steps, mininterval=10)
-    for step in progress:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * _schedule(step, steps)
-        loss = loss_of(step, generator)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if average is not None:
-            average.update_parameters(model)
-        running = loss.item() if running is None else 0.99 * running + 0.01 * loss.item()
-        progress.set_postfix(loss=f"{running:.4f}", refresh=False)
-        if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps:
-            _save_checkpoint(path, step + 1, model, optimizer, generator, average)
-
-
-def _schedule(step: int, steps: int, warm_up: int = 100) -> float:
-    return min(1.0, (step + 1) / warm_up) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
-
-
-def _save_checkpoint(
-    path: Path,
-    step: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    generator: torch.Generator,
-    average: AveragedModel | None,
-) -> None:
-    state = {
-        "step": step,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "generator": generator.get_state(),
-        "average": average.state_dict() if average is not None else None,
-    }
-    temporary = path.with_suffix(".partial")
-    torch.save(state, temporary)
-    temporary.replace(path)  # an interrupted save never destroys the last good checkpoint
 
 
 # --- the stages -------------------------------------------------------------------------------------------
 
 
 def draw_for_vae(count: int, generator: torch.Generator) -> Tensor:
-    """Half the world, half what the world lacks, so that adapters can reach looks the base never learns."""
+    """Return pictures in -1..1 for the VAE: half scenes in all looks, half doodles.
+
+    The VAE has to keep looks that the base model never learns, so that adapters can produce them.
+    """
     looks = [draw, draw, *STYLES.values()]
     pictures = [looks[number % 4](sample_scene(generator)) for number in range(count // 2)]
     pictures += [draw_doodle(generator) for _ in range(count - len(pictures))]
@@ -153,13 +69,14 @@ def draw_for_vae(count: int, generator: torch.Generator) -> Tensor:
 
 
 def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
-    """L1 and squares for colour, differences of neighbours for sharp edges."""
+    """Return L1 and squared error, for colours, plus the error of differences of neighbours, for sharp edges."""
     error = output.float() - target
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
     return error.abs().mean() + error.square().mean() + edges
 
 
 def train_vae(run: Run, steps: int) -> None:
+    """Train encoder and decoder together."""
     vae = seeded(build_vae, run.seed).to(run.device)
     vae.set_attn_processor(AttnProcessor())
 
@@ -177,7 +94,7 @@ def train_vae(run: Run, steps: int) -> None:
 
 
 def load_vae(run: Run, with_decoder: bool = True) -> AutoencoderKL:
-    """The trained VAE, with the refined decoder if there is one already."""
+    """Return the trained VAE, by default with the decoder of the stage `decoder` if that has been trained."""
     vae = build_vae().to(run.device)
     path = run.work / "decoder.pt"
     if not (with_decoder and path.exists()):
@@ -187,7 +104,7 @@ def load_vae(run: Run, with_decoder: bool = True) -> AutoencoderKL:
 
 
 def train_decoder(run: Run, steps: int) -> None:
-    """The encoder is frozen: the latent space stays what the UNet is being trained on."""
+    """Train the decoder further. The encoder is frozen, so the latent space stays the one the UNet is trained in."""
     vae = load_vae(run, with_decoder=False)
     vae.set_attn_processor(AttnProcessor())
     vae.encoder.requires_grad_(False)
@@ -208,7 +125,14 @@ def train_decoder(run: Run, steps: int) -> None:
 
 @dataclass(frozen=True)
 class LatentSet:
-    """Pre-encoded pictures, the easy scenes first."""
+    """Pre-encoded pictures, the easy scenes first.
+
+    Attributes:
+        scenes: scene of every picture.
+        latents: scaled latents of every picture.
+        weights: weight of every latent pixel in the loss.
+        easy: number of easy scenes.
+    """
 
     scenes: list[Scene]
     latents: Tensor
@@ -217,7 +141,7 @@ class LatentSet:
 
 
 def latent_scale(vae: AutoencoderKL, run: Run) -> float:
-    """The factor that gives latents unit variance, measured on a fixed handful of pictures."""
+    """Return the factor that gives latents unit variance, measured on 256 fixed pictures."""
     generator = run.generator(2)
     pictures = torch.stack([draw(sample_scene(generator)) for _ in range(256)]).to(run.device)
     return round(1 / vae.encode(pictures * 2 - 1).latent_dist.mean.std().item(), 4)
@@ -225,7 +149,7 @@ def latent_scale(vae: AutoencoderKL, run: Run) -> float:
 
 @torch.no_grad()
 def encode_world(run: Run, count: int) -> LatentSet:
-    """Draw and encode the training set. The loss weighs 4x where the shape is: shape is learned last."""
+    """Draw and encode the training set. The loss weighs 4x where the shape is, since shapes are learned last."""
     vae = load_vae(run, with_decoder=False)
     generator = run.generator(1)
     easy = count // 2
@@ -241,11 +165,12 @@ def encode_world(run: Run, count: int) -> LatentSet:
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str], device: torch.device) -> Tensor:
+    """Return the token ids of captions, padded to the model's maximum length."""
     return tokenizer(captions, padding="max_length", return_tensors="pt").input_ids.to(device)
 
 
 def pretrain_text_encoder(tokenizer: CLIPTokenizer, run: Run, steps: int) -> CLIPTextModel:
-    """Teach the text encoder to tell captions apart, which takes a minute and spares the UNet the wait."""
+    """Train the text encoder to tell captions apart: it takes a minute, and the UNet learns faster from then on."""
     encoder = seeded(lambda: build_text_encoder(tokenizer), run.seed)
     names = {"shape": list(SHAPES), "colour": list(COLOURS), "background": list(COLOURS), "position": list(POSITIONS)}
     heads = seeded(lambda: nn.ModuleDict({key: nn.Linear(64, len(value)) for key, value in names.items()}), run.seed)
@@ -266,7 +191,7 @@ def pretrain_text_encoder(tokenizer: CLIPTokenizer, run: Run, steps: int) -> CLI
 
 
 def train_unet(run: Run, steps: int, count: int, text_steps: int) -> None:
-    """The UNet and the text encoder together; harder scenes are mixed in after the first third."""
+    """Train the UNet and the text encoder together. Hard scenes are mixed in after the first third."""
     tokenizer = build_tokenizer()
     text_encoder = pretrain_text_encoder(tokenizer, run, text_steps)
     unet = seeded(build_unet, run.seed).to(run.device)
@@ -281,7 +206,7 @@ def train_unet(run: Run, steps: int, count: int, text_steps: int) -> None:
         captions = [_caption_or_nothing(data.scenes[number], generator) for number in chosen.tolist()]
         latents = data.latents[chosen.to(run.device)]
         noise = torch.randn(latents.shape, generator=generator).to(run.device)
-        # More of the noisy steps than of the clean ones: they decide what the picture shows.
+        # Noisy timesteps are drawn more often than clean ones: they decide what the picture shows.
         times = (1000 * torch.rand(run.batch, generator=generator) ** 0.7).long().to(run.device)
         with run.autocast():
             hidden = text_encoder(tokenize(tokenizer, captions, run.device)).last_hidden_state
@@ -294,6 +219,7 @@ def train_unet(run: Run, steps: int, count: int, text_steps: int) -> None:
 
 
 def _choose_pictures(data: LatentSet, count: int, progress: float, generator: torch.Generator) -> Tensor:
+    """Return random indices of training pictures, (count,)."""
     hard_share = 0.5 if progress > 1 / 3 else 0.0
     easy = torch.randint(data.easy, (count,), generator=generator)
     hard = torch.randint(data.easy, len(data.scenes), (count,), generator=generator)
@@ -301,14 +227,14 @@ def _choose_pictures(data: LatentSet, count: int, progress: float, generator: to
 
 
 def _caption_or_nothing(scene: Scene, generator: torch.Generator) -> str:
-    """Now and then no caption: classifier-free guidance needs to know the unconditional picture."""
+    """Return a caption, or at times an empty one: classifier-free guidance needs an unconditional prediction."""
     words = caption(scene, generator)
     return "" if torch.rand((), generator=generator) < CAPTION_DROPOUT else words
 
 
 @torch.no_grad()
 def export(run: Run, output: Path) -> None:
-    """Assemble what has been trained so far, averaged weights included, and save it in half precision."""
+    """Assemble the pipeline from the checkpoints, with averaged weights, and save it in half precision."""
     tokenizer = build_tokenizer()
     unet, text_encoder = build_unet(), build_text_encoder(tokenizer)
     model = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
@@ -318,8 +244,8 @@ def export(run: Run, output: Path) -> None:
     model.load_state_dict(average.module.state_dict())
     vae = load_vae(run)
     vae.register_to_config(scaling_factor=latent_scale(vae, run))
-    # The text encoder stays in float32: unlike diffusers, transformers takes the saved dtype as its default,
-    # and a pipeline loaded without a dtype would be half of the one kind, half of the other.
+    # The text encoder stays in float32: unlike diffusers, transformers loads weights in their saved dtype by default,
+    # so a pipeline loaded without a dtype would mix float32 and float16.
     pipeline = StableDiffusionPipeline(
         vae=vae.half(),
         text_encoder=text_encoder,
@@ -337,26 +263,28 @@ def export(run: Run, output: Path) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("examples/tiny_pipeline"), help="the pipeline's folder")
-    parser.add_argument("--work", type=Path, default=Path(".cache/tiny"), help="checkpoints and the judge's weights")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument("--output", type=Path, default=Path("examples/tiny_pipeline"), help="folder of the pipeline")
+    parser.add_argument("--work", type=Path, default=Path(".cache/tiny"), help="folder of checkpoints and of the judge")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="stages to run")
     parser.add_argument("--evaluate", action="store_true", help="judge the saved pipeline instead of training")
     parser.add_argument("--grid", type=Path, help="write a labelled contact sheet of the saved pipeline")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--threads", type=int, help="CPU threads (with a busy neighbour, 1 is faster than 2)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, pictures and noise")
+    parser.add_argument("--device", default="auto", help="device to train on (default: CUDA if there is one)")
+    parser.add_argument("--threads", type=int, help="CPU threads (on a busy machine 1 can be faster than 2)")
     parser.add_argument("--float32", action="store_true", help="train without bfloat16 autocast")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--pictures", type=int, default=6000, help="pre-encoded pictures for the UNet")
-    parser.add_argument("--vae-steps", type=int, default=1200)
-    parser.add_argument("--decoder-steps", type=int, default=1800)
-    parser.add_argument("--text-steps", type=int, default=600)
-    parser.add_argument("--unet-steps", type=int, default=8000)
+    parser.add_argument("--batch", type=int, default=16, help="pictures per step")
+    parser.add_argument("--pictures", type=int, default=6000, help="pre-encoded pictures to train the UNet on")
+    parser.add_argument("--vae-steps", type=int, default=1200, help="training steps of the VAE")
+    parser.add_argument("--decoder-steps", type=int, default=1800, help="training steps of the decoder alone")
+    parser.add_argument("--text-steps", type=int, default=600, help="training steps of the text encoder alone")
+    parser.add_argument("--unet-steps", type=int, default=8000, help="training steps of UNet and text encoder")
     return parser.parse_args()
 
 
 def run_stages(arguments: argparse.Namespace, run: Run) -> None:
+    """Run the chosen stages in their order."""
     run.work.mkdir(parents=True, exist_ok=True)
     stages: dict[str, Callable[[], None]] = {
         "vae": lambda: train_vae(run, arguments.vae_steps),
@@ -370,6 +298,7 @@ def run_stages(arguments: argparse.Namespace, run: Run) -> None:
 
 
 def main() -> int:
+    """Train, or evaluate and draw the saved pipeline; return the exit status."""
     arguments = parse_arguments()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)

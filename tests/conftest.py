@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,10 @@ if TYPE_CHECKING:
 
 pytest.register_assert_rewrite("tests.support.compare", "tests.support.effort")
 importlib.import_module("diffadapt")
+with warnings.catch_warnings():
+    # diffusers imports the quantisation backends that are installed, and those warn of what torch deprecates.
+    warnings.simplefilter("ignore")
+    importlib.import_module("diffusers.loaders.peft")
 
 
 @pytest.fixture(scope="session", autouse=True)

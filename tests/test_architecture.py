@@ -74,11 +74,11 @@ for kind in (DiffusionPipeline, ModularPipeline):
     assert callable(kind.load_adapter) and isinstance(kind.adapters, property)
 
 import torch
-from tests.support import files, models
+from tests.support import files, loras, models, spellings
 torch.set_num_threads(1)
 pipe = models.sd15()
 base = models.draw(pipe)
-pipe.load_adapter(files.peft_names(files.parts_for(pipe)), "a")
+pipe.load_adapter(spellings.peft_names(loras.parts_for(pipe)), "a")
 halved = models.draw(pipe, cross_attention_kwargs={"scale": 0.5})
 pipe.adapters.activate({"a": 0.5})
 expected = models.draw(pipe)
@@ -200,7 +200,7 @@ def test_test_folders_are_those_of_the_package_and_no_test_imports_another() -> 
         ("lycoris", set[str]()),
         ("transformers", {"families.published"}),
         ("accelerate", set[str]()),
-        ("diffusers", {"families.published", "runtime.foreign_hooks", "runtime.base_weights", "demo"}),
+        ("diffusers", {"families.published", "runtime.foreign_hooks", "weights.gguf", "weights.nvfp4", "demo"}),
         ("safetensors", {"files.safetensors_file", "files.write", "formats.lycoris_dump"}),
         ("huggingface_hub", {"files.hub"}),
     ],

@@ -1,6 +1,6 @@
-"""Model families. Adding one is a `Family` in a file beside this one and an entry here.
+"""Model families. A new one is a `Family` in a file of this folder and an entry here.
 
-The order is that of recognising files: a family that another one's signs would find too comes first.
+Files are recognised in the order of the entries, so a family comes before any other whose signs also match its files.
 """
 
 import re
@@ -61,17 +61,22 @@ FAMILIES: tuple[Family, ...] = (
 
 _BY_MODEL = {model: family for family in reversed(FAMILIES) for model in family.models}
 _SIGNS = [(family.name, pattern(family.signs)) for family in FAMILIES if family.signs]
+# The first projection that is fused, the fused one, and all projections in it.
 _FUSED = (
     (".to_q", ".to_qkv", (".to_q", ".to_k", ".to_v")),
     (".to_k", ".to_kv", (".to_k", ".to_v")),
     (".add_q_proj", ".to_added_qkv", (".add_q_proj", ".add_k_proj", ".add_v_proj")),
 )
-_DENOISERS = ("unet", "transformer", "prior", "decoder")
+DENOISERS = ("unet", "transformer", "prior", "decoder")
+"""Names of pipeline components that are denoisers; the first one that exists is the main one."""
 
 
 def of_models(components: Mapping[str, nn.Module]) -> str | None:
-    """Family of a pipeline's components, or its denoiser's class in lower case if it is none of ours."""
-    for name in (*_DENOISERS, *components):
+    """Return the family of a pipeline by its components, `None` if no component is a known or likely denoiser.
+
+    A family that is not in `FAMILIES` is named after the class of the denoiser, in lower case.
+    """
+    for name in (*DENOISERS, *components):
         model = components.get(name)
         if model is None:
             continue
@@ -86,36 +91,40 @@ def of_models(components: Mapping[str, nn.Module]) -> str | None:
 
 
 def of_file(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> str | None:
-    """Family of a file from `(key, shape)` pairs, or `None` where they do not tell."""
+    """Return the family of a file by its `(key, shape)` pairs, or `None` if they do not identify one."""
     return recognise(shapes, _SIGNS)
 
 
 def differ(file: str | None, models: str | None) -> bool:
-    """Whether a file is surely for other models: both families are known, and their names can be told apart."""
+    """Return whether a file is certainly for other models.
+
+    That requires that both families are known, and that their files can be told apart.
+    """
     known = {family.name for family in FAMILIES}
     return file != models and file in known and models in known and (file, models) != ("flux", "chroma")
 
 
 def aliases(targets: Targets) -> Aliases:
-    """The names that the layers of a model have in files in the original layout of its family, if it has one."""
+    """Return all names that a model's layers have in files besides those of diffusers; {} for unknown families."""
     family = _BY_MODEL.get(type(targets.model).__name__)
     return {} if family is None else family.names(targets)
 
 
 def fused(targets: Targets) -> Aliases:
-    """The names of the projections that diffusers' `fuse_projections()` makes one, which trainers may have found so."""
+    """Return the names of the projections that diffusers' `fuse_projections()` creates, and that trainers may use."""
     found: dict[str, tuple[FusedPart, ...]] = {}
     for path in targets.modules:
-        for last, name, parts in _FUSED:
-            if path.endswith(last):
-                parts = [path.removesuffix(last) + part for part in parts]
-                if all(part in targets.modules for part in parts):
-                    found[path.removesuffix(last) + name] = tuple(FusedPart(part) for part in parts)
+        for first, name, projections in _FUSED:
+            if path.endswith(first):
+                stem = path.removesuffix(first)
+                parts = tuple(FusedPart(stem + projection) for projection in projections)
+                if all(part.path in targets.modules for part in parts):
+                    found[stem + name] = parts
     return found
 
 
 def layout(targets: Targets) -> Layout:
-    """The name to write for every layer that has another one in the original layout, with the outputs of its pieces."""
+    """Return the original layout of a model: its layers with other names, and the parts and outputs of each."""
     family = _BY_MODEL.get(type(targets.model).__name__)
     names = {} if family is None else family.original(targets)
     sizes = {path: spec.out_features for path, module in targets.modules.items() if (spec := LayerSpec.of(module))}

@@ -1,6 +1,6 @@
-"""Stable Cascade, prior and decoder: the original has the parts of `nn.MultiheadAttention`, which files number.
+"""Stable Cascade, prior and decoder. The original has an `nn.MultiheadAttention`, whose projections files number.
 
-Source: OneTrainer 23df383 `modules/util/convert/lora/`, whose older files have the second kind of names.
+Source: OneTrainer 23df383 `modules/util/convert/lora/`. Its older files have the names in `also`.
 """
 
 from diffadapt.families.family import Family, Table
@@ -9,11 +9,11 @@ _ATTENTIONS = [f"{side}_blocks.{{}}.{{}}.attention" for side in ("down", "up")]
 
 
 def _layers(*names: str) -> Table:
-    parts = ("to_q", "to_k", "to_v", "to_out.0")
+    ours = ("to_q", "to_k", "to_v", "to_out.0")
     return {
-        f"{attention}.{name}": f"{attention}.{part}"
+        f"{attention}.{name}": f"{attention}.{own}"
         for attention in _ATTENTIONS
-        for name, part in zip(names, parts, strict=True)
+        for name, own in zip(names, ours, strict=True)
     }
 
 

@@ -9,9 +9,9 @@ from diffadapt.runtime.targets import Targets
 
 _BLOCK: Table = {
     **{
-        f"{theirs}.{name}": f"{ours}.{part}"
+        f"{theirs}.{name}": f"{ours}.{own}"
         for theirs, ours in (("self_attn", "attn1"), ("cross_attn", "attn2"))
-        for name, part in {
+        for name, own in {
             "q_proj": "to_q",
             "k_proj": "to_k",
             "v_proj": "to_v",
@@ -23,8 +23,8 @@ _BLOCK: Table = {
     "mlp.layer1": "ff.net.0.proj",
     "mlp.layer2": "ff.net.2",
     **{
-        f"adaln_modulation_{part}.{layer}": f"norm{number}.linear_{layer}"
-        for number, part in enumerate(("self_attn", "cross_attn", "mlp"), 1)
+        f"adaln_modulation_{module}.{layer}": f"norm{number}.linear_{layer}"
+        for number, module in enumerate(("self_attn", "cross_attn", "mlp"), 1)
         for layer in (1, 2)
     },
 }

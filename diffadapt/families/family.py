@@ -1,4 +1,4 @@
-"""What a model family is: the names its layers have in the checkpoints it was published with."""
+"""What a model family is: names of its models, and names of their layers in the checkpoints as published."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -9,32 +9,34 @@ from diffadapt.families.fused_parts import FusedPart
 from diffadapt.runtime.targets import Targets
 
 Aliases: TypeAlias = Mapping[str, tuple[FusedPart, ...]]
-"""A layer's name in the original layout -> the model's layers that it consists of, in the order of its outputs."""
+"""Name of a layer in the original layout -> the model's layers that it consists of, in the order of its outputs."""
 
 Table: TypeAlias = Mapping[str, str | tuple[str, ...]]
-"""Original name -> names in diffusers, several where the original has them in one layer.
+"""Original name of a layer -> its name in diffusers, or a tuple of several names if the original fuses these layers.
 
-The first `{}` is the first number between two dots in a name, the second the second; other numbers are spelled out.
+The first `{}` stands for the first number between two dots in a name, the second `{}` for the second one; other numbers
+are written out.
 """
 
 Layout: TypeAlias = Mapping[str, tuple[tuple[FusedPart, int], ...]]
-"""A layer's name in a model's original layout -> the model's layers it consists of, each with its number of outputs."""
+"""Name of a layer in a model's original layout -> the parts that it consists of, each with its number of outputs."""
 
 _QKV = ("q", "k", "v")
 
 
 @dataclass(frozen=True)
 class Family:
-    """One model family.
+    """A model family.
 
     Attributes:
-        name: as in reports ("flux").
-        models: class names of its denoisers in diffusers.
-        signs: a regular expression that finds a key of this family in a file; see `recognise`.
-        layers: the names of the original layout. Those that are the same in diffusers are left out.
-        also: other names that files have for these layers; read, but never written.
-        swapped: original names whose two halves of outputs are the other way round in diffusers.
-        aliases: further names, for what a table cannot express. They win over the table's.
+        name: the name in reports ("flux").
+        models: names of the diffusers classes of its denoisers.
+        signs: a regular expression that matches some keys of this family's files and none of any later family; see
+            `recognise`. `None` if keys alone do not identify the family.
+        layers: the names of the original layout, without those that are the same in diffusers.
+        also: other names of these layers in files, which are read but never written.
+        swapped: original names of layers whose halves of outputs diffusers has in the opposite order.
+        aliases: returns further names, for what a table cannot express. They take precedence over those of the tables.
     """
 
     name: str
@@ -46,30 +48,30 @@ class Family:
     aliases: Callable[[Targets], Aliases] | None = None
 
     def original(self, targets: Targets) -> Aliases:
-        """The names in the original layout, one for every layer of this model that has another name there."""
+        """Return the names in the original layout of the layers that have another name there."""
         found = _named(self.layers, self.swapped, targets.modules)
         return found if self.aliases is None else {**found, **self.aliases(targets)}
 
     def names(self, targets: Targets) -> Aliases:
-        """The same, and all other names that files have for these layers."""
+        """Return all names that files may have for layers of this model besides those of diffusers."""
         return {**_named(self.also, self.swapped, targets.modules), **self.original(targets)}
 
 
 def block(original: str, ours: str, layers: Table) -> dict[str, str | tuple[str, ...]]:
-    """A table for what is in a block: `original` and `ours` before every name."""
+    """Return the table of a block: `layers` with the prefix `original` on original names and `ours` on the others."""
     return {
-        f"{original}.{name}": f"{ours}.{parts}" if isinstance(parts, str) else tuple(f"{ours}.{part}" for part in parts)
-        for name, parts in layers.items()
+        f"{original}.{name}": f"{ours}.{own}" if isinstance(own, str) else tuple(f"{ours}.{each}" for each in own)
+        for name, own in layers.items()
     }
 
 
-def joined(before: str, after: str = "") -> tuple[str, ...]:
-    """The layers that an original has in one for query, key and value: `joined("attn.to_")`."""
+def qkv(before: str, after: str = "") -> tuple[str, ...]:
+    """Return the names of the query, key and value projections: `qkv("attn.to_")`."""
     return tuple(f"{before}{letter}{after}" for letter in _QKV)
 
 
 def weighted(targets: Targets) -> Iterator[str]:
-    """Paths of the layers of a model that have weights of their own."""
+    """Yield the paths of a model's modules that have parameters of their own."""
     for path, module in targets.modules.items():
         if any(parameter is not None for parameter in module._parameters.values()):
             yield path
@@ -79,13 +81,14 @@ _NUMBER = re.compile(r"\.(\d+)(?=\.)")
 
 
 def _named(table: Table, swapped: frozenset[str], paths: Iterable[str]) -> dict[str, tuple[FusedPart, ...]]:
+    """Return the aliases by a table for the layers at `paths`; fused layers only if all their parts are there."""
     if not table:
         return {}
     places: dict[str, list[tuple[str, int, int]]] = {}
     for original, ours in table.items():
-        parts = (ours,) if isinstance(ours, str) else ours
-        for position, part in enumerate(parts):
-            places.setdefault(part, []).append((original, position, len(parts)))
+        names = (ours,) if isinstance(ours, str) else ours
+        for position, name in enumerate(names):
+            places.setdefault(name, []).append((original, position, len(names)))
     found: dict[str, list[FusedPart | None]] = {}
     for path in paths:
         numbers = _NUMBER.findall(path)

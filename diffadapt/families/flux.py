@@ -1,17 +1,17 @@
 """Flux.1, Chroma and Flux.2: the layout of Black Forest Labs' code, which most trainers write.
 
 Sources: diffusers 0.42.1 `loaders/single_file_utils.py`, kohya-ss/sd-scripts 48d368f `networks/convert_flux_lora.py`;
-the numbered parts of fused layers: OneTrainer 23df383.
+for the numbered parts of fused layers OneTrainer 23df383.
 """
 
-from diffadapt.families.family import Family, Table, block, joined
+from diffadapt.families.family import Family, Table, block, qkv
 
 _ATTENTION: Table = {
-    "img_attn.qkv": joined("attn.to_"),
+    "img_attn.qkv": qkv("attn.to_"),
     "img_attn.proj": "attn.to_out.0",
     "img_attn.norm.query_norm": "attn.norm_q",
     "img_attn.norm.key_norm": "attn.norm_k",
-    "txt_attn.qkv": joined("attn.add_", "_proj"),
+    "txt_attn.qkv": qkv("attn.add_", "_proj"),
     "txt_attn.proj": "attn.to_add_out",
     "txt_attn.norm.query_norm": "attn.norm_added_q",
     "txt_attn.norm.key_norm": "attn.norm_added_k",
@@ -30,7 +30,7 @@ _DOUBLE_1: Table = {
 }
 _SINGLE_1: Table = {
     **_SINGLE_NORMS,
-    "linear1": (*joined("attn.to_"), "proj_mlp"),
+    "linear1": (*qkv("attn.to_"), "proj_mlp"),
     "linear2": "proj_out",
     "modulation.lin": "norm.linear",
 }
@@ -39,11 +39,11 @@ _BLOCKS_1: Table = {
     **block("single_blocks.{}", "single_transformer_blocks.{}", _SINGLE_1),
     **_ENDS,
 }
-_PARTS_1: Table = {
-    f"{original}.{position}": part
-    for original, parts in _BLOCKS_1.items()
-    if not isinstance(parts, str)
-    for position, part in enumerate(parts)
+_NUMBERED_PARTS_1: Table = {
+    f"{original}.{position}": name
+    for original, names in _BLOCKS_1.items()
+    if not isinstance(names, str)
+    for position, name in enumerate(names)
 }
 
 FLUX = Family(
@@ -60,7 +60,7 @@ FLUX = Family(
         "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
         "final_layer.adaLN_modulation.1": "norm_out.linear",
     },
-    also=_PARTS_1,
+    also=_NUMBERED_PARTS_1,
     swapped=frozenset({"final_layer.adaLN_modulation.1"}),
 )
 
@@ -73,7 +73,7 @@ CHROMA = Family(
         "distilled_guidance_layer.layers.{}.in_layer": "distilled_guidance_layer.layers.{}.linear_1",
         "distilled_guidance_layer.layers.{}.out_layer": "distilled_guidance_layer.layers.{}.linear_2",
     },
-    also=_PARTS_1,
+    also=_NUMBERED_PARTS_1,
 )
 
 _DOUBLE_2: Table = {

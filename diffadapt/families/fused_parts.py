@@ -1,7 +1,7 @@
-"""Layers of a file that are several layers of the model, or the same one with its outputs in another order.
+"""The parts of fused layers: layers of the model that a file has as one layer, or with its outputs in another order.
 
-Checkpoints in a model's original layout have query, key and value in one projection where diffusers has three, and
-the two halves of an adaptive norm the other way round. Every such name is an alias for pieces.
+Checkpoints in a model's original layout have one projection for query, key and value where diffusers has three, and
+they have the two halves of an adaptive norm in the opposite order.
 """
 
 from dataclasses import dataclass
@@ -9,18 +9,23 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class FusedPart:
-    """One layer of the model, as a part of a layer of a file.
+    """A layer of the model that is a part of a layer of the file.
 
     Attributes:
-        path: of the model's layer.
-        swapped: the file has the second half of its outputs first.
+        path: path of the model's layer.
+        swapped: whether the file has the second half of its outputs first.
     """
 
     path: str
     swapped: bool = False
 
     def rows(self, start: int, size: int) -> tuple[range, ...]:
-        """Rows of the file's layer, in the order of the model's, for a piece of `size` rows that starts at `start`."""
+        """Return which rows of the file's weight this part consists of, in the order of the model's layer.
+
+        Args:
+            start: the first row of the part.
+            size: number of its rows.
+        """
         if not self.swapped:
             return (range(start, start + size),)
         middle = start + size // 2

@@ -1,21 +1,21 @@
 """HunyuanVideo, HunyuanVideo 1.5 and HunyuanImage 2.1: the layout of Tencent's code.
 
-Sources: diffusers 0.42.1 `loaders/single_file_utils.py` and, for the last two, its conversion scripts;
-sd-scripts 209c02d `library/hunyuan_image_modules.py` for what trainers have in one layer; ComfyUI's names for the same
-layers as diffusion-pipe has them.
+Sources: diffusers 0.42.1 `loaders/single_file_utils.py` and, for the last two, its conversion scripts; sd-scripts
+209c02d `library/hunyuan_image_modules.py` for the layers that trainers fuse; diffusion-pipe for ComfyUI's names of the
+same layers.
 """
 
-from diffadapt.families.family import Family, Table, block, joined
+from diffadapt.families.family import Family, Table, block, qkv
 
 _DOUBLE: Table = {
-    "img_attn_qkv": joined("attn.to_"),
+    "img_attn_qkv": qkv("attn.to_"),
     "img_attn_proj": "attn.to_out.0",
     "img_attn_q_norm": "attn.norm_q",
     "img_attn_k_norm": "attn.norm_k",
     "img_mlp.fc1": "ff.net.0.proj",
     "img_mlp.fc2": "ff.net.2",
     "img_mod.linear": "norm1.linear",
-    "txt_attn_qkv": joined("attn.add_", "_proj"),
+    "txt_attn_qkv": qkv("attn.add_", "_proj"),
     "txt_attn_proj": "attn.to_add_out",
     "txt_attn_q_norm": "attn.norm_added_q",
     "txt_attn_k_norm": "attn.norm_added_k",
@@ -24,17 +24,17 @@ _DOUBLE: Table = {
     "txt_mod.linear": "norm1_context.linear",
 }
 _SINGLE: Table = {
-    "linear1": (*joined("attn.to_"), "proj_mlp"),
+    "linear1": (*qkv("attn.to_"), "proj_mlp"),
     "linear2": "proj_out",
     "q_norm": "attn.norm_q",
     "k_norm": "attn.norm_k",
     "modulation.linear": "norm.linear",
 }
-# The two halves of this norm are gates, so they are in the same order everywhere.
+# The two halves of the adaptive norm here are gates, which all programs have in the same order.
 _REFINER: Table = {
     "norm1": "norm1",
     "norm2": "norm2",
-    "self_attn_qkv": joined("attn.to_"),
+    "self_attn_qkv": qkv("attn.to_"),
     "self_attn_proj": "attn.to_out.0",
     "mlp.fc1": "ff.net.0.proj",
     "mlp.fc2": "ff.net.2",
@@ -60,6 +60,7 @@ _BYT5: Table = {
     "byt5_in.fc2": "context_embedder_2.linear_2",
     "byt5_in.fc3": "context_embedder_2.linear_3",
 }
+# Fragments of original names -> the same in ComfyUI.
 _COMFY = {
     "_attn_qkv": "_attn.qkv",
     "_attn_proj": "_attn.proj",
@@ -79,11 +80,11 @@ _COMFY = {
     "_in.mlp.2": "_in.out_layer",
 }
 _SPLIT_DOUBLE: Table = {
-    f"{stream}_attn_{letter}": part
+    f"{stream}_attn_{letter}": name
     for stream in ("img", "txt")
-    for letter, part in zip("qkv", _DOUBLE[f"{stream}_attn_qkv"], strict=True)
+    for letter, name in zip("qkv", _DOUBLE[f"{stream}_attn_qkv"], strict=True)
 }
-# HunyuanImage's and HunyuanVideo 1.5's own code has these apart where trainers have them in one.
+# The code of HunyuanImage and HunyuanVideo 1.5 has separate layers where trainers have fused ones.
 _SPLIT: Table = {
     **block("double_blocks.{}", "transformer_blocks.{}", _SPLIT_DOUBLE),
     "single_blocks.{}.linear1_q": "single_transformer_blocks.{}.attn.to_q",
@@ -95,14 +96,14 @@ _SPLIT: Table = {
 
 
 def _comfy(layers: Table) -> Table:
-    """The same by the names that ComfyUI has for them."""
+    """Return the table with ComfyUI's names in place of the original ones, without those that are the same."""
     found: dict[str, str | tuple[str, ...]] = {}
-    for name, parts in layers.items():
-        other = name
-        for ours, theirs in _COMFY.items():
-            other = other.replace(ours, theirs)
-        if other != name:
-            found[other] = parts
+    for original, ours in layers.items():
+        name = original
+        for fragment, comfy in _COMFY.items():
+            name = name.replace(fragment, comfy)
+        if name != original:
+            found[name] = ours
     return found
 
 

@@ -1,7 +1,7 @@
 """Names of the original latent-diffusion UNet (SD, SDXL) for the layers of a diffusers UNet.
 
-Derived from the blocks the model really has, so any number of layers per block works. Checked against the 391 and 1050
-names of SD 1.5 and SDXL; source of the correspondence: diffusers 0.42.1 `loaders/single_file_utils.py`.
+They are derived from the blocks that the model has, so any number of layers per block works. They are checked against
+the 391 names of SD 1.5 and the 1050 names of SDXL. Source: diffusers 0.42.1 `loaders/single_file_utils.py`.
 """
 
 import re
@@ -29,7 +29,7 @@ _LAYER = re.compile(r"((?:down_blocks|up_blocks)\.\d+|mid_block)\.(resnets|atten
 
 
 def names(paths: Collection[str]) -> dict[str, str]:
-    """diffusers path -> original path, for every one of `paths` that has one."""
+    """Return the original path of every diffusers path in `paths` that has one."""
     blocks = _blocks(paths)
     found: dict[str, str] = {}
     for path in paths:
@@ -49,7 +49,10 @@ def names(paths: Collection[str]) -> dict[str, str]:
 
 
 def _blocks(paths: Collection[str]) -> dict[str, str]:
-    """`down_blocks.1.resnets.0` -> `input_blocks.4.0`, and so on, counted off the model's own blocks."""
+    """Return the original name of every block by its diffusers name: `down_blocks.1.resnets.0` -> `input_blocks.4.0`.
+
+    Blocks are numbered by counting those of the model.
+    """
     present = set(paths)
     blocks = {
         "mid_block.resnets.0": "middle_block.0",
@@ -71,7 +74,7 @@ def _blocks(paths: Collection[str]) -> dict[str, str]:
                 blocks[f"{prefix}.downsamplers.0"] = f"{original}.{index}.0"
                 index += 1
             if f"{prefix}.upsamplers.0" in present:
-                # An upsampler shares the entry of the last resnet, after its attention if there is one.
+                # An upsampler is in the same original block as the last resnet, after its attention if it has one.
                 blocks[f"{prefix}.upsamplers.0"] = f"{original}.{index - 1}.{position}"
             block += 1
     return blocks

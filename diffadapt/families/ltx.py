@@ -1,6 +1,6 @@
-"""LTX-Video and LTX-2: the layout of Lightricks' code; blocks are called as in diffusers.
+"""LTX-Video and LTX-2: the layout of Lightricks' code, in which blocks have the same names as in diffusers.
 
-Source: diffusers 0.42.1 `loaders/single_file_utils.py`, `loaders/lora_conversion_utils.py`; the connectors:
+Sources: diffusers 0.42.1 `loaders/single_file_utils.py`, `loaders/lora_conversion_utils.py`; for the connectors
 diffusers' `scripts/convert_ltx2_to_diffusers.py`.
 """
 

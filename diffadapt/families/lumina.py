@@ -1,19 +1,19 @@
-"""Lumina 2, Z-Image and Ideogram 4, which are built alike.
+"""Lumina 2, Z-Image and Ideogram 4, which have similar architectures.
 
 Sources: diffusers 0.42.1 `loaders/single_file_utils.py` and, for Ideogram 4, `loaders/lora_conversion_utils.py`.
 """
 
-from diffadapt.families.family import Family, Table, block, joined
+from diffadapt.families.family import Family, Table, block, qkv
 
 _BLOCKS = ("layers", "noise_refiner", "context_refiner")
 
 
 def _in_all(blocks: tuple[str, ...], layers: Table) -> Table:
-    return {name: parts for own in blocks for name, parts in block(f"{own}.{{}}", f"{own}.{{}}", layers).items()}
+    return {name: ours for own in blocks for name, ours in block(f"{own}.{{}}", f"{own}.{{}}", layers).items()}
 
 
 _LUMINA: Table = {
-    "attention.qkv": joined("attn.to_"),
+    "attention.qkv": qkv("attn.to_"),
     "attention.out": "attn.to_out.0",
     "attention.q_norm": "attn.norm_q",
     "attention.k_norm": "attn.norm_k",
@@ -43,7 +43,7 @@ LUMINA2 = Family(
 )
 
 _ZIMAGE: Table = {
-    "attention.qkv": joined("attention.to_"),
+    "attention.qkv": qkv("attention.to_"),
     "attention.out": "attention.to_out.0",
     "attention.q_norm": "attention.norm_q",
     "attention.k_norm": "attention.norm_k",
@@ -66,7 +66,7 @@ IDEOGRAM4 = Family(
     ("Ideogram4Transformer2DModel",),
     signs=r"layers~~(?:attention~o\.|adaln_modulation)|llm_cond_",
     layers={
-        "layers.{}.attention.qkv": joined("layers.{}.attention.to_"),
+        "layers.{}.attention.qkv": qkv("layers.{}.attention.to_"),
         "layers.{}.attention.o": "layers.{}.attention.to_out.0",
     },
 )

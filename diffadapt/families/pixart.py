@@ -1,12 +1,12 @@
 """PixArt and Sana: the layout of PixArt's code.
 
-Sources: diffusers 0.42.1 `loaders/single_file_utils.py`, its conversion scripts for PixArt and for Sana 1.5.
+Sources: diffusers 0.42.1 `loaders/single_file_utils.py` and its conversion scripts for PixArt and Sana 1.5.
 """
 
-from diffadapt.families.family import Family, Table, block, joined
+from diffadapt.families.family import Family, Table, block, qkv
 
 _BLOCK: Table = {
-    "attn.qkv": joined("attn1.to_"),
+    "attn.qkv": qkv("attn1.to_"),
     "attn.proj": "attn1.to_out.0",
     "attn.q_norm": "attn1.norm_q",
     "attn.k_norm": "attn1.norm_k",
@@ -44,7 +44,7 @@ SANA = Family(
     "sana",
     ("SanaTransformer2DModel",),
     signs="mlp~(?:inverted|depth|point)_conv|ff~conv_(?:inverted|depth|point)",
-    # Trainers write the names of diffusers.
+    # Not `layers`: trainers write the names of diffusers.
     also={
         **block(
             "blocks.{}",

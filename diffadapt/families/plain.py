@@ -1,4 +1,4 @@
-"""Families whose original layout is that of diffusers, so far as files have it."""
+"""Families whose files use the layout of diffusers."""
 
 from diffadapt.families.family import Family
 
@@ -12,7 +12,7 @@ QWEN21 = Family(
     "qwen21",
     ("QwenImage21Transformer2DModel",),
     signs=r"transformer_blocks~~img_mlp~(?:gate|proj\.|out\.)",
-    # ComfyUI has the two in one.
+    # ComfyUI fuses the two layers.
     also={
         "transformer_blocks.{}.img_mlp.gate_up": (
             "transformer_blocks.{}.img_mlp.gate_layer",

@@ -1,14 +1,14 @@
-"""The published models of a family as trees without weights, for what needs their layers but has no pipeline.
+"""The published models of a family as module trees without weights, for code that needs layers but has no pipeline.
 
-Shapes are those of diffusers' and transformers' configurations, which are the defaults of most classes. Where models of
-a family differ in more than depth, all of them are here, the commonest first; options that only add layers are on.
-Building one takes about a second and no memory: everything is on the meta device.
+Shapes follow diffusers' and transformers' configurations, which are the defaults of most classes. If the models of
+a family differ in more than depth, all of them are here, the most common first. Options that only add layers are on.
+Building a model takes about a second and no memory, because everything is on the meta device.
 
-Sources, where a class has other defaults: in diffusers' `scripts/`, `convert_wan_to_diffusers.py`,
+Sources for classes with other defaults: in diffusers' `scripts/`, `convert_wan_to_diffusers.py`,
 `convert_ltx2_to_diffusers.py`, `convert_hunyuan_image_to_diffusers.py`, `convert_hunyuan_video1_5_to_diffusers.py`,
 `convert_stable_cascade.py`, `convert_stable_cascade_lite.py`, `convert_cogview4_to_diffusers.py`,
-`convert_pixart_to_diffusers.py`, and `convert_anima_to_diffusers.py` with `convert_cosmos_to_diffusers.py`, of which
-Anima has the transformer Cosmos-2.0-Diffusion-2B-Text2Image; ComfyUI `comfy/model_detection.py` for HiDream.
+`convert_pixart_to_diffusers.py`, and `convert_anima_to_diffusers.py` with the Cosmos-2.0-Diffusion-2B-Text2Image of
+`convert_cosmos_to_diffusers.py`, which is Anima's transformer; ComfyUI `comfy/model_detection.py` for HiDream.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -169,12 +169,13 @@ def _connectors(**config: Any) -> Callable[[], nn.Module]:
 
 
 def _wan(name: str = "WanTransformer3DModel", **config: Any) -> "_Models":
-    """With the second expert of Wan 2.2, which is built like the first."""
+    """Return a model of Wan with the second expert of Wan 2.2, which is built like the first."""
     model = _diffusers(name, **config)
     return {"transformer": model, "transformer_2": model}
 
 
 _Models: TypeAlias = Mapping[str, Callable[[], nn.Module]]
+"""Component -> function that builds its model."""
 
 _MODELS: dict[str, tuple[_Models, ...]] = {
     "sd": ({"unet": _diffusers("UNet2DConditionModel", **_SD_UNET), "text_encoder": _clip(_CLIP_L)},),
@@ -268,10 +269,11 @@ _MODELS: dict[str, tuple[_Models, ...]] = {
 
 
 def published(family: str) -> Iterator[dict[str, nn.Module]]:
-    """The published models of a family, one after the other: component -> model on the meta device.
+    """Yield the published models of a family one after the other, as component -> model on the meta device.
 
     Raises:
-        AdapterError: the family has none here, or the installed diffusers does not know it yet.
+        AdapterError: no models of the family are known here, or the installed diffusers or transformers does not have
+            their classes.
     """
     if family not in _MODELS:
         raise AdapterError(

@@ -1,8 +1,8 @@
-"""Which family a file is of, from its keys and shapes, before anything else is known of it.
+"""Recognise the family of a file by its keys and shapes, before anything else is known about it.
 
-Keys are looked at without their numbers, so that the blocks of a model count once: of the 3156 keys of an SDXL file
-84 are left, and every expression runs over those only. In an expression `~` is a dot or an underscore, since files have
-paths dotted or flattened. Where names are those of several families, sizes tell them apart, or nothing does.
+Keys are searched without their numbers, so that blocks with the same layers count once: the 3156 keys of an SDXL file
+are reduced to 84, and every expression runs over those only. `~` in an expression matches a dot or an underscore, since
+paths in files are dotted or flattened. Families with the same names are told apart by sizes, if at all.
 """
 
 import re
@@ -15,20 +15,25 @@ Shape: TypeAlias = tuple[int, ...]
 _DIGITS = str.maketrans("", "", "0123456789")
 _BLOCK = re.compile(r"[._](\d+)[._]")
 _TENSOR = re.compile(r"\.(?=lora|hada|lokr|oft|diff|dora|alpha|[ab][12]\.weight)|_(?=lora\d?\.(?:down|up)\.)")
-_ENOUGH = 8
-"""So many layers of a kind are looked at before they count as of no known size."""
+_MOST_LAYERS = 8
+"""How many layers with matching keys are inspected before their size counts as unknown."""
 
 
 @dataclass
 class Layer:
-    """What a file has for one layer: tensor name -> shape."""
+    """The tensors of a file for one layer.
+
+    Attributes:
+        name: the layer's path.
+        tensors: name of a tensor -> shape.
+    """
 
     name: str
     tensors: dict[str, Shape] = field(default_factory=dict[str, Shape])
 
     @property
     def sizes(self) -> tuple[int | None, int | None]:
-        """Outputs and inputs, so far as its tensors tell."""
+        """Numbers of outputs and of inputs; `None` for what the tensors do not determine."""
         outputs: int | None = None
         inputs: int | None = None
         for tensor, shape in self.tensors.items():
@@ -37,7 +42,7 @@ class Layer:
             if tensor == "diff":
                 outputs, inputs = shape[:2]
             elif tensor == "a1.weight":
-                # A GLoRA's, of either kind.
+                # Of GLoRA, in either orientation.
                 inputs = max(shape[:2])
             elif tensor.startswith(_DOWN):
                 inputs = shape[1]
@@ -52,6 +57,7 @@ class Layer:
         return outputs, inputs
 
     def _kronecker(self, factor: str, side: int) -> int | None:
+        """Return a side of LoKr's Kronecker product; `factor` is "a" or "b", the low-rank factor with that side."""
         product = 1
         for whole in ("lokr_w1", "lokr_w2"):
             shape = self.tensors.get(whole) or self.tensors.get(f"{whole}_{factor}")
@@ -62,12 +68,12 @@ class Layer:
 
     @property
     def inputs(self) -> int | None:
-        """Inputs, so far as its tensors tell."""
+        """Number of inputs, `None` if the tensors do not determine it."""
         return self.sizes[1]
 
     @property
     def ratio(self) -> float | None:
-        """Outputs for every input."""
+        """Number of outputs divided by the number of inputs, `None` if the tensors do not determine it."""
         outputs, inputs = self.sizes
         return outputs / inputs if outputs and inputs else None
 
@@ -78,18 +84,18 @@ _UP = ("lora_B", "lora_up", "hada_w1_a", "hada_w2_a", *(f"{lora}.up" for lora in
 
 
 def _rotation(elements: int) -> int:
-    """Rows of a skew-symmetric matrix with so many free elements."""
+    """Return the number of rows of a skew-symmetric matrix with this many free elements."""
     return round((1 + (1 + 8 * elements) ** 0.5) / 2)
 
 
 class Keys:
-    """The keys of a file, grouped by what is left of them without numbers."""
+    """The keys and shapes of a file, grouped by the keys without their digits."""
 
     def __init__(self, shapes: Iterable[tuple[str, Shape]]) -> None:
         pairs = list(shapes)
         bare = "\n".join(key for key, _ in pairs).translate(_DIGITS).split("\n")
         if len(bare) != len(pairs):
-            # A key with a line break.
+            # Some key contains a line break.
             bare = [key.translate(_DIGITS).replace("\n", " ") for key, _ in pairs]
         self._groups: dict[str, list[tuple[str, Shape]]] = {}
         for name, pair in zip(bare, pairs, strict=True):
@@ -97,42 +103,43 @@ class Keys:
         self._text = "\n".join(self._groups)
 
     def has(self, expression: re.Pattern[str]) -> bool:
-        """Whether there is such a key."""
+        """Return whether any key matches."""
         return expression.search(self._text) is not None
 
     def like(self, expression: re.Pattern[str]) -> Iterator[tuple[str, Shape]]:
-        """All such keys."""
+        """Yield every key that matches, with its shape."""
         if self.has(expression):
             for name, pairs in self._groups.items():
                 if expression.search(name):
                     yield from pairs
 
-    def layers(self, expression: re.Pattern[str], within: Callable[[str], bool] = lambda key: True) -> list[Layer]:
-        """The first layers with such keys."""
+    def layers(self, expression: re.Pattern[str], accepts: Callable[[str], bool] = lambda key: True) -> list[Layer]:
+        """Return the first layers with keys that match and that `accepts` accepts."""
         found: dict[str, Layer] = {}
         for key, shape in self.like(expression):
-            if within(key):
+            if accepts(key):
                 path, tensor = _split(key)
-                if path in found or len(found) < _ENOUGH:
+                if path in found or len(found) < _MOST_LAYERS:
                     found.setdefault(path, Layer(path)).tensors[tensor] = shape
         return list(found.values())
 
     def blocks(self, expression: re.Pattern[str]) -> int:
-        """The highest number of a block with such keys, or -1."""
+        """Return the highest number of a block with keys that match, or -1."""
         numbers = (_BLOCK.search(key) for key, _ in self.like(expression))
         return max((int(number[1][:6]) for number in numbers if number), default=-1)
 
 
 def pattern(text: str) -> re.Pattern[str]:
-    """An expression as families have it."""
+    """Return the regular expression for `text`, in which `~` stands for a dot or an underscore."""
     return re.compile(text.replace("~", "[._]"), re.MULTILINE)
 
 
 def recognise(shapes: Iterable[tuple[str, Shape]], signs: Sequence[tuple[str, re.Pattern[str]]]) -> str | None:
-    """The family that a file is of, or `None` where its keys and shapes do not tell.
+    """Return the family of a file, or `None` if its keys and shapes do not identify one.
 
     Args:
-        signs: name of a family, and an expression that finds keys which no later family has.
+        shapes: the `(key, shape)` pairs of the file.
+        signs: pairs of a family's name and an expression that matches only keys which no later family has.
     """
     keys = Keys(shapes)
     if keys.has(_UNET):
@@ -144,16 +151,18 @@ def recognise(shapes: Iterable[tuple[str, Shape]], signs: Sequence[tuple[str, re
 
 
 def _split(key: str) -> tuple[str, str]:
-    """Layer and tensor of a key, near enough for sizes."""
+    """Return the layer and the tensor that a key names, precisely enough to determine sizes."""
     match = _TENSOR.search(key)
     return (key[: match.start()], key[match.end() :]) if match else (key, "")
 
 
 def _by_inputs(layers: Iterable[Layer], families: Mapping[int, str]) -> str | None:
+    """Return the family of the first layer with a number of inputs in `families`, or `None`."""
     return next((families[size] for layer in layers if (size := layer.inputs or 0) in families), None)
 
 
 def _by_ratio(layers: Iterable[Layer], families: Mapping[float, str]) -> str | None:
+    """Return the family of the first layer with a ratio of outputs to inputs in `families`, or `None`."""
     for layer in layers:
         ratio = layer.ratio
         for known, family in families.items():
@@ -172,17 +181,17 @@ _READING = pattern("transformer_blocks~~attn~(?:processor~)?to_[kv]")
 _NUMBERED = pattern("^unet::")
 _DEEP = re.compile(r"transformer_blocks[._][1-9]")
 _TEXT = pattern("^(?:lora_te_|text_encoder.)")
-_WIDTHS = {768: "sd", 1024: "sd2", 2048: "sdxl"}
+_TEXT_SIZES = {768: "sd", 1024: "sd2", 2048: "sdxl"}
 
 
 def _unet(keys: Keys) -> str | None:
-    """Stable Diffusion, told by the width of the text embeddings that its cross-attention reads."""
+    """Return which Stable Diffusion it is, by the size of the text embeddings that its cross-attention reads."""
     read = keys.layers(_READING, lambda key: "attn2" in key)
-    found = _by_inputs(read, _WIDTHS)
+    found = _by_inputs(read, _TEXT_SIZES)
     if found is None:
-        # Files without names, of which every layer is looked at: no other has one of these widths.
+        # In files with numbers instead of names all layers are inspected: no other layer has an input of these sizes.
         numbered = (shape for key, shape in keys.like(_NUMBERED) if key.endswith("down") and len(shape) > 1)
-        found = next((_WIDTHS[shape[1]] for shape in numbered if shape[1] in _WIDTHS), None)
+        found = next((_TEXT_SIZES[shape[1]] for shape in numbered if shape[1] in _TEXT_SIZES), None)
     if found is None and any(_DEEP.search(key) for key, _ in keys.like(_UNET)):
         found = "sdxl"
     if found is None:
@@ -191,8 +200,8 @@ def _unet(keys: Keys) -> str | None:
             found = "sdxl"
         else:
             layers = keys.layers(_TEXT, lambda key: "self_attn" in key)
-            widths = (width for layer in layers for width in layer.sizes if width in (768, 1024))
-            found = next((_WIDTHS[width] for width in widths), None)
+            sizes = (size for layer in layers for size in layer.sizes if size in (768, 1024))
+            found = next((_TEXT_SIZES[size] for size in sizes), None)
     return found
 
 
@@ -227,7 +236,10 @@ _NATIVE_LINEAR = pattern("single_blocks~~linear")
 
 
 def _of_flux(keys: Keys) -> str | None:
-    """Flux and what is built like it; Chroma differs from Flux.1 in layers that files seldom have."""
+    """Return the family of a file with names of Flux's original layout.
+
+    Chroma counts as Flux.1, since it differs in layers that files seldom have.
+    """
     attention, mlp, linear = (keys.layers(kind) for kind in (_NATIVE_ATTENTION, _NATIVE_MLP, _NATIVE_LINEAR))
     double, single = keys.blocks(_DOUBLE), keys.blocks(_SINGLE)
     found = _by_ratio(linear, {9: "flux2", 1 / 4: "flux2"}) or _by_ratio(mlp, {6: "flux2", 1 / 3: "flux2"})
@@ -236,7 +248,7 @@ def _of_flux(keys: Keys) -> str | None:
     if found is None and (double >= 19 or single >= 38):
         found = "hunyuan-video"
     found = found or _by_ratio(linear, {7: "flux", 1 / 5: "flux"}) or _by_ratio(mlp, {4: "flux", 1 / 4: "flux"})
-    # The smallest Flux.2 has Flux.1's width and fewer blocks.
+    # The smallest Flux.2 has as many inputs as Flux.1 but fewer blocks.
     return "flux" if found is None and (double >= 8 or single >= 24) else found
 
 
@@ -259,7 +271,10 @@ _FEED_FORWARD = pattern(f"{_TRANSFORMER}(?:ff|norm)")
 
 
 def _of_attention(keys: Keys) -> str | None:
-    """`attn1` is attention of the image to itself and `attn2` to the text; `attn` is of both to both."""
+    """Return the family of a file with the names of diffusers' attention.
+
+    `attn1` is self-attention of the image, `attn2` its cross-attention to the text, and `attn` joint attention of both.
+    """
     own = _inputs(keys.layers(_ATTENTION, lambda key: "attn1" in key))
     if own is not None:
         return _of_cross_attention(keys, own)
@@ -270,7 +285,7 @@ def _of_attention(keys: Keys) -> str | None:
 def _of_cross_attention(keys: Keys, size: int) -> str | None:
     read = _inputs(keys.layers(_KEY, lambda key: "attn2" in key))
     if size == 1152:
-        # The smallest Sana has this width, too.
+        # The smallest Sana has this size, too.
         return "pixart" if keys.has(_FEED_FORWARD) else None
     if size == 2048:
         return {1024: "anima", 2048: "ltx"}.get(read or 0)
@@ -326,4 +341,4 @@ _SHARED: tuple[tuple[re.Pattern[str], Callable[[Keys], str | None]], ...] = (
     (_LAYERS, _of_layers),
     (_PIXART, _of_pixart),
 )
-"""Names, and what tells the families apart that have them, in the order of asking."""
+"""Names that several families have, and the functions that tell those apart, in the order they are tried."""

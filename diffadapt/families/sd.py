@@ -1,6 +1,6 @@
-"""Stable Diffusion 1.x, 2.x and XL: UNets, with the names of the original latent-diffusion code.
+"""Stable Diffusion 1.x, 2.x and XL: UNets, and their ControlNets, with the names of the original latent-diffusion code.
 
-Files of the three differ in the width of the text embeddings that their cross-attention reads: see `recognise`.
+Files of the three differ in the size of the text embeddings that their cross-attention reads; see `recognise`.
 """
 
 from diffadapt.families import ldm
@@ -17,7 +17,7 @@ def _aliases(targets: Targets) -> Aliases:
 
 
 def _controlnet(targets: Targets) -> Aliases:
-    """The UNet's first half, and what a ControlNet has beside it."""
+    """Return the names of a ControlNet's layers: those of the first half of a UNet, and those it has in addition."""
     hints = [path for path in targets.modules if path.startswith("controlnet_cond_embedding.blocks.")]
     own = {
         "controlnet_mid_block": "middle_block_out.0",

@@ -3,16 +3,16 @@
 Source: diffusers 0.42.1 `loaders/single_file_utils.py`.
 """
 
-from diffadapt.families.family import Aliases, Family, Table, block, joined
+from diffadapt.families.family import Aliases, Family, Table, block, qkv
 from diffadapt.families.fused_parts import FusedPart
 from diffadapt.runtime.targets import Targets
 
 _IMAGE: Table = {
-    "attn.qkv": joined("attn.to_"),
+    "attn.qkv": qkv("attn.to_"),
     "attn.proj": "attn.to_out.0",
     "attn.ln_q": "attn.norm_q",
     "attn.ln_k": "attn.norm_k",
-    "attn2.qkv": joined("attn2.to_"),
+    "attn2.qkv": qkv("attn2.to_"),
     "attn2.proj": "attn2.to_out.0",
     "attn2.ln_q": "attn2.norm_q",
     "attn2.ln_k": "attn2.norm_k",
@@ -21,7 +21,7 @@ _IMAGE: Table = {
     "adaLN_modulation.1": "norm1.linear",
 }
 _TEXT: Table = {
-    "attn.qkv": joined("attn.add_", "_proj"),
+    "attn.qkv": qkv("attn.add_", "_proj"),
     "attn.proj": "attn.to_add_out",
     "attn.ln_q": "attn.norm_added_q",
     "attn.ln_k": "attn.norm_added_k",
@@ -31,8 +31,11 @@ _TEXT: Table = {
 }
 
 
-def _last(targets: Targets) -> Aliases:
-    """Where the text ends, its norm is one of two halves, which diffusers has the other way round."""
+def _last_text_norm(targets: Targets) -> Aliases:
+    """Return the name of the text's norm in the last block that reads text.
+
+    It consists of two halves there, which diffusers has in the opposite order.
+    """
     found: dict[str, tuple[FusedPart, ...]] = {}
     for path in targets.modules:
         start, end, rest = path.partition(".norm1_context.linear")
@@ -58,5 +61,5 @@ SD3 = Family(
         "final_layer.adaLN_modulation.1": "norm_out.linear",
     },
     swapped=frozenset({"final_layer.adaLN_modulation.1"}),
-    aliases=_last,
+    aliases=_last_text_norm,
 )

@@ -1,6 +1,6 @@
-"""Wan 2.1 and 2.2 and what is built on them: the layout of Alibaba's code.
+"""Wan 2.1 and 2.2 and models built on them: the layout of Alibaba's code.
 
-What the original calls `norm3` is `norm2` in diffusers, where `norm3` is another norm, without weights.
+The `norm3` of the original is `norm2` in diffusers, where `norm3` is another norm, without weights.
 Source: diffusers 0.42.1 `loaders/single_file_utils.py`.
 """
 
@@ -8,9 +8,9 @@ from diffadapt.families.family import Family, Table, block
 
 _BLOCK: Table = {
     **{
-        f"{theirs}.{name}": f"{ours}.{part}"
+        f"{theirs}.{name}": f"{ours}.{own}"
         for theirs, ours in (("self_attn", "attn1"), ("cross_attn", "attn2"))
-        for name, part in {
+        for name, own in {
             "q": "to_q",
             "k": "to_k",
             "v": "to_v",

@@ -1,4 +1,4 @@
-"""Repositories of the hub, and its cache."""
+"""Files of hub repositories, downloaded or in the hub's cache. The only module that uses the network."""
 
 from pathlib import Path
 from typing import Any
@@ -9,11 +9,11 @@ from huggingface_hub.utils import validate_repo_id
 
 from diffadapt.errors import AdapterError
 from diffadapt.files.checkpoint import Location
-from diffadapt.files.folder import CONFIG_NAME, USUAL_NAMES, choose, refuse_leading_out
+from diffadapt.files.file_names import PEFT_CONFIG, USUAL_FILES, choose_name, refuse_outside_name
 
 
 def cached_folder(repo: str) -> Path | None:
-    """What the hub's cache has of a repository, if anything. Asks no network."""
+    """Return the folder of a repository in the hub's cache, or `None` if it is not there. Uses no network."""
     try:
         validate_repo_id(repo)
         return Path(snapshot_download(repo, local_files_only=True))
@@ -21,53 +21,59 @@ def cached_folder(repo: str) -> Path | None:
         return None
 
 
-def from_hub(repo: str, where: Location) -> Path:
-    for name in (where.subfolder, where.weight_name):
-        refuse_leading_out(repo, name or "")
+def file_from_hub(repo: str, location: Location) -> Path:
+    """Return the local path of a repository's weight file, downloading it and PEFT's config if necessary.
+
+    Raises:
+        AdapterError: the repository or the file does not exist or cannot be reached, or it is not clear which file is
+            meant.
+    """
+    for name in (location.subfolder, location.weight_name):
+        refuse_outside_name(repo, name or "")
     try:
         validate_repo_id(repo)
     except hub_errors.HFValidationError:
         raise AdapterError(f"{repo}: no such file or folder, and not a hub id either") from None
     try:
-        return _download(repo, where)
+        return _download(repo, location)
     except hub_errors.LocalEntryNotFoundError as error:
         raise _unreachable(repo, error) from error
     except hub_errors.EntryNotFoundError as error:
-        raise AdapterError(f"{repo}: the repository has no file {where.weight_name!r}") from error
+        raise AdapterError(f"{repo}: the repository has no file {location.weight_name!r}") from error
     except hub_errors.GatedRepoError as error:
         raise AdapterError(f"{repo}: gated; accept its terms on the hub and pass token=") from error
     except hub_errors.RepositoryNotFoundError as error:
         raise AdapterError(f"{repo}: no such file here and no such repository; private ones need token=") from error
     except hub_errors.RevisionNotFoundError as error:
-        raise AdapterError(f"{repo}: no revision {where.revision!r}") from error
+        raise AdapterError(f"{repo}: no revision {location.revision!r}") from error
     except AdapterError:
         raise
-    except Exception as error:  # which ones the network raises depends on the HTTP library of huggingface_hub
+    except Exception as error:  # The HTTP library of huggingface_hub, and so its exceptions, depend on the version.
         raise _unreachable(repo, error) from error
 
 
-def _download(repo: str, where: Location) -> Path:
-    folder = f"{where.subfolder}/" if where.subfolder else ""
-    options: dict[str, Any] = {"revision": where.revision, "cache_dir": where.cache_dir}
-    fetch: dict[str, Any] = {**options, "token": where.token, "local_files_only": where.local_files_only}
-    name = where.weight_name
-    if name is None and (where.local_files_only or constants.HF_HUB_OFFLINE):
+def _download(repo: str, location: Location) -> Path:
+    folder = f"{location.subfolder}/" if location.subfolder else ""
+    options: dict[str, Any] = {"revision": location.revision, "cache_dir": location.cache_dir}
+    fetch: dict[str, Any] = {**options, "token": location.token, "local_files_only": location.local_files_only}
+    name = location.weight_name
+    if name is None and (location.local_files_only or constants.HF_HUB_OFFLINE):
         cached = (
-            usual for usual in USUAL_NAMES if isinstance(try_to_load_from_cache(repo, folder + usual, **options), str)
+            usual for usual in USUAL_FILES if isinstance(try_to_load_from_cache(repo, folder + usual, **options), str)
         )
         name = next(cached, None)
         if name is None:
             raise AdapterError(
-                f"{repo}: none of {', '.join(USUAL_NAMES)} is in the cache and the hub is switched off; "
+                f"{repo}: none of {', '.join(USUAL_FILES)} is in the cache and the hub is switched off; "
                 "pass weight_name=, or the path of a local file"
             )
     elif name is None:
-        listed = list_repo_files(repo, revision=where.revision, token=where.token)
+        listed = list_repo_files(repo, revision=location.revision, token=location.token)
         inside = [file.removeprefix(folder) for file in listed if file.startswith(folder)]
         found = sorted(file for file in inside if file.endswith(".safetensors") and "/" not in file)
-        name = choose(found, None, repo, found.__contains__)
-        if CONFIG_NAME in inside:
-            hf_hub_download(repo, folder + CONFIG_NAME, **fetch)
+        name = choose_name(found, None, repo, found.__contains__)
+        if PEFT_CONFIG in inside:
+            hf_hub_download(repo, folder + PEFT_CONFIG, **fetch)
     return Path(hf_hub_download(repo, folder + name, **fetch))
 
 

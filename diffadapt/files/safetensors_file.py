@@ -1,4 +1,4 @@
-"""safetensors files: read tensor by tensor from mapped memory, and checked before."""
+"""safetensors files: read as a `Checkpoint` of memory-mapped tensors, or kept open as an `OpenFile`."""
 
 import json
 import os
@@ -14,13 +14,30 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from diffadapt.errors import AdapterError
-from diffadapt.files.checkpoint import DTYPES, MAX_TENSORS, PICKLES, Checkpoint, refuse_names, shapes_of
+from diffadapt.files.checkpoint import MAX_TENSORS, Checkpoint, refuse_implausible_names, shapes_by_key
+from diffadapt.files.file_names import PICKLE_SUFFIXES
 from diffadapt.formats.format import Header
 
-# Limits that no adapter comes near: the largest have some ten thousand tensors, and metadata of a few megabytes.
+DTYPES: dict[str, torch.dtype] = {
+    spelled: getattr(torch, name)
+    for spelled, name in {
+        "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "C64": "complex64", "BOOL": "bool",
+        "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+        "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
+        "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64",
+        "U8": "uint8", "U16": "uint16", "U32": "uint32", "U64": "uint64",
+    }.items()
+    if hasattr(torch, name)
+}  # fmt: skip
+"""dtype by its name in safetensors. Excluded are dtypes that pack several numbers into an element, and those that the
+installed torch does not have."""
+
 _MAX_HEADER_BYTES = 32 * 2**20
-_EVERY_ENTRY = b'"data_offsets"'
-"""What the header has once for every tensor, unless it spells it with escapes."""
+"""A limit that no adapter comes near; the largest have metadata of a few megabytes."""
+
+_ONCE_PER_TENSOR = b'"data_offsets"'
+"""What a header contains once per tensor, unless it is spelled with escapes."""
+
 _BEGINNINGS = {
     b"PK\x03\x04": "a zip file, as torch.save writes; convert it to safetensors",
     b"\x80": "a pickle; convert it to safetensors",
@@ -28,42 +45,46 @@ _BEGINNINGS = {
     b"<": "a web page; download the file itself",
     b"{": "JSON, perhaps the index of several files; pass one of those",
 }
-"""What files that end in `.safetensors` sometimes are, by their first bytes."""
+"""What files that end in `.safetensors` sometimes are instead, by their first bytes."""
 
 
 class OpenFile:
-    """A safetensors file that is held open. Of its tensors nothing is read before it is used.
+    """A safetensors file that is kept open. The values of a tensor are read from the disk when they are first used.
 
     Attributes:
-        origin: what to call it in messages.
-        tensors: pages of the file.
+        origin: the path, for messages.
+        tensors: tensor by key, as memory-mapped pages of the file.
     """
 
     def __init__(self, file: Path) -> None:
         """
         Raises:
-            AdapterError: it cannot be opened, is no safetensors file, or is damaged.
+            AdapterError: the file cannot be opened, or is not an intact safetensors file.
         """
         self.origin = str(file)
         try:
-            # Open, it is the same file even when another gets its name.
+            # An open handle refers to the same file even if another file takes over the name.
             self._handle = os.open(file, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         except OSError as error:
             raise AdapterError(f"{file}: cannot be opened ({error.strerror})") from error
         weakref.finalize(self, os.close, self._handle)
-        self._state = self._present_state()
-        self.tensors = read_file(file, file.stem, None, headers_only=False).tensors
+        self._initial_state = self._state()
+        self.tensors = read_safetensors(file, file.stem, None, headers_only=False).tensors
 
     @property
     def is_unchanged(self) -> bool:
-        """Whether nobody has written it meanwhile. What has been cut off must not be read: that ends the process."""
-        return self._state == self._present_state()
+        """Whether the file has not been written since it was opened.
+
+        Tensors of a changed file must not be read: if the file was truncated, that ends the process.
+        """
+        return self._initial_state == self._state()
 
     def named(self, name: str) -> Iterator[str]:
-        """Keys of the tensors that may be what a model calls `name`: that, or the more of their last words are the
-        same the earlier, from three on.
+        """Yield the keys of the tensors that may be what a model calls `name`, the likeliest first.
 
-        transformers changes the beginnings of names from version to version, and the original layouts have others.
+        That is `name` itself or, without such a key, every key that ends in the same words as `name`, at least three of
+        them; the more words agree, the earlier it comes. transformers changes the beginnings of names between versions,
+        and original layouts have others.
         """
         if name in self.tensors:
             yield name
@@ -78,33 +99,46 @@ class OpenFile:
                 found.setdefault(ending, []).append(key)
         return found
 
-    def _present_state(self) -> tuple[int, int]:
+    def _state(self) -> tuple[int, int]:
+        """Return the file's size in bytes and the time of its last change in nanoseconds."""
         state = os.fstat(self._handle)
         return state.st_size, state.st_mtime_ns
 
 
 def _endings(name: str) -> list[str]:
+    """Return the endings of a dotted name that have at least three words, the longest first."""
     words = name.split(".")
     return [".".join(words[start:]) for start in range(len(words) - 2)]
 
 
-def read_file(file: Path, name: str, config: Mapping[str, Any] | None, headers_only: bool) -> Checkpoint:
-    if file.suffix in PICKLES:
+def read_safetensors(file: Path, name: str, config: Mapping[str, Any] | None, headers_only: bool) -> Checkpoint:
+    """Return the content of a safetensors file.
+
+    Args:
+        file: the file.
+        name: the name of the adapter in it.
+        config: the content of the `adapter_config.json` next to the file, if there is one.
+        headers_only: whether to put all tensors but scalars on the meta device instead of mapping them.
+
+    Raises:
+        AdapterError: the file is a pickle, is not an intact safetensors file, or exceeds the limits of an adapter.
+    """
+    if file.suffix in PICKLE_SUFFIXES:
         raise AdapterError(
             f"{file}: pickle files can run code and are not loaded; convert it to safetensors, or, if you trust it, "
             f"pass diffadapt.read_pickle({file.name!r}) as the source"
         )
     try:
         header = _read_header(file)
-        count = header.count(_EVERY_ENTRY)
+        count = header.count(_ONCE_PER_TENSOR)
         if count > MAX_TENSORS:
             raise AdapterError(f"{file}: {count} tensors, expected at most {MAX_TENSORS} in an adapter")
         with safe_open(file, framework="pt") as opened:
             names: list[str] = list(opened.keys())
-            refuse_names(str(file), names)
+            refuse_implausible_names(str(file), names)
             if count != len(names) or b"\\u" in header:
-                _refuse_twins(file, header)
-            tensors = _tensors(file, header, names, headers_only)
+                _refuse_duplicates(file, header)
+            tensors = _map_tensors(file, header, names, headers_only)
             metadata = opened.metadata() or {}
     except AdapterError:
         raise
@@ -114,14 +148,18 @@ def read_file(file: Path, name: str, config: Mapping[str, Any] | None, headers_o
         str(file),
         name,
         tensors,
-        Header(tuple(tensors), metadata, config, shapes_of(tensors)),
+        Header(tuple(tensors), metadata, config, shapes_by_key(tensors)),
         headers_only,
         mapped=True,
     )
 
 
 def _read_header(file: Path) -> bytes:
-    """The JSON that a safetensors file begins with, if its length, which comes first, can be that of an adapter's."""
+    """Return the JSON header of a safetensors file, which follows its length.
+
+    Raises:
+        AdapterError: the header would be longer than the file, or is longer than the header of any adapter.
+    """
     with file.open("rb") as opened:
         start = opened.read(8)
         size, rest = int.from_bytes(start, "little"), os.fstat(opened.fileno()).st_size - 8
@@ -135,27 +173,32 @@ def _read_header(file: Path) -> bytes:
     return header
 
 
-def _refuse_twins(file: Path, header: bytes) -> None:
-    """Raise if two tensors have one name: of those, readers of JSON keep the last one and say nothing."""
+def _refuse_duplicates(file: Path, header: bytes) -> None:
+    """Raise `AdapterError` if two tensors have the same name; JSON parsers silently keep the last of them."""
 
-    def unique(pairs: list[tuple[str, Any]]) -> None:
+    def refuse(pairs: list[tuple[str, Any]]) -> None:
         names = Counter(name for name, _ in pairs)
         if len(names) < len(pairs):
             raise AdapterError(f"{file}: {names.most_common(1)[0][0]!r} is there twice; export the file again")
 
-    json.loads(header, object_pairs_hook=unique)
+    json.loads(header, object_pairs_hook=refuse)
 
 
-def _tensors(file: Path, header: bytes, names: Iterable[str], headers_only: bool) -> dict[str, Tensor]:
-    """Tensors that are pages of the file. safetensors has checked the header; its own way to them takes thrice as long.
+def _map_tensors(file: Path, header: bytes, names: Iterable[str], headers_only: bool) -> dict[str, Tensor]:
+    """Return the tensors as memory-mapped pages of the file.
+
+    safetensors has validated the header before. Its own way of returning tensors takes three times as long.
 
     Args:
-        headers_only: on the meta device, but for scalars.
+        file: the file.
+        header: its JSON header.
+        names: keys of the tensors to return.
+        headers_only: whether to put all tensors but scalars on the meta device instead.
     """
     entries: dict[str, Any] = json.loads(header)
-    mapped = torch.from_file(str(file), shared=False, size=file.stat().st_size, dtype=torch.uint8)
+    pages = torch.from_file(str(file), shared=False, size=file.stat().st_size, dtype=torch.uint8)
     begin = 8 + len(header)
-    blocks: dict[torch.dtype, Tensor] = {}
+    pages_by_dtype: dict[torch.dtype, Tensor] = {}
     strides: dict[tuple[int, ...], tuple[int, ...]] = {}
     tensors: dict[str, Tensor] = {}
     for key in names:
@@ -169,12 +212,12 @@ def _tensors(file: Path, header: bytes, names: Iterable[str], headers_only: bool
             continue
         size = dtype.itemsize
         if (begin + start) % size:
-            # A header of an odd length.
-            tensors[key] = mapped[begin + start : begin + stop].clone().view(dtype).view(shape)
+            # After a header of unusual length a tensor may not be aligned to its elements.
+            tensors[key] = pages[begin + start : begin + stop].clone().view(dtype).view(shape)
             continue
-        if dtype not in blocks:
-            blocks[dtype] = mapped[: len(mapped) // size * size].view(dtype)
+        if dtype not in pages_by_dtype:
+            pages_by_dtype[dtype] = pages[: len(pages) // size * size].view(dtype)
         if shape not in strides:
             strides[shape] = torch.empty(shape, device="meta").stride()
-        tensors[key] = blocks[dtype].as_strided(shape, strides[shape], (begin + start) // size)
+        tensors[key] = pages_by_dtype[dtype].as_strided(shape, strides[shape], (begin + start) // size)
     return tensors

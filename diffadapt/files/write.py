@@ -1,4 +1,4 @@
-"""Write adapter files: all of them, or none."""
+"""Write adapter files, either all of an adapter's files or none."""
 
 import json
 import os
@@ -9,21 +9,27 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from diffadapt.errors import AdapterError
-from diffadapt.files.checkpoint import PICKLES
-from diffadapt.files.folder import CONFIG_NAME, USUAL_NAMES
+from diffadapt.files.file_names import DIFFUSERS_FILE, PEFT_CONFIG, PEFT_FILE, PICKLE_SUFFIXES
 from diffadapt.formats.document import Document
 
 
 def write(path: str | os.PathLike[str], documents: Mapping[str, Document]) -> Path:
-    """Write adapter files: all of them to temporary names first, renamed when every one is complete.
+    """Write adapter files.
+
+    All files are written under temporary names first and renamed when every one is complete.
 
     Args:
-        path: a file that ends in `.safetensors`, or a folder, which gets `pytorch_lora_weights.safetensors`; with a
-            config a folder, which gets `adapter_model.safetensors` and `adapter_config.json`.
-        documents: what to write, by subfolder; "" for the path itself.
+        path: for a document without a config, a file that ends in `.safetensors`, or a folder, which gets
+            `pytorch_lora_weights.safetensors`; for one with a config, a folder, which gets `adapter_model.safetensors`
+            and `adapter_config.json`.
+        documents: what to write, by subfolder of `path`; "" stands for `path` itself.
 
     Returns:
-        The file written, the first of several.
+        The path of the weight file of the first document.
+
+    Raises:
+        AdapterError: the name of the path does not suit the documents.
+        OSError: a file cannot be written.
     """
     files = {_target(path, folder, document): document for folder, document in documents.items()}
     ready: list[tuple[Path, Path]] = []
@@ -34,9 +40,9 @@ def write(path: str | os.PathLike[str], documents: Mapping[str, Document]) -> Pa
             ready.append((_temporary(target), target))
             save_file(content, ready[-1][0], metadata=dict(document.metadata))
             if document.config is not None:
-                ready.append((_temporary(target.parent / CONFIG_NAME), target.parent / CONFIG_NAME))
+                ready.append((_temporary(target.parent / PEFT_CONFIG), target.parent / PEFT_CONFIG))
                 ready[-1][0].write_text(json.dumps(document.config, indent=2, sort_keys=True))
-        # mkstemp's files are private; an adapter is an ordinary file under the user's umask.
+        # mkstemp creates private files; an adapter is an ordinary file under the user's umask.
         mask = os.umask(0)
         os.umask(mask)
         for temporary, target in ready:
@@ -52,13 +58,13 @@ def write(path: str | os.PathLike[str], documents: Mapping[str, Document]) -> Pa
 def _target(path: str | os.PathLike[str], folder: str, document: Document) -> Path:
     target = Path(path).expanduser()
     if document.config is not None:
-        if target.suffix in (".safetensors", *PICKLES):
+        if target.suffix in (".safetensors", *PICKLE_SUFFIXES):
             raise AdapterError(f"{target}: a PEFT adapter is a folder with two files; pass the path of a folder")
-        return target / folder / USUAL_NAMES[1]
+        return target / folder / PEFT_FILE
     if target.suffix != ".safetensors":
-        if target.suffix in PICKLES:
+        if target.suffix in PICKLE_SUFFIXES:
             raise AdapterError(f"{target}: adapters are written as .safetensors, not {target.suffix}")
-        target = target / USUAL_NAMES[0]
+        target = target / DIFFUSERS_FILE
     return target
 
 

@@ -1,6 +1,6 @@
-"""File formats: names and layouts, no math. Adding one is one file beside this one and one line here.
+"""File formats: names and layouts, no mathematics. A new format is one file in this folder and one line here.
 
-Exactly one format must match a file; `tests/` feeds every fixture to every detector.
+Exactly one format must match a file; the tests give every fixture to every format.
 """
 
 from diffadapt.errors import AdapterError
@@ -18,35 +18,41 @@ from diffadapt.formats.peft import PEFT
 from diffadapt.formats.xlabs import XLABS
 
 _TIERS: tuple[tuple[Format, ...], ...] = (
-    # Those whose names nobody else writes.
+    # Formats with names that no other program writes.
     (PEFT, KOHYA, COMFY, CLONEOFSIMO, XLABS, BFL_CONTROL, CONTROL_LORA, FACEID, CONTROLNET_LLLITE),
-    # FaceID's LoRA comes inside an IP-Adapter.
+    # The LoRA of FaceID is inside an IP-Adapter file.
     (IP_ADAPTER,),
     (DIFFUSERS,),
-    # What holds no layer at all.
+    # Files without any layer.
     (EMBEDDINGS,),
 )
-"""Who is asked first. A later tier is asked only about files that none of an earlier one recognises."""
+"""The order in which formats are asked. A tier is asked only about files that no earlier tier recognises."""
 
 _MIXED = (PEFT, KOHYA, COMFY)
-"""Those whose names stand side by side in some files; each reads the others', and the first has a config."""
+"""Formats whose names are mixed in some files. Each of them also reads the names of the others; only the first one has
+a config, so it takes precedence."""
 
 FORMATS: tuple[Format, ...] = tuple(format for tier in _TIERS for format in tier)
 
 
 def matching(header: Header) -> list[Format]:
-    """The formats that recognise a file: one, unless it is no adapter, or several were mixed up in it."""
+    """Return the formats that recognise a file.
+
+    That is exactly one, unless the file is not an adapter or mixes several formats.
+    """
     return next((found for tier in _TIERS if (found := [f for f in tier if f.matches(header)])), [])
 
 
 def detect(header: Header, name: str | None = None) -> Format:
-    """The format of a file.
+    """Return the format of a file.
 
     Args:
-        name: what a caller says it is.
+        header: the header of the file.
+        name: the name of the format, if the caller knows it.
 
     Raises:
-        AdapterError: no format, or more than one, recognises the names; or there is none of that name.
+        AdapterError: no format recognises the keys, or several that exclude each other do; or `name` is unknown, or its
+            format does not recognise the keys.
     """
     if name is not None:
         named = {format.name: format for format in FORMATS}
@@ -54,7 +60,7 @@ def detect(header: Header, name: str | None = None) -> Format:
             raise AdapterError(f"format={name!r} is not known; use one of {', '.join(named)}")
         if not named[name].matches(header):
             shown = ", ".join(header.keys[:5]) or "no tensors at all"
-            raise AdapterError(f"format={name!r} cannot be used: there is no name of that format, but {shown}")
+            raise AdapterError(f"format={name!r} cannot be used: the file has no name of that format, but {shown}")
         return named[name]
     found = matching(header)
     if found and set(found) <= set(_MIXED):
@@ -69,10 +75,10 @@ def detect(header: Header, name: str | None = None) -> Format:
 
 
 def writer(name: str) -> Format:
-    """The format of this name, to write in.
+    """Return the format of this name, for writing.
 
     Raises:
-        AdapterError: there is none, or it is only read.
+        AdapterError: no format has this name, or the format is read-only.
     """
     writable = {format.name: format for format in (*FORMATS, ONETRAINER) if format.dump is not None}
     if name not in writable:

@@ -1,8 +1,8 @@
-"""Black Forest Labs' control LoRAs for Flux.1 (canny, depth): bare original names, at a scale of 1.
+"""Black Forest Labs' control LoRAs for Flux.1 (canny, depth): bare names of the original layout, at a scale of 1.
 
-The query and key norms are in them as new weights and not as changes (`norm.query_norm.scale`), and `img_in` is for a
-model that reads the control image beside the latents, twice as many channels; see `widen.py`. Source:
-black-forest-labs/flux 802fb47 `src/flux/util.py`.
+The query and key norms are stored as new weights, not as changes (`norm.query_norm.scale`). `img_in` is for a model
+that reads the control image next to the latents and so has twice as many input channels; see `runtime/input_width.py`.
+Source: black-forest-labs/flux 802fb47 `src/flux/util.py`.
 """
 
 import re
@@ -21,7 +21,7 @@ def _matches(header: Header) -> bool:
 
 def _locate(header: Header, names: Names) -> dict[str, Verdict]:
     denoiser = names.denoiser
-    verdicts = suffixes.located(header.keys, lambda path, name: names.dotted(denoiser, path, name))
+    verdicts = suffixes.locate_keys(header.keys, lambda path, name: names.dotted(denoiser, path, name))
     for key in header.keys:
         norm = _NORM.fullmatch(key)
         if norm:
@@ -29,4 +29,4 @@ def _locate(header: Header, names: Names) -> dict[str, Verdict]:
     return verdicts
 
 
-BFL_CONTROL = Format("bfl-control", _matches, _locate, lambda header: lambda component, path, rank: None, None)
+BFL_CONTROL = Format("bfl-control", _matches, _locate)

@@ -1,8 +1,8 @@
-"""cloneofsimo/lora: `unet:<n>:up` and `text_encoder:<n>:down`, layers by number, at a scale of 1.
+"""cloneofsimo/lora: `unet:<n>:up` and `text_encoder:<n>:down`, with layers identified by number, at a scale of 1.
 
-The number counts the linear layers (in the extended variant convolutions too) below modules of certain classes, in the
-order of the model as its trainer saw it. The classes are in the safetensors header. Source: cloneofsimo/lora d84074b
-`lora_diffusion/lora.py`.
+The number counts the linear layers (in the extended variant also the convolutions) inside modules of certain classes,
+in the order of the model that the trainer used. The classes are in the safetensors metadata. Source: cloneofsimo/lora
+d84074b `lora_diffusion/lora.py`.
 """
 
 import re
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from diffadapt.errors import AdapterError
 from diffadapt.formats import suffixes
 from diffadapt.formats.format import Format, Header
-from diffadapt.formats.metadata import parsed
+from diffadapt.formats.metadata import parse_json
 from diffadapt.formats.names import Names
 from diffadapt.formats.verdicts import Unused, Verdict
 from diffadapt.runtime.targets import Targets
@@ -20,7 +20,7 @@ from diffadapt.types.layer_spec import LayerSpec
 _KEY = re.compile(r"(\w+):(\d{1,6}):(up|down)")
 _CLASSES = {"unet": ("CrossAttention", "Attention", "GEGLU"), "text_encoder": ("CLIPAttention",)}
 _STAGE = re.compile(r"(.*)\.(attn1|ff|attn2)(?:\.|$)")
-_UNLIKE = "the layers of this model are not those of the model the file was made for; it has them by number only"
+_UNLIKE = "the layers of this model are not those that the file was made for; it identifies them by number only"
 
 
 def _matches(header: Header) -> bool:
@@ -28,7 +28,7 @@ def _matches(header: Header) -> bool:
 
 
 def _locate(header: Header, names: Names) -> dict[str, Verdict]:
-    verdicts = suffixes.located(header.keys, lambda path, name: Unused("a name unlike the others in this file"))
+    verdicts = suffixes.locate_keys(header.keys, lambda path, name: Unused("a name unlike the others in this file"))
     numbered: dict[str, dict[int, dict[str, str]]] = {}
     for key in header.keys:
         match = _KEY.fullmatch(key)
@@ -49,11 +49,11 @@ def _locate(header: Header, names: Names) -> dict[str, Verdict]:
 
 
 def _classes(header: Header, component: str) -> set[str]:
-    """The classes below which layers count; attention has another name today."""
+    """Return the names of the classes whose inner layers count. Attention has another class name today."""
     text = header.metadata.get(component)
-    found = _CLASSES.get(component, ()) if text is None else parsed(text, f"the header's {component}")
+    found = _CLASSES.get(component, ()) if text is None else parse_json(text, f"the header's {component}")
     if not isinstance(found, (list, tuple)) or not all(isinstance(name, str) for name in found):
-        raise AdapterError(f"the header's {component} is {text!r}, expected names of classes")
+        raise AdapterError(f"the header's {component} is {text!r}, expected a list of class names")
     classes = {str(name) for name in found}
     return classes | {"Attention"} if "CrossAttention" in classes else classes
 
@@ -61,7 +61,14 @@ def _classes(header: Header, component: str) -> set[str]:
 def _paths(
     targets: Targets, classes: set[str], layers: dict[int, dict[str, str]], header: Header
 ) -> Sequence[str] | None:
-    """The model's layers in the file's order, or `None` if the file has others."""
+    """Return the paths of the model's layers in the file's order, or `None` if the layers do not fit the file.
+
+    Args:
+        targets: the paths of the model.
+        classes: names of the classes whose inner layers count.
+        layers: number of a layer -> "up" or "down" -> key.
+        header: the header of the file.
+    """
     owners = [path for path, module in targets.model.named_modules() if type(module).__name__ in classes]
     for ordered in (_as_until_2023(owners), owners):
         paths = [
@@ -76,7 +83,7 @@ def _paths(
 
 
 def _as_until_2023(owners: Sequence[str]) -> Sequence[str]:
-    """With the feed-forward between the two attentions of a block, where diffusers had it before 0.17."""
+    """Return the paths with the feed-forward between the two attentions of a block, as in diffusers before 0.17."""
     first: dict[str, int] = {}
     keys: list[tuple[int, int]] = []
     for position, owner in enumerate(owners):
@@ -87,7 +94,7 @@ def _as_until_2023(owners: Sequence[str]) -> Sequence[str]:
 
 
 def _fits(targets: Targets, paths: Sequence[str], layers: dict[int, dict[str, str]], header: Header) -> bool:
-    """Whether the factors have the sizes of these layers, as far as anyone knows their shapes."""
+    """Return whether the factors have the sizes of these layers; factors of unknown shape fit any layer."""
     for number, keys in layers.items():
         spec = LayerSpec.of(targets.modules[paths[number]])
         assert spec is not None
@@ -97,4 +104,4 @@ def _fits(targets: Targets, paths: Sequence[str], layers: dict[int, dict[str, st
     return True
 
 
-CLONEOFSIMO = Format("cloneofsimo", _matches, _locate, lambda header: lambda component, path, rank: None, None)
+CLONEOFSIMO = Format("cloneofsimo", _matches, _locate)

@@ -1,8 +1,8 @@
 """Stability AI's Control-LoRAs: a ControlNet, stored as its difference from the UNet that it was made from.
 
-Names of the original layout; `up` and `down` for layers that the UNet has too, at a scale of 1, and new weights and
-biases for all that is not low-rank. They are for a `ControlNetModel.from_unet(unet)`. Sources: ComfyUI
-`comfy/controlnet.py`, diffusers 0.42.1 `utils/state_dict_utils.py`.
+Names follow the original layout. Layers that the UNet has too are stored as `up` and `down`, at a scale of 1, and
+everything that is not low-rank as a new weight or bias. The files are for a `ControlNetModel.from_unet(unet)`. Sources:
+ComfyUI `comfy/controlnet.py`, diffusers 0.42.1 `utils/state_dict_utils.py`.
 """
 
 import re
@@ -12,10 +12,10 @@ from diffadapt.formats.format import Format, Header
 from diffadapt.formats.names import Names
 from diffadapt.formats.verdicts import Unused, Verdict
 
-_MARK = "lora_controlnet"
-_SIGN = re.compile(rf"{_MARK}$|input_hint_block\.|zero_convs\.")
+_MARKER = "lora_controlnet"
+_SIGN = re.compile(rf"{_MARKER}$|input_hint_block\.|zero_convs\.")
 _TENSORS = {"down": "lora_down", "up": "lora_up", "weight": "set_weight", "bias": "set_bias"}
-_OF_A_CONTROLNET = "controlnet_cond_embedding"
+_ONLY_IN_CONTROLNETS = "controlnet_cond_embedding"
 
 
 def _matches(header: Header) -> bool:
@@ -29,7 +29,7 @@ def _locate(header: Header, names: Names) -> dict[str, Verdict]:
     verdicts: dict[str, Verdict] = {}
     for key in header.keys:
         path, _, last = key.rpartition(".")
-        if key == _MARK:
+        if key == _MARKER:
             verdicts[key] = Unused("it only says what the file is", harmless=True)
         elif not path or last not in _TENSORS:
             verdicts[key] = Unused("not the name of an adapter tensor")
@@ -39,16 +39,17 @@ def _locate(header: Header, names: Names) -> dict[str, Verdict]:
 
 
 def _controlnet(names: Names) -> str:
+    """Return the name of the component that is a ControlNet. Raise `AdapterError` if there is none."""
     if names.models is None:
         return "controlnet"
     for component, targets in names.models.items():
-        if _OF_A_CONTROLNET in targets.modules:
+        if _ONLY_IN_CONTROLNETS in targets.modules:
             return component
     raise AdapterError(
         "this is a Control-LoRA, a ControlNet stored as its difference from the UNet; make one with "
         "controlnet = diffusers.ControlNetModel.from_unet(pipe.unet), load the file into it with "
-        "diffadapt.load_adapter(controlnet, file), and give it to a ControlNet pipeline"
+        "diffadapt.load_adapter(controlnet, file), and pass it to a ControlNet pipeline"
     )
 
 
-CONTROL_LORA = Format("control-lora", _matches, _locate, lambda header: lambda component, path, rank: None, None)
+CONTROL_LORA = Format("control-lora", _matches, _locate)

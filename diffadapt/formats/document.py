@@ -1,4 +1,4 @@
-"""An adapter without a model, as writers get it, and the files that they make of it."""
+"""What writers take and return: an adapter without its model, and the content of the files that represent it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +12,13 @@ from diffadapt.types.layer_state import LayerState
 
 @dataclass(frozen=True)
 class Document:
-    """What a writer puts into one folder: the tensors and metadata of one file, and PEFT's config beside it."""
+    """The content of one folder that a writer produces.
+
+    Attributes:
+        tensors: the tensors of the safetensors file, by key.
+        metadata: its metadata.
+        config: the content of PEFT's `adapter_config.json` next to it; `None` for formats without one.
+    """
 
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str]
@@ -21,11 +27,14 @@ class Document:
 
 @dataclass(frozen=True)
 class AdapterState:
-    """An adapter without a model.
+    """The content of an adapter, independent of its model.
 
     Attributes:
-        layouts: component -> the original layout of that model, where it has one.
-        embeddings: learned vectors (count, width), by token and by what files call the text encoder.
+        layers: component -> path of the model's layer -> content of the adapter layer.
+        metadata: the metadata of the file that the adapter came from.
+        family: name of the model family, if known.
+        layouts: component -> the original layout of its model, if it has one.
+        embeddings: (token, text encoder as files spell it) -> learned vectors (count, features).
     """
 
     layers: Mapping[str, Mapping[str, LayerState]]

@@ -1,7 +1,7 @@
-"""IP-Adapter FaceID: the LoRA for the UNet's attention that is in the file of such an IP-Adapter, at a scale of 1.
+"""IP-Adapter FaceID: the LoRA for the UNet's attention that the file of such an IP-Adapter contains, at a scale of 1.
 
-`ip_adapter.<n>.to_q_lora.down.weight`, where n counts the UNet's attention layers. The image projection and the
-attention to the image in the same file are for `pipe.load_ip_adapter()`, which loads the LoRA, too, if peft is
+Keys are `ip_adapter.<n>.to_q_lora.down.weight`, where n counts the UNet's attention layers. The image projection and
+the attention to the image in the same file are for `pipe.load_ip_adapter()`, which also loads the LoRA if peft is
 installed. Source: diffusers 0.42.1 `loaders/unet.py`, `_load_ip_adapter_loras`.
 """
 
@@ -39,7 +39,7 @@ def _locate(header: Header, names: Names) -> dict[str, Verdict]:
 
 
 def _attention(names: Names) -> list[str] | None:
-    """Paths of the attention layers in the order of diffusers' `attn_processors`, `None` without a model."""
+    """Return the paths of the attention layers in the order of diffusers' `attn_processors`; `None` without a model."""
     if names.models is None:
         return None
     targets = names.models.get(names.denoiser)
@@ -47,4 +47,4 @@ def _attention(names: Names) -> list[str] | None:
     return [path for path, module in modules if hasattr(module, "get_processor")]
 
 
-FACEID = Format("ip-adapter-faceid", _matches, _locate, lambda header: lambda component, path, rank: None, None)
+FACEID = Format("ip-adapter-faceid", _matches, _locate)

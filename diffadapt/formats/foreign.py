@@ -1,4 +1,4 @@
-"""Files that look like adapters and are something else, each recognised to be refused by its name."""
+"""Files that look like adapters but are something else. They are recognised in order to be refused by name."""
 
 import re
 
@@ -8,20 +8,20 @@ from diffadapt.formats.names import Names
 from diffadapt.formats.verdicts import Verdict
 
 
-def _foreign(name: str, keys: str, what: str) -> Format:
-    """A kind of file that has keys like these."""
+def _foreign(name: str, keys: str, refusal: str) -> Format:
+    """Return a format that refuses every file with keys of its own.
+
+    Args:
+        name: the name of the format.
+        keys: a regular expression for the beginning of its keys.
+        refusal: the message to refuse it with.
+    """
     pattern = re.compile(keys)
 
     def locate(header: Header, names: Names) -> dict[str, Verdict]:
-        raise AdapterError(what)
+        raise AdapterError(refusal)
 
-    return Format(
-        name,
-        lambda header: any(map(pattern.match, header.keys)),
-        locate,
-        lambda header: lambda component, path, rank: None,
-        None,
-    )
+    return Format(name, lambda header: any(map(pattern.match, header.keys)), locate)
 
 
 IP_ADAPTER = _foreign(

@@ -1,4 +1,4 @@
-"""What a format is: a record of functions that say where each name of a file belongs."""
+"""What a file format is: a record of functions that assign every key of a file to its place."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,10 +11,13 @@ from diffadapt.formats.verdicts import Verdict
 
 @dataclass(frozen=True)
 class Header:
-    """A file without its tensors: names, safetensors metadata, and `adapter_config.json` where there is one.
+    """A file without the values of its tensors.
 
     Attributes:
-        shapes: of the tensors, by key; empty where nobody has looked.
+        keys: the names of the tensors.
+        metadata: the safetensors metadata.
+        config: the content of the `adapter_config.json` next to the file, if there is one.
+        shapes: shape of a tensor by key; empty if unknown.
     """
 
     keys: tuple[str, ...]
@@ -24,13 +27,17 @@ class Header:
 
 
 Alphas: TypeAlias = Callable[[str, str, int], float | None]
-"""`(component, path as written, rank) -> alpha` from a file's metadata, `None` where it says nothing."""
+"""`(component, path as written, rank) -> alpha` according to a file's metadata; `None` if it does not say."""
 
 Settings: TypeAlias = Callable[[str, str, str], Mapping[str, float]]
-"""`(component, path as written, type name) -> settings of the type` that a file's metadata gives."""
+"""`(component, path as written, name of the adapter type) -> settings of the type` according to a file's metadata."""
 
 
-def _no_settings(header: "Header") -> Settings:
+def _no_alphas(header: Header) -> Alphas:
+    return lambda component, path, rank: None
+
+
+def _no_settings(header: Header) -> Settings:
     return lambda component, path, type: {}
 
 
@@ -39,20 +46,20 @@ class Format:
     """One file format.
 
     Attributes:
-        name: as in reports and in `save(format=...)`.
-        matches: whether a file has names of this format; see `formats.matching` for who is asked first.
-        locate: a verdict for every key.
-        alphas: the alphas that the metadata gives; an alpha tensor in the file wins over it.
-        settings: the type's other numbers that the metadata gives.
-        original: whether a family's files in this format are in the original layout of its models.
-        dump: canonical form -> what to write, by subfolder; `None` if the format is only read. Raises
-            `AdapterError` for content the format cannot express.
+        name: the name in reports and in `save(format=...)`.
+        matches: whether a file has keys of this format; `formats.matching` decides which formats are asked first.
+        locate: returns a verdict for every key.
+        dump: returns what to write for an adapter, by subfolder; `None` if the format is read-only. Raises
+            `AdapterError` for content that the format cannot express.
+        alphas: returns the alphas that the metadata contains; an alpha tensor in the file takes precedence.
+        settings: returns the other settings of adapter types that the metadata contains.
+        original: whether files of a family in this format use the original layout of its models.
     """
 
     name: str
     matches: Callable[[Header], bool]
-    locate: Callable[[Header, "Names"], dict[str, Verdict]]
-    alphas: Callable[[Header], Alphas]
-    dump: Callable[[AdapterState], dict[str, Document]] | None
+    locate: Callable[[Header, Names], dict[str, Verdict]]
+    dump: Callable[[AdapterState], dict[str, Document]] | None = None
+    alphas: Callable[[Header], Alphas] = _no_alphas
     settings: Callable[[Header], Settings] = _no_settings
     original: Callable[[str | None], bool] = lambda family: False

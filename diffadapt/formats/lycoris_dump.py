@@ -1,6 +1,6 @@
 """Writers of the formats that spell tensors as sd-scripts and LyCORIS do: kohya, OneTrainer and ComfyUI.
 
-They differ in the names of layers: flattened or dotted, of the model's original layout or of diffusers.
+The formats differ in the names of layers: flattened or dotted, from the model's original layout or from diffusers.
 """
 
 import hashlib
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from diffadapt.errors import AdapterError
 from diffadapt.formats.document import AdapterState, Document
-from diffadapt.formats.embeddings import bundled
-from diffadapt.formats.original import original
-from diffadapt.formats.prefixes import TOP
+from diffadapt.formats.embeddings import bundle
+from diffadapt.formats.original import in_original_layout
+from diffadapt.formats.prefixes import LTX2_PROJECTION
 from diffadapt.runtime.components import is_text_encoder, text_encoder_number
 from diffadapt.types import named
 from diffadapt.types.layer_state import LayerState
@@ -29,15 +29,15 @@ _SPELLINGS = {
     "glora_b1": "b1.weight",
     "glora_b2": "b2.weight",
     "ia3_w": "weight",
-    # OneTrainer's; sd-scripts and LyCORIS turn outputs and have other tensors.
+    # OneTrainer's. sd-scripts and LyCORIS rotate outputs, with other tensors.
     "oft_R": "oft_R.weight",
 }
 _NORM_SPELLINGS = {"diff": "w_norm", "diff_b": "b_norm"}
 _POINTWISE = frozenset({"lora_up", "dora_scale", "initial_norm", "glora_a1", "glora_a2", "glora_b1"})
 _PEFT_ONLY = frozenset({"boft_R", "ia3_l"})
-_TRANSPOSED = {"lora_down": "lora_up", "lora_up": "lora_down"}
+_TRANSPOSED_NAMES = {"lora_down": "lora_up", "lora_up": "lora_down"}
 _IN_CHECKPOINT = ("unet", "transformer", "prior", "text_conditioner", "connectors")
-"""Components that are the denoiser of the original checkpoint, or parts of it."""
+"""Components that are the denoiser of the original checkpoint or modules of it."""
 
 _ONETRAINER = {"unet": "lora_unet", "transformer": "lora_transformer", "prior": "lora_prior_unet"}
 
@@ -51,20 +51,31 @@ _COMFY_TEXT_ENCODERS = {
     "pixart": {"text_encoder": "t5xxl"},
 }
 ALWAYS_LIMITED = {"constraint_eps": 1e-8}
-"""Settings of sd-scripts' own OFT, which its files have by the name of their layers."""
+"""Settings of sd-scripts' own OFT, which the prefix of the layer names stands for in its files."""
 
 _HASH_OFFSET, _HASH_BYTES = 0x100000, 0x10000
 
 
 def is_original(family: str | None) -> bool:
-    """sd-scripts names the Stable Diffusion UNets as diffusers does, and every newer model as its authors do."""
+    """Return whether sd-scripts uses the original layout for the models of a family.
+
+    It names the layers of the Stable Diffusion UNets as diffusers does, and the layers of newer models as their authors
+    do.
+    """
     return family not in ("sd", "sd2", "sdxl", None)
 
 
 def dump_kohya(state: AdapterState) -> dict[str, Document]:
-    """sd-scripts: `lora_unet_`, and `lora_te_` or numbers for several text encoders; `oft_` for its own OFT."""
+    """Return an adapter as a file of sd-scripts.
+
+    Prefixes are `lora_unet_` and `lora_te_`, the latter with a number if there may be several text encoders; and `oft_`
+    instead of `lora_` for sd-scripts' own OFT.
+
+    Raises:
+        AdapterError: the format cannot express the adapter.
+    """
     numbered = len(_text_encoders(state)) > 1 or state.family not in ("sd", "sd2", None)
-    # sd-scripts' T5 is the third, also where there is no second CLIP.
+    # T5 is the third text encoder of sd-scripts, even without a second CLIP.
     t5 = {"text_encoder_2": "3"} if state.family == "flux" else {}
 
     def prefix(component: str) -> str:
@@ -76,7 +87,9 @@ def dump_kohya(state: AdapterState) -> dict[str, Document]:
     layers = [layer for found in state.layers.values() for layer in found.values()]
     limited = {_is_limited(layer) for layer in layers}
     if len(limited) > 1:
-        raise AdapterError("an OFT of sd-scripts is a file of its own; save with format='peft', or to_lora() first")
+        raise AdapterError(
+            "an OFT of sd-scripts cannot share a file with other layers; save with format='peft', or to_lora() first"
+        )
 
     def name(component: str, path: str) -> str:
         flat = f"{prefix(component)}_{path}".replace(".", "_")
@@ -86,7 +99,13 @@ def dump_kohya(state: AdapterState) -> dict[str, Document]:
 
 
 def dump_onetrainer(state: AdapterState) -> dict[str, Document]:
-    """OneTrainer: diffusers' names, flattened, under `lora_unet_`, `lora_transformer_` or `lora_prior_unet_`."""
+    """Return an adapter as a file of OneTrainer.
+
+    Names are flattened diffusers names with the prefix `lora_unet_`, `lora_transformer_` or `lora_prior_unet_`.
+
+    Raises:
+        AdapterError: the format cannot express the adapter.
+    """
 
     def prefix(component: str) -> str:
         if not is_text_encoder(component):
@@ -104,14 +123,18 @@ def dump_onetrainer(state: AdapterState) -> dict[str, Document]:
 
 
 def dump_comfy(state: AdapterState) -> dict[str, Document]:
-    """ComfyUI: `diffusion_model.` and the original layout, with dots."""
+    """Return an adapter as a file of ComfyUI, with dotted names of the original layout after `diffusion_model.`.
+
+    Raises:
+        AdapterError: the format cannot express the adapter.
+    """
     text_encoders = _COMFY_TEXT_ENCODERS.get(state.family or "", {})
 
     def name(component: str, path: str) -> str:
         if not is_text_encoder(component):
             if component not in _IN_CHECKPOINT:
                 raise AdapterError(f"{component}: a ComfyUI file holds one denoiser; save its adapters one by one")
-            return path if path.startswith(TOP) else f"diffusion_model.{path}"
+            return path if path.startswith(LTX2_PROJECTION) else f"diffusion_model.{path}"
         if component not in text_encoders:
             raise AdapterError(f"{component}: its name in ComfyUI is not known for {state.family} models")
         return f"text_encoders.{text_encoders[component]}.transformer.{path}"
@@ -127,22 +150,24 @@ def _document(
     biases: bool = False,
     limited: bool = False,
 ) -> dict[str, Document]:
-    """Everything in one file.
+    """Return an adapter as one file.
 
     Args:
-        name: component and dotted path -> name of the layer in the file.
-        biases: a LoRA's bias becomes a change of the layer's, which is all that ComfyUI reads.
-        limited: it is sd-scripts' own OFT.
+        state: the adapter.
+        name: `(component, dotted path) -> name of the layer in the file`.
+        as_original: whether to write the layers of the original layout.
+        biases: whether to write a LoRA's bias as a change of the layer's bias, the only form that ComfyUI reads.
+        limited: whether the adapter is sd-scripts' own OFT.
     """
-    tensors = bundled(state)
+    tensors = bundle(state)
     modules: dict[str, str] = {}
     for component, layers in state.layers.items():
         if as_original:
-            layers = original(layers, state.layouts.get(component, {}))
+            layers = in_original_layout(layers, state.layouts.get(component, {}))
         for path, layer in layers.items():
-            # Other tools' CLIP has the `text_model` level that transformers 5 dropped.
-            level = "text_model." if path.startswith("encoder.layers.") else ""
-            module, where = name(component, level + path), f"{component}.{path}"
+            # In other tools, CLIP has the `text_model.` prefix that transformers 5 dropped.
+            prefix = "text_model." if path.startswith("encoder.layers.") else ""
+            module, where = name(component, prefix + path), f"{component}.{path}"
             if module in modules:
                 raise AdapterError(f"{where}: {modules[module]} has its name in this format; use format='diffusers'")
             modules[module] = where
@@ -150,7 +175,7 @@ def _document(
                 if biases and spelling == _SPELLINGS["lora_bias"]:
                     spelling, tensor = "diff_b", tensor * layer.scale
                 if limited and as_original and spelling == "oft_blocks":
-                    # sd-scripts numbers them for Flux, also those of a layer with one part.
+                    # For Flux, sd-scripts numbers the blocks of every layer, even of one that is not fused.
                     spelling = "oft_blocks.0"
                 tensors[f"{module}.{spelling}"] = tensor
             if layer.widens:
@@ -172,9 +197,10 @@ def _document(
 
 
 def _hashed(documents: dict[str, Document]) -> dict[str, Document]:
-    """With the hashes by which web interfaces know a file: of its tensors and training metadata alone.
+    """Return the document with the hashes by which web interfaces identify a file.
 
-    Source: sd-scripts 48d368f `library/train_util.py`, `precalculate_safetensors_hashes`.
+    They cover its tensors and its training metadata only. Source: sd-scripts 48d368f `library/train_util.py`,
+    `precalculate_safetensors_hashes`.
     """
     document = documents[""]
     training = {key: value for key, value in document.metadata.items() if key.startswith("ss_")}
@@ -192,14 +218,19 @@ def _text_encoders(state: AdapterState) -> list[str]:
 
 
 def _spelled(where: str, layer: LayerState) -> Iterator[tuple[str, Tensor]]:
-    """A layer's tensors by sd-scripts' and LyCORIS' names and in their shapes."""
+    """Yield a layer's tensors with the names and shapes of sd-scripts and LyCORIS.
+
+    Args:
+        where: component and path of the layer, for messages.
+        layer: the layer.
+    """
     ones = (1,) * layer.kernel_dims
     if layer.settings.get("scaled_oft"):
         yield "oft_R.scaled_oft", torch.tensor(True)
     for name, tensor in layer.tensors.items():
-        if layer.is_embedding and name in _TRANSPOSED:
-            # Tools that read these know the weight, which has its outputs last.
-            name, tensor = _TRANSPOSED[name], tensor.mT
+        if layer.is_embedding and name in _TRANSPOSED_NAMES:
+            # Tools that read these apply them to the weight as it is stored, with its outputs last.
+            name, tensor = _TRANSPOSED_NAMES[name], tensor.mT
         if name in _PEFT_ONLY:
             raise AdapterError(f"{where}: format='kohya' has no place for {name}; use 'peft', or to_lora()")
         if name in _POINTWISE:
@@ -207,7 +238,7 @@ def _spelled(where: str, layer: LayerState) -> Iterator[tuple[str, Tensor]]:
         elif name == "rescale":
             tensor = tensor.view(-1, 1, *ones)
         elif name == "lokr_w1" and layer.rank is None:
-            # Readers ignore alpha where both factors are whole; PEFT's scale has to go into one of them.
+            # Readers ignore alpha if both factors are whole, so PEFT's scale has to be multiplied into one of them.
             tensor = tensor * layer.scale
         elif name == "ia3_w":
             yield "on_input", torch.tensor(int(tensor.shape[1] > 1))
@@ -223,10 +254,15 @@ def _is_limited(layer: LayerState) -> bool:
 
 
 def _alpha(where: str, layer: LayerState, implied: Mapping[str, float]) -> float | None:
-    """The alpha tensor of a layer, which some types use for a setting of theirs. Others have no place here.
+    """Return the value of a layer's alpha tensor, `None` for no tensor. Some types store a setting in it.
 
     Args:
-        implied: settings that the name of the layer says.
+        where: component and path of the layer, for messages.
+        layer: the layer.
+        implied: settings that the prefix of the layer's name stands for.
+
+    Raises:
+        AdapterError: the layer has a setting that the format has no place for.
     """
     adapter_type = named(layer.type)
     for name, value in layer.settings.items():
@@ -237,6 +273,6 @@ def _alpha(where: str, layer: LayerState, implied: Mapping[str, float]) -> float
     if adapter_type.alpha_is is not None:
         return float(layer.settings[adapter_type.alpha_is])
     if layer.rank is None:
-        # LyCORIS reads one for every LoKr, also where it means nothing.
+        # LyCORIS reads an alpha for every LoKr, even if it has no effect.
         return 1.0 if "lokr_w1" in layer.tensors else None
     return float(layer.rank if layer.alpha is None else layer.alpha)

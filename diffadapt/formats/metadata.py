@@ -1,5 +1,7 @@
-"""What files say in JSON: in safetensors metadata and in configs. They may come from anyone, so reading one costs no
-more than a file of its size should, and whatever is not as expected is an `AdapterError`.
+"""JSON in safetensors metadata and configs, and the values in it.
+
+Files may come from anyone. Parsing one costs no more than a file of its size should, and everything unexpected raises
+`AdapterError`.
 """
 
 import json
@@ -9,17 +11,19 @@ from typing import Any
 from diffadapt.errors import AdapterError
 
 MAX_JSON = 4 * 2**20
-"""Characters. What PEFT writes for the largest models has a tenth of them; parsed they take twenty times the memory."""
+"""Characters of a JSON text. PEFT writes a tenth of that for the largest models; parsed, it takes up to 20 times the
+memory."""
 
 
-def parsed(text: str, what: str) -> Any:
-    """The content of a JSON text.
+def parse_json(text: str, what: str) -> Any:
+    """Return the content of a JSON text.
 
     Args:
-        what: to call it in messages.
+        text: the text.
+        what: what messages call it.
 
     Raises:
-        AdapterError: it is none, or longer or nested deeper than any adapter's is.
+        AdapterError: the text is not JSON, or is longer or nested more deeply than in any adapter file.
     """
     if len(text) > MAX_JSON:
         raise AdapterError(f"{what} has {len(text)} characters, expected at most {MAX_JSON}; remove it from the file")
@@ -29,11 +33,11 @@ def parsed(text: str, what: str) -> Any:
         raise AdapterError(f"{what} is not readable as JSON ({error})") from error
 
 
-def number(value: Any, what: str) -> float:
-    """A finite number.
+def finite_number(value: Any, what: str) -> float:
+    """Return `value` as a float.
 
     Raises:
-        AdapterError: the value is something else.
+        AdapterError: the value is not a finite number.
     """
     try:
         if not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value):
@@ -43,8 +47,8 @@ def number(value: Any, what: str) -> float:
     raise AdapterError(f"{what} in the file's metadata is {value!r}, expected a finite number")
 
 
-def count(value: Any, what: str, most: int) -> int:
-    """A whole number from 1 to `most`.
+def whole_number(value: Any, what: str, most: int) -> int:
+    """Return `value` if it is a whole number from 1 to `most`.
 
     Raises:
         AdapterError: the value is something else.
@@ -55,7 +59,7 @@ def count(value: Any, what: str, most: int) -> int:
 
 
 def flag(value: Any, what: str) -> bool:
-    """True or false; nothing is false.
+    """Return `value` if it is true or false; `None` counts as false.
 
     Raises:
         AdapterError: the value is something else.

@@ -1,6 +1,6 @@
-"""PEFT folders: `adapter_model.safetensors` with `base_model.model.` names beside `adapter_config.json`.
+"""PEFT folders: `adapter_model.safetensors` with `base_model.model.` names, next to `adapter_config.json`.
 
-Files without the config occur too; they have a scale of 1 unless there are alpha tensors.
+Files without the config also occur; they have a scale of 1 unless they contain alpha tensors.
 """
 
 import re
@@ -18,7 +18,7 @@ from diffadapt.types.layer_spec import LayerSpec
 
 _WHOLE = {"weight": "set_weight", "bias": "set_bias"}
 _COPY = re.compile(r"\.(?:modules_to_save|base_layer)$")
-_AS_IT_WAS = ".original_module"
+_ORIGINAL = ".original_module"
 _TYPES = ("LORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3")
 
 
@@ -32,32 +32,41 @@ def _locate(header: Header, names: Names) -> dict[str, Verdict]:
     if peft_type not in _TYPES:
         raise AdapterError(f"adapter_config.json says peft_type={peft_type!r}, expected one of {', '.join(_TYPES)}")
 
-    verdicts = suffixes.located(header.keys, lambda path, name: prefixes.place(path, name, names))
+    verdicts = suffixes.locate_keys(header.keys, lambda path, name: prefixes.place(path, name, names))
     for key, verdict in verdicts.items():
         path, _, last = key.rpartition(".")
-        if isinstance(verdict, Unused) and last in _WHOLE and _is_whole(config, path, last):
+        if isinstance(verdict, Unused) and last in _WHOLE and _is_stored_whole(config, path, last):
             layer = _COPY.sub("", path)
-            if path.endswith(_AS_IT_WAS) or (layer != path and f"{layer}.{last}" in verdicts):
-                verdicts[key] = Unused("beside the trained copy of this layer, which is used", harmless=True)
+            if path.endswith(_ORIGINAL) or (layer != path and f"{layer}.{last}" in verdicts):
+                verdicts[key] = Unused("a second copy of this layer; the trained one is used", harmless=True)
             else:
                 verdicts[key] = prefixes.place(layer, _WHOLE[last], names)
         elif isinstance(verdict, Place):
             if verdict.name == "ia3_l" and peft_config.is_feedforward(config, verdict.written):
                 verdict = verdict._replace(name=FEEDFORWARD)
-            verdicts[key] = _unless_misread(names, verdict)
+            verdicts[key] = _unless_ambiguous(names, verdict)
     return verdicts
 
 
-def _is_whole(config: Mapping[str, Any], path: str, last: str) -> bool:
-    """Whether the config says that parameters of this layer are in the file as they are, trained beside the adapter."""
+def _is_stored_whole(config: Mapping[str, Any], path: str, last: str) -> bool:
+    """Return whether, by the config, the file holds trained parameters of this layer rather than changes of them.
+
+    Args:
+        config: the content of `adapter_config.json`.
+        path: the path of the layer in the file.
+        last: "weight" or "bias".
+    """
     saved = config.get("modules_to_save") or []
     if isinstance(saved, list) and any(isinstance(name, str) and f".{path}".endswith(f".{name}") for name in saved):
         return True
     return last == "bias" and config.get("bias", "none") in ("all", "lora_only")
 
 
-def _unless_misread(names: Names, verdict: Verdict) -> Verdict:
-    """Not the one tensor that PEFT 0.21 multiplies otherwise than as a Kronecker product for every tap."""
+def _unless_ambiguous(names: Names, verdict: Verdict) -> Verdict:
+    """Return the verdict, or `Unused` for a whole `lokr_w2` on a `Conv1d`.
+
+    That is the one tensor that PEFT 0.21 does not multiply as a Kronecker product for every tap.
+    """
     if not isinstance(verdict, Place) or verdict.name != "lokr_w2" or names.models is None:
         return verdict
     module = names.models[verdict.component].modules.get(verdict.path)
@@ -78,10 +87,10 @@ def _settings(header: Header) -> Settings:
 
 
 def _dump(state: AdapterState) -> dict[str, Document]:
-    embeddings.refuse(state, "peft")
+    embeddings.refuse_embeddings(state, "peft")
     documents = {component: peft_dump.document(layers) for component, layers in state.layers.items()}
-    # PEFT knows models and not pipelines: one folder for each.
+    # PEFT knows models, not pipelines, so every component gets a folder.
     return documents if len(documents) > 1 else {"": next(iter(documents.values()))}
 
 
-PEFT = Format("peft", _matches, _locate, _alphas, _dump, _settings)
+PEFT = Format("peft", _matches, _locate, _dump, _alphas, _settings)

@@ -1,4 +1,4 @@
-"""LoRA settings as PEFT's config spells them: in `adapter_config.json`, and in diffusers' safetensors header."""
+"""Settings of adapters as PEFT spells them: in `adapter_config.json` and in diffusers' safetensors metadata."""
 
 import math
 import re
@@ -8,34 +8,47 @@ from functools import lru_cache
 from typing import Any
 
 from diffadapt.errors import AdapterError
-from diffadapt.formats.metadata import count, flag, number
+from diffadapt.formats.metadata import finite_number, flag, whole_number
 from diffadapt.types import patterns
 from diffadapt.types.layer_state import LayerState
 
-# More is damage or mischief. `lokr_full_rank` of ai-toolkit has a rank of ten thousand million.
+# Larger values mean that a file is damaged or malicious. `lokr_full_rank` of ai-toolkit has a rank of 10^10.
 _MOST_TERMS, _MOST_RANK, _MOST_PATTERNS = 100, 10**12, 4096
 _REPEATED = re.compile(r"(?<![\\(])[*+?]|\{")
 _GROUP_REPEATED = re.compile(r"(?<!\\)\)[*+{]")
 
 
 def alpha(config: Mapping[str, Any], path: str, rank: int) -> float | None:
-    """Alpha of the layer at `path` such that `alpha / rank` is PEFT's scaling; `None` if the config has none."""
+    """Return the alpha of a layer, such that `alpha / rank` is PEFT's scaling; `None` if the config has no alpha.
+
+    Args:
+        config: the options of PEFT's config.
+        path: the layer's path, as patterns in the config refer to it.
+        rank: the layer's rank.
+
+    Raises:
+        AdapterError: an option is not of the expected kind.
+    """
     value = _pattern_value(config, "alpha_pattern", path)
     if value is None:
         value = config.get("lora_alpha", config.get("alpha"))
     if value is None:
         return None
-    value = number(value, "alpha")
+    value = finite_number(value, "alpha")
     return value * math.sqrt(rank) if flag(config.get("use_rslora"), "use_rslora") else value
 
 
 def dump(layers: Mapping[str, LayerState]) -> dict[str, Any]:
-    """The config under which PEFT scales every one of `layers` as we do."""
+    """Return a config of LoRA or DoRA with which PEFT scales every layer as the adapter does.
+
+    Raises:
+        AdapterError: only some layers are DoRA.
+    """
     ranks = {path: layer.rank or 0 for path, layer in layers.items()}
     alphas = {path: layer.scale * ranks[path] for path, layer in layers.items()}
     magnitudes = {"dora_scale" in layer.tensors for layer in layers.values()}
     if len(magnitudes) > 1:
-        raise AdapterError("some layers are DoRA and some plain LoRA, which PEFT cannot express")
+        raise AdapterError("some layers are DoRA and others plain LoRA, which PEFT cannot express")
     return {
         **ranks_and_alphas(ranks, alphas),
         "lora_bias": any("lora_bias" in layer.tensors for layer in layers.values()),
@@ -46,46 +59,55 @@ def dump(layers: Mapping[str, LayerState]) -> dict[str, Any]:
 
 
 def ranks_and_alphas(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[str, Any]:
-    """The commonest rank and alpha, and patterns for all others."""
-    rank, alpha = _commonest(ranks), _commonest(alphas)
+    """Return the options for ranks and alphas by path: the most common ones, and patterns for all others."""
+    usual_rank, usual_alpha = _most_common(ranks), _most_common(alphas)
     return {
-        "alpha_pattern": {_pattern(path): value for path, value in alphas.items() if value != alpha},
-        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-        "r": rank,
-        "rank_pattern": {_pattern(path): value for path, value in ranks.items() if value != rank},
+        "alpha_pattern": {_pattern(path): value for path, value in alphas.items() if value != usual_alpha},
+        "lora_alpha": int(usual_alpha) if usual_alpha == int(usual_alpha) else usual_alpha,
+        "r": usual_rank,
+        "rank_pattern": {_pattern(path): value for path, value in ranks.items() if value != usual_rank},
     }
 
 
 def _pattern(path: str) -> str:
-    """For one layer; above CLIP's there is a level in transformers 4, and in files for it, that 5 does not have."""
+    """Return a pattern for one layer."""
+    # In transformers 4, and in files for it, CLIP's paths have a prefix that transformers 5 dropped.
     return path if path.startswith("encoder.layers.") else f"^{path}"
 
 
 def settings(config: Mapping[str, Any], path: str, type: str) -> dict[str, float]:
-    """What the config says of the layer at `path` that its tensors do not, see `AdapterType.settings`."""
+    """Return the settings of an adapter type for the layer at `path`, see `AdapterType.settings`.
+
+    Raises:
+        AdapterError: an option is not of the expected kind, or the formula of the PEFT version is not supported.
+    """
     if type == "oft":
-        # Before there was a choice, there was only the exact inverse.
+        # PEFT versions without this option used the exact inverse.
         uses_series = flag(config.get("use_cayley_neumann"), "use_cayley_neumann")
         name = "num_cayley_neumann_terms"
-        terms = count(config.get(name, 5), name, _MOST_TERMS) if uses_series else 0
+        terms = whole_number(config.get(name, 5), name, _MOST_TERMS) if uses_series else 0
         if terms == 1:
-            raise AdapterError(f"{name} in the file's metadata is 1, which is no rotation; expected at least 2")
+            raise AdapterError(f"{name} in the file's metadata is 1, which is not a rotation; expected at least 2")
         if terms and _version(config) < (0, 18):
             raise AdapterError(
-                "an OFT of PEFT before 0.18 with use_cayley_neumann, which was another series; train it again, or load "
-                "it with that version of PEFT"
+                "an OFT of PEFT before 0.18 with use_cayley_neumann, which used another series; train it again, or "
+                "load it with that version of PEFT"
             )
-        radius = number(config.get("eps", 6e-5), "eps") if flag(config.get("coft"), "coft") else 0.0
+        radius = finite_number(config.get("eps", 6e-5), "eps") if flag(config.get("coft"), "coft") else 0.0
         return {"neumann_terms": terms, "coft_eps": radius}
     if type in ("lokr", "dora-lokr"):
-        # PEFT divides alpha by this also where both factors are whole and no tensor has it.
+        # PEFT divides alpha by the rank even if both factors are whole and no tensor shows it.
         rank = _pattern_value(config, "rank_pattern", path) or config.get("r")
-        return {"rank": count(rank, "r", _MOST_RANK)} if rank else {}
+        return {"rank": whole_number(rank, "r", _MOST_RANK)} if rank else {}
     return {}
 
 
 def is_feedforward(config: Mapping[str, Any], path: str) -> bool:
-    """Whether the config of an (IA)^3 counts the layer at `path` among those whose inputs are scaled."""
+    """Return whether the config of an (IA)^3 lists the layer at `path` among those whose inputs are scaled.
+
+    Raises:
+        AdapterError: `feedforward_modules` is neither a list of names nor a simple regular expression.
+    """
     chosen = config.get("feedforward_modules") or []
     if isinstance(chosen, str):
         _refuse_slow(chosen, "feedforward_modules")
@@ -94,17 +116,18 @@ def is_feedforward(config: Mapping[str, Any], path: str) -> bool:
         except re.error as error:
             raise AdapterError(f"feedforward_modules in the file's metadata: {chosen!r}: {error}") from error
     if not isinstance(chosen, list) or not all(isinstance(name, str) for name in chosen):
-        raise AdapterError(f"feedforward_modules in the file's metadata is {chosen!r}, expected names")
+        raise AdapterError(f"feedforward_modules in the file's metadata is {chosen!r}, expected a list of names")
     return any(path.endswith(name) for name in chosen)
 
 
 def _version(config: Mapping[str, Any]) -> tuple[int, ...]:
-    """PEFT's version that wrote the config; it is there since 0.18."""
+    """Return major and minor version of the PEFT that wrote the config; (0, 0) before 0.18, which did not write it."""
     digits = re.match(r"(\d+)\.(\d+)", str(config.get("peft_version", "")))
     return (int(digits[1]), int(digits[2])) if digits else (0, 0)
 
 
 def _pattern_value(config: Mapping[str, Any], option: str, path: str) -> Any:
+    """Return the value of the first pattern in `config[option]` that matches a layer, or `None`."""
     chosen = config.get(option) or {}
     if not isinstance(chosen, Mapping):
         raise AdapterError(f"{option} in the file's metadata is {chosen!r}, expected an object")
@@ -126,10 +149,10 @@ def _is_simple(pattern: str) -> bool:
 
 
 def _refuse_slow(pattern: str, option: str) -> None:
-    """A file may come from anyone, and some regular expressions take years; names and simple patterns do not."""
+    """Raise `AdapterError` if matching a pattern could take forever; a file may come from anyone."""
     if not _is_simple(pattern):
-        raise AdapterError(f"{option} in the file's metadata: {pattern!r} is no name and no simple pattern")
+        raise AdapterError(f"{option} in the file's metadata: {pattern!r} is neither a name nor a simple pattern")
 
 
-def _commonest(values: Mapping[str, Any]) -> Any:
+def _most_common(values: Mapping[str, Any]) -> Any:
     return Counter(values.values()).most_common(1)[0][0]

@@ -1,7 +1,7 @@
-"""Content of a PEFT folder: which config makes PEFT build exactly these layers, and how it spells their tensors.
+"""Content of a PEFT folder: a config with which PEFT builds exactly these layers, and PEFT's names of their tensors.
 
-PEFT creates its layers from the config alone and then fills in the tensors, so a config has to reproduce every shape.
-What no config reproduces is refused. Source: PEFT 0.21.2 `tuners/*/config.py` and `layer.py`.
+PEFT creates its layers from the config alone and then fills in the tensors, so the config has to reproduce every shape.
+Adapters that no config reproduces are refused. Source: PEFT 0.21.2 `tuners/*/config.py` and `layer.py`.
 """
 
 import re
@@ -15,12 +15,13 @@ from diffadapt.errors import AdapterError
 from diffadapt.formats import peft_config
 from diffadapt.formats.document import Document
 from diffadapt.types.layer_state import LayerState
-from diffadapt.types.oft import block_size, scaling
+from diffadapt.types.oft import block_size, scaled_oft_divisor
 
 Layers: TypeAlias = Mapping[str, LayerState]
+"""Adapter layers by path of the model's layer."""
 
 _VERSION = "0.21.2"
-"""Whose rules the config follows; PEFT takes older ones for OFT of another formula."""
+"""The version whose rules the config follows. PEFT assumes another formula of OFT for older versions."""
 
 _PREFIX = "base_model.model."
 _LORA = {"lora_down": "lora_A.weight", "lora_up": "lora_B.weight", "lora_bias": "lora_B.bias"}
@@ -29,20 +30,23 @@ _MAGNITUDE = {"dora_scale": "lora_magnitude_vector"}
 
 
 def document(layers: Layers) -> Document:
-    """One model's layers as a PEFT folder.
+    """Return the layers of one model as a PEFT folder.
 
     Raises:
-        AdapterError: PEFT has no such adapter: types are mixed or unknown to it, or no config gives these shapes.
+        AdapterError: PEFT has no such adapter, because the types are mixed or unknown to it, or because no config
+            reproduces the shapes.
     """
     types = sorted({layer.type for layer in layers.values()})
     if len(types) > 1:
-        raise AdapterError(f"a PEFT folder holds one type; this adapter has {', '.join(types)}; to_lora() makes it one")
+        raise AdapterError(
+            f"a PEFT folder holds one type, and this adapter has {', '.join(types)}; make it a LoRA with to_lora()"
+        )
     if types[0] not in _TYPES:
         raise AdapterError(
             f"PEFT has no type like {types[0]}; save with format='kohya', or make it a LoRA with to_lora()"
         )
     peft_type, settings = _TYPES[types[0]]
-    layers = evened(layers)
+    layers = with_equal_biases(layers)
     config = {
         "peft_type": peft_type,
         "peft_version": _VERSION,
@@ -61,10 +65,14 @@ def document(layers: Layers) -> Document:
 
 
 def spelled(path: str, layer: LayerState) -> dict[str, Tensor]:
-    """A layer's tensors by PEFT's names and in its shapes.
+    """Return a layer's tensors with the names and shapes of PEFT.
+
+    Args:
+        path: the layer's path, for messages.
+        layer: the layer.
 
     Raises:
-        AdapterError: PEFT has no tensor like it.
+        AdapterError: PEFT has no such tensor.
     """
     found: dict[str, Tensor] = {}
     for name, tensor in layer.tensors.items():
@@ -75,7 +83,7 @@ def spelled(path: str, layer: LayerState) -> dict[str, Tensor]:
         if name == "dora_scale":
             if tensor.shape[0] == 1 and tensor.shape[1] > 1:
                 raise AdapterError(
-                    f"{path}: DoRA with one length per input is unknown to PEFT; save with format='kohya'"
+                    f"{path}: PEFT does not know DoRA with one length per input; save with format='kohya'"
                 )
             tensor = tensor.reshape(1, -1, *(1,) * layer.kernel_dims) if layer.kernel_dims else tensor.reshape(-1)
         elif name == "lora_up":
@@ -88,7 +96,7 @@ def spelled(path: str, layer: LayerState) -> dict[str, Tensor]:
             tensor = tensor.view(1, -1, *(1,) * layer.kernel_dims)
         elif name == "oft_R":
             if layer.settings["scaled_oft"]:
-                tensor = tensor / scaling(block_size(tensor))
+                tensor = tensor / scaled_oft_divisor(block_size(tensor))
             found["oft_embedding_R.weight" if layer.is_embedding else "oft_R.weight"] = tensor
             continue
         spellings = {**(_EMBEDDING if layer.is_embedding else _LORA), **_MAGNITUDE}
@@ -96,8 +104,14 @@ def spelled(path: str, layer: LayerState) -> dict[str, Tensor]:
     return found
 
 
-def evened(layers: Layers) -> Layers:
-    """The same LoRAs, with a bias of zeros where only others have one: PEFT has one answer for all layers."""
+def with_equal_biases(layers: Layers) -> Layers:
+    """Return the same LoRAs, with a bias of zeros on the others if any has a bias.
+
+    PEFT has one setting for all layers.
+
+    Raises:
+        AdapterError: one of the others is an embedding, which cannot have a bias.
+    """
     if not any("lora_bias" in layer.tensors for layer in layers.values()):
         return layers
     found: dict[str, LayerState] = {}
@@ -106,7 +120,7 @@ def evened(layers: Layers) -> Layers:
         if "lora_bias" in layer.tensors or up is None:
             found[path] = layer
         elif layer.is_embedding:
-            raise AdapterError(f"{path} is an embedding, which cannot have the LoRA bias that other layers have")
+            raise AdapterError(f"{path} is an embedding, which cannot have a LoRA bias, but other layers have one")
         else:
             found[path] = replace(layer, tensors={**layer.tensors, "lora_bias": up.new_zeros(up.shape[0])})
     return found
@@ -121,7 +135,7 @@ def _loha(layers: Layers) -> dict[str, Any]:
 
 
 def _lokr(layers: Layers) -> dict[str, Any]:
-    """The factor and switches under which PEFT splits every layer as it is split here."""
+    """Return the factor and the switches with which PEFT splits every layer as it is split here."""
     if any(len(layer.kernel) == 1 and "lokr_w2" in layer.tensors for layer in layers.values()):
         raise AdapterError(
             "PEFT multiplies a whole lokr_w2 of a 1-d convolution along other axes; save with format='kohya'"
@@ -133,18 +147,18 @@ def _lokr(layers: Layers) -> dict[str, Any]:
         for both in (False, True):
             if all(_splits_alike(shapes[path], ranks[path], factor, both) for path in layers):
                 return {**_ranks(layers, ranks), **options, "decompose_factor": factor, "decompose_both": both}
-    raise AdapterError("no decompose_factor of PEFT gives the factors of this LoKr; save with format='kohya'")
+    raise AdapterError("no decompose_factor of PEFT results in the factors of this LoKr; save with format='kohya'")
 
 
 def _oft(layers: Layers) -> dict[str, Any]:
-    for path, layer in layers.items():
-        spelled(path, layer)
+    _refuse_unknown_tensors(layers)
     sizes = {block_size(layer.tensors["oft_R"]) for layer in layers.values()}
-    # The mark of a scaled OFT is in the tensors now.
+    # `spelled` multiplies the scale of a scaled OFT into its tensors.
     settings = {tuple(sorted({**layer.settings, "scaled_oft": 0.0}.items())) for layer in layers.values()}
     single = [layer for layer in layers.values() if layer.tensors["oft_R"].shape[0] == 1]
     is_shared = len(single) == len(layers)
-    # Among layers of several blocks, one of a single block is a small one, or else one whose blocks are the same.
+    # Among layers with several blocks, a layer with a single block must be as small as a block; else its blocks are
+    # shared, which PEFT has one setting for.
     if len(sizes) > 1 or len(settings) > 1 or (not is_shared and any(layer.inputs not in sizes for layer in single)):
         raise AdapterError("PEFT has one block size and one set of options for all layers of an OFT; these differ")
     chosen = dict(settings.pop())
@@ -161,8 +175,7 @@ def _oft(layers: Layers) -> dict[str, Any]:
 
 
 def _boft(layers: Layers) -> dict[str, Any]:
-    for path, layer in layers.items():
-        spelled(path, layer)
+    _refuse_unknown_tensors(layers)
     shapes = {tuple(layer.tensors["boft_R"].shape[:3]) for layer in layers.values()}
     factors, numbers, sizes = ({shape[axis] for shape in shapes} for axis in range(3))
     if len(factors) > 1 or (len(sizes) > 1 and len(numbers) > 1):
@@ -176,9 +189,14 @@ def _boft(layers: Layers) -> dict[str, Any]:
 
 
 def _ia3(layers: Layers) -> dict[str, Any]:
-    """A regular expression for whole paths: PEFT takes names in a list for endings."""
+    """Return a regular expression for whole paths; PEFT would match the names in a list against the ends of paths."""
     scales_inputs = [path for path, layer in layers.items() if layer.tensors["ia3_l"].shape[1] > 1]
     return {"feedforward_modules": "|".join(map(re.escape, scales_inputs)) or []}
+
+
+def _refuse_unknown_tensors(layers: Layers) -> None:
+    for path, layer in layers.items():
+        spelled(path, layer)
 
 
 def _ranks(layers: Layers, ranks: Mapping[str, int] | None = None) -> dict[str, Any]:
@@ -188,18 +206,18 @@ def _ranks(layers: Layers, ranks: Mapping[str, int] | None = None) -> dict[str, 
 
 
 def _tucker(layers: Layers, core: str) -> bool:
-    """Whether convolutions have cores; PEFT has one answer for all that are larger than 1 x 1."""
-    answers = {core in layer.tensors for layer in layers.values() if layer.taps > 1 and "lokr_w2" not in layer.tensors}
-    if len(answers) > 1:
-        raise AdapterError("some convolutions have a Tucker core and some have not, which PEFT cannot express")
-    return answers == {True}
+    """Return whether convolutions have Tucker cores; PEFT has one setting for all kernels larger than 1 x 1."""
+    found = {core in layer.tensors for layer in layers.values() if layer.taps > 1 and "lokr_w2" not in layer.tensors}
+    if len(found) > 1:
+        raise AdapterError("some convolutions have a Tucker core and others have none, which PEFT cannot express")
+    return found == {True}
 
 
-Shapes: TypeAlias = tuple[tuple[int, int], tuple[int, int], bool, bool]
-"""((rows, columns) of w1, of w2, w1 is whole, w2 is whole)."""
+_LoKrShapes: TypeAlias = tuple[tuple[int, int], tuple[int, int], bool, bool]
+"""(rows, columns) of w1, (rows, columns) of w2, whether w1 is whole, whether w2 is whole."""
 
 
-def _lokr_shapes(layer: LayerState) -> Shapes:
+def _lokr_shapes(layer: LayerState) -> _LoKrShapes:
     t = layer.tensors
     w1 = t["lokr_w1"].shape if "lokr_w1" in t else (t["lokr_w1_a"].shape[0], t["lokr_w1_b"].shape[1])
     if "lokr_w2" in t:
@@ -212,12 +230,13 @@ def _lokr_shapes(layer: LayerState) -> Shapes:
 
 
 def _rank_of_whole(layer: LayerState) -> int:
-    """A rank at which PEFT keeps both factors whole: not less than half of any side."""
+    """Return a rank with which PEFT keeps both factors whole: at least half of every side."""
     w1, w2, *_ = _lokr_shapes(layer)
     return int(layer.settings.get("rank") or max(*w1, *w2))
 
 
-def _splits_alike(shapes: Shapes, rank: int, factor: int, both: bool) -> bool:
+def _splits_alike(shapes: _LoKrShapes, rank: int, factor: int, both: bool) -> bool:
+    """Return whether PEFT splits a layer into these shapes with this `decompose_factor` and `decompose_both`."""
     (o1, i1), (o2, i2), whole_1, whole_2 = shapes
     if _factorization(o1 * o2, factor) != (o1, o2) or _factorization(i1 * i2, factor) != (i1, i2):
         return False
@@ -225,7 +244,7 @@ def _splits_alike(shapes: Shapes, rank: int, factor: int, both: bool) -> bool:
 
 
 def _factorization(size: int, factor: int) -> tuple[int, int]:
-    """PEFT's split: a positive factor that divides comes first even if it is the larger part."""
+    """Return the two factors that PEFT splits a size into; a factor that divides it comes first, even if larger."""
     if factor > 0 and size % factor == 0:
         return factor, size // factor
     most = size if factor == -1 else factor

@@ -1,4 +1,4 @@
-"""How files spell the tensor at the end of a key, in every dialect, and what else is in files.
+"""How files spell the tensor name at the end of a key, in every dialect, and which keys are not tensors of a layer.
 
 Sources: diffusers 0.42.1 `loaders/` and `utils/state_dict_utils.py`, PEFT 0.21.2, LyCORIS f49d30d, sd-scripts 48d368f,
 OneTrainer 23df383, ComfyUI `comfy/weight_adapter/`.
@@ -7,11 +7,11 @@ OneTrainer 23df383, ComfyUI `comfy/weight_adapter/`.
 import re
 from collections.abc import Callable, Collection
 
-from diffadapt.formats.embeddings import embedded
+from diffadapt.formats.embeddings import token_verdict
 from diffadapt.formats.verdicts import BESIDE, Place, Unused, Verdict
 from diffadapt.types import TYPES
 
-# A type's tensors are spelled as they are called, unless an ecosystem has another name for them.
+# Tensors are spelled by their canonical names, unless an ecosystem has other names for them.
 _SPELLINGS = {
     **{
         name: name
@@ -65,31 +65,33 @@ _PARAMETERS = frozenset(
 _PROCESSORS = {"to_q_lora": "to_q", "to_k_lora": "to_k", "to_v_lora": "to_v", "to_out_lora": "to_out.0"}
 _TEXT_PROJECTIONS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out.0": "out_proj"}
 
-
 _MODULATION = "a change of the block's own modulation (lightx2v), which is a parameter of no layer; pass strict=False"
 _BOOKKEEPING = re.compile(r"_aux\.|sshs_|ss_|modelspec\.")
 
 
-def located(keys: Collection[str], place: Callable[[str, str], Verdict]) -> dict[str, Verdict]:
-    """A verdict for every key: that of `place(path, name)` for those that name a tensor of an adapter.
+def locate_keys(keys: Collection[str], place: Callable[[str, str], Verdict]) -> dict[str, Verdict]:
+    """Return a verdict for every key.
 
-    The tensors of one path have one place, which is looked up once: it must not depend on the name.
+    Args:
+        keys: all keys of a file.
+        place: `(path, canonical tensor name) -> verdict`, for keys that name a tensor of an adapter. All tensors of a
+            path get the same place, which is looked up once, so it must not depend on the name.
     """
     flagged = {key.removesuffix(".on_input") for key in keys if key.endswith(".on_input")}
     places: dict[str, Place] = {}
     verdicts: dict[str, Verdict] = {}
     for key in keys:
-        found = split(key)
+        found = split_key(key)
         if flagged and found is None and key.endswith(".weight") and (path := key.removesuffix(".weight")) in flagged:
-            # Of all bare weights only those with LyCORIS' flag beside them are an adapter's.
+            # A bare weight belongs to an adapter only if LyCORIS' flag is next to it.
             found = path, "ia3_w"
         known = None if found is None else places.get(found[0])
         if found is not None and known is not None:
             verdicts[key] = Place(known.component, known.path, found[1], known.written, known.parts)
             continue
-        aside = _aside(key)
-        if aside is not None:
-            verdicts[key] = aside
+        other = _other_verdict(key)
+        if other is not None:
+            verdicts[key] = other
         elif found is None:
             verdicts[key] = Unused("not the name of an adapter tensor")
         else:
@@ -99,50 +101,55 @@ def located(keys: Collection[str], place: Callable[[str, str], Verdict]) -> dict
     return verdicts
 
 
-def _aside(key: str) -> Verdict | None:
-    """The verdict on what is in adapter files and is no tensor of a layer."""
+def _other_verdict(key: str) -> Verdict | None:
+    """Return the verdict on a known key that is not a tensor of a layer, `None` for any other key."""
     if _BOOKKEEPING.match(key):
         return Unused("bookkeeping of a trainer, without effect", harmless=True)
     if key.endswith(".diff_m"):
         return Unused(_MODULATION)
-    return embedded(key)
+    return token_verdict(key)
 
 
-def split(key: str) -> tuple[str, str] | None:
-    """Module path and canonical tensor name of a dotted key, or `None` if no adapter type spells a tensor so."""
+def split_key(key: str) -> tuple[str, str] | None:
+    """Return the module path and the canonical tensor name of a key, or `None` if it names no tensor of a type."""
     path, _, rest = key.partition(".")
     name = _SPELLINGS.get(rest)
     if name is not None:
-        # A flattened path, as most files have.
+        # A flattened path, as in most files.
         return path, name
     stem, _, last = key.rpartition(".")
     path, _, second = stem.rpartition(".")
     name = _SPELLINGS.get(f"{second}.{last}")
     if name is not None and path:
-        # No spelling of three parts ends in one of two.
+        # No spelling of three words ends in one of two.
         return path, name
-    parts = key.split(".")
+    words = key.split(".")
     for length in (3, 2, 1):
-        if len(parts) <= length:
+        if len(words) <= length:
             continue
-        name = _SPELLINGS.get(".".join(parts[-length:]))
+        name = _SPELLINGS.get(".".join(words[-length:]))
         if name is not None:
-            return ".".join(parts[:-length]), name
-    if len(parts) > 3:
-        stem, last = parts[-3], ".".join(parts[-2:])
+            return ".".join(words[:-length]), name
+    if len(words) > 3:
+        stem, last = words[-3], ".".join(words[-2:])
         if stem in _PROCESSORS and last in ("down.weight", "up.weight"):
-            return _processor_layer(parts[:-3], _PROCESSORS[stem]), f"lora_{last.removesuffix('.weight')}"
-        # PEFT's in-memory names carry the adapter's name: `lora_A.default.weight`, `hada_w1_a.default`.
-        name = _SPELLINGS.get(f"{stem}.{parts[-1]}")
+            return _processor_layer(words[:-3], _PROCESSORS[stem]), f"lora_{last.removesuffix('.weight')}"
+        # PEFT's in-memory names contain the name of the adapter: `lora_A.default.weight`, `hada_w1_a.default`.
+        name = _SPELLINGS.get(f"{stem}.{words[-1]}")
         if name is not None:
-            return ".".join(parts[:-3]), name
-    if len(parts) > 2 and parts[-2] in _PARAMETERS and parts[-1] not in ("weight", "bias"):
-        return ".".join(parts[:-2]), _SPELLINGS[parts[-2]]
+            return ".".join(words[:-3]), name
+    if len(words) > 2 and words[-2] in _PARAMETERS and words[-1] not in ("weight", "bias"):
+        return ".".join(words[:-2]), _SPELLINGS[words[-2]]
     return None
 
 
 def _processor_layer(parents: list[str], layer: str) -> str:
-    """Old files put factors on the attention processor; they belong to the projections of the attention itself."""
+    """Return the path of the projection for factors that old files have on the attention processor.
+
+    Args:
+        parents: the words of the path before the name of the factors.
+        layer: name of the projection in diffusers' own attention.
+    """
     if parents[-1:] == ["processor"]:
         parents = parents[:-1]
     if parents[-1:] == ["self_attn"]:

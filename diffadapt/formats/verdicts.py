@@ -1,4 +1,4 @@
-"""What a format says of each key of a file."""
+"""The verdicts of a format on the keys of a file: a tensor of a layer, the vectors of a token, or unused."""
 
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
@@ -6,22 +6,28 @@ from typing import NamedTuple, TypeAlias
 from diffadapt.families.fused_parts import FusedPart
 
 BESIDE = ("alpha", "reshape_weight", "set_bias", "bias_indices", "bias_values", "bias_size", "scaled_oft")
-"""What files have beside a type's tensors: alpha; ComfyUI's word for the shape that the weight is filled up to; a new
-bias; the rest of the weight's change that LyCORIS keeps as a sparse matrix when it extracts a LoRA from a model; the
-mark of OneTrainer's scaled OFT."""
+"""Tensors that files have for a layer next to those of the adapter type:
+
+* `alpha`;
+* `reshape_weight`: the shape that ComfyUI pads the weight to;
+* `set_bias`: a new bias of the layer;
+* `bias_indices`, `bias_values`, `bias_size`: the remainder of a weight change, as a sparse matrix, that LyCORIS keeps
+  when it extracts a LoRA from a model;
+* `scaled_oft`: OneTrainer's marker of a scaled OFT.
+"""
 
 
 class Place(NamedTuple):
-    """Where a tensor belongs.
+    """The place of a tensor: a layer, and the tensor's name there.
 
     Attributes:
-        component: of the pipeline.
-        path: of the layer in that component (as the file spells it when there is no model to ask).
-        name: canonical tensor name, or one of `BESIDE`; with a number at the end (`oft_blocks.0`) where the file has
-            one for each of the `parts`.
-        written: the path before it was resolved against the model; what patterns in the file's metadata speak of.
-        pieces: the model's layers that the file's layer consists of, in the order of its outputs; none where `path` is
-            a layer of the model.
+        component: name of the pipeline component.
+        path: path of the layer in that component; without a model to resolve it against, the path in the file.
+        name: canonical name of the tensor, or one of `BESIDE`. It ends in a number (`oft_blocks.0`) where the file has
+            a tensor for each of several parts of the layer.
+        written: the path before it was resolved against the model, which patterns in the file's metadata refer to.
+        parts: the model's layers that the file's layer consists of, in the order of its outputs; empty if `path` is a
+            layer of the model.
     """
 
     component: str
@@ -33,11 +39,12 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Unused:
-    """A tensor that belongs nowhere, and why.
+    """A tensor that has no place.
 
     Attributes:
-        component: that the name speaks of, where it does.
-        harmless: bookkeeping, which does not make a file faulty.
+        reason: why it has none.
+        component: the component that its key names, if any.
+        harmless: whether a file with this tensor is still complete and correct, as with a trainer's bookkeeping.
     """
 
     reason: str
@@ -47,13 +54,13 @@ class Unused:
 
 @dataclass(frozen=True, slots=True)
 class Vectors:
-    """Learned vectors of a token: a textual inversion.
+    """The learned vectors of a token (a textual inversion).
 
     Attributes:
-        token: the word for the prompt; `None` where it is the file's name.
-        written: for which text encoder, as files spell it ("clip_l"), or what they spell where they do not say.
-        apart: every row is a token of its own, `<s0>`, `<s1>` and so on.
-        output: they replace what the text encoder gives for the token, and not what it reads.
+        token: the word to use in prompts; `None` if it is the name of the file.
+        written: the text encoder as files spell it ("clip_l"), or what they have in its place if they name none.
+        apart: whether every row is a token of its own: `<s0>`, `<s1>` and so on.
+        output: whether the vectors replace the output of the text encoder for the token, rather than its input.
     """
 
     token: str | None

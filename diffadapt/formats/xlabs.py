@@ -1,7 +1,8 @@
 """XLabs' LoRAs for Flux.1: factors on the attention processors of the original layout, at a scale of 1.
 
-`double_blocks.<n>.processor.qkv_lora1.down.weight`, where 1 is the image's stream and 2 the text's, and `qkv_lora`
-without a number in single blocks. Source: XLabs-AI/x-flux 4749542 `src/flux/modules/layers.py`.
+Keys are `double_blocks.<n>.processor.qkv_lora1.down.weight`, where `qkv_lora1` is for the image stream and `qkv_lora2`
+for the text stream; single blocks have `qkv_lora` without a number. Source: XLabs-AI/x-flux 4749542
+`src/flux/modules/layers.py`.
 """
 
 import re
@@ -19,7 +20,7 @@ def _matches(header: Header) -> bool:
 
 
 def _locate(header: Header, names: Names) -> dict[str, Verdict]:
-    verdicts = suffixes.located(header.keys, lambda path, name: Unused("a name unlike the others in this file"))
+    verdicts = suffixes.locate_keys(header.keys, lambda path, name: Unused("a name unlike the others in this file"))
     denoiser = names.denoiser
     for key in header.keys:
         match = _KEY.fullmatch(key)
@@ -32,10 +33,10 @@ def _locate(header: Header, names: Names) -> dict[str, Verdict]:
         elif match[3] == "proj":
             verdicts[key] = names.dotted(denoiser, f"single_blocks.{match[2]}.linear2", name)
         else:
-            # Of the first layer of a single block, query, key and value only.
-            paths = [f"single_transformer_blocks.{match[2]}.attn.to_{part}" for part in "qkv"]
-            verdicts[key] = names.parts(denoiser, key.rsplit(".", 2)[0], paths, name)
+            # The first layer of a single block also contains the feed-forward, which this factor does not cover.
+            paths = [f"single_transformer_blocks.{match[2]}.attn.to_{letter}" for letter in "qkv"]
+            verdicts[key] = names.fused(denoiser, key.rsplit(".", 2)[0], paths, name)
     return verdicts
 
 
-XLABS = Format("xlabs", _matches, _locate, lambda header: lambda component, path, rank: None, None)
+XLABS = Format("xlabs", _matches, _locate)

@@ -1,4 +1,4 @@
-"""What a file says of one of its layers: its tensors by name, and the same checked against the layer of the model."""
+"""The content of one layer of a file: the tensors as stored (`Group`), and fitted to the layer (`Content`)."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffadapt.errors import AdapterError
+from diffadapt.errors import AdapterError, Fault
 from diffadapt.families.fused_parts import FusedPart
 from diffadapt.types import named
 from diffadapt.types.adapter_type import AdapterType, Tensors
@@ -16,15 +16,18 @@ from diffadapt.types.layer_spec import LayerSpec
 from diffadapt.types.layer_state import scale_of
 
 
-@dataclass
+@dataclass(eq=False)
 class Group:
-    """The tensors that a file has for one layer, by canonical name, and the keys they came under.
+    """The tensors that a file contains for one layer.
 
     Attributes:
-        written: the layer's path as the file has it.
-        pieces: see `Place.pieces`.
+        component, path, written, parts: the layer; see `Place`.
+        keys: canonical tensor name -> the tensor's key in the file.
+        tensors: canonical tensor name -> the tensor.
     """
 
+    component: str
+    path: str
     written: str
     parts: tuple[FusedPart, ...] = ()
     keys: dict[str, str] = field(default_factory=dict[str, str])
@@ -32,23 +35,31 @@ class Group:
 
     @property
     def values(self) -> Iterator[tuple[str, Tensor]]:
-        """Key and tensor for all but alpha."""
+        """The key and the tensor of everything but alpha, which may be infinite where it has no effect."""
         return ((self.keys[name], tensor) for name, tensor in self.tensors.items() if name != "alpha")
+
+    def faults(self, error: AdapterError) -> list[Fault]:
+        """Return one fault for each of the tensors, with the layer and the error as the reason."""
+        return [Fault(key, f"{self.component}.{self.path}: {error}") for key in self.keys.values()]
 
 
 @dataclass(frozen=True)
 class Content:
-    """What a file says of one of its layers, checked by shapes and dtypes.
+    """What a file contains for one of its layers, checked against the layer by shapes and dtypes.
 
     Attributes:
-        path: of the layer.
-        pieces: see `Place.pieces`.
-        spec: the geometry that the tensors have the shapes for.
-        bias: what the file has in the place of the type's own change of the bias: a change that no alpha scales, or a
-            new bias. It is among the tensors already, as it is.
-        rest: places (2, count) in the flat weight and values (count) of a sparse change to be added, at the same scale.
+        component, path, parts: the layer; see `Place`.
+        spec: the geometry of the layer as the file has it: with the outputs of all `parts`.
+        tensors: the tensors of the adapter type, fitted to `spec`.
+        alpha: the alpha, or `None` if the file gives none or it is one of the settings.
+        settings: see `AdapterType.settings`.
+        bias: what the tensor `bias_name(adapter_type)` is, unless it is what the type defines, a change that the scale
+            applies to: a "change" that no scale applies to, or the "new" bias. `with_bias` converts it.
+        rest: a sparse change of the weight that is added at the same scale: its positions in the matrix (out, fan_in),
+            of shape (2, count), and its values, of shape (count,). `with_rest` adds it.
     """
 
+    component: str
     path: str
     parts: tuple[FusedPart, ...]
     adapter_type: AdapterType
@@ -61,15 +72,20 @@ class Content:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """Of the model's layers that it is for."""
+        """The paths of the model's layers that the file's layer consists of."""
         return tuple(part.path for part in self.parts) or (self.path,)
+
+    @property
+    def scale(self) -> float:
+        """`alpha / rank`; see `scale_of`."""
+        return scale_of(self.alpha, self.adapter_type.rank(self.tensors), self.settings)
 
     @cached_property
     def plain(self) -> "Content":
-        """The same additive change as a LoRA or, where that is no saving, as the matrix; in float32 or wider."""
-        adapter_type, layer, wide = self.adapter_type, self.spec, self._wide
-        bias = adapter_type.delta_bias(wide)
-        factors = adapter_type.as_low_rank(wide, layer) if layer.groups == 1 else None
+        """The same additive change as a LoRA or, if that saves nothing, as a matrix; in float32 or wider."""
+        adapter_type, spec, tensors = self.adapter_type, self.spec, self._promoted
+        bias = adapter_type.delta_bias(tensors)
+        factors = adapter_type.as_low_rank(tensors, spec) if spec.groups == 1 else None
         if factors is None:
             return self.with_rest(torch.zeros(()))
         lora = {"lora_down": factors[0], "lora_up": factors[1], **({} if bias is None else {"lora_bias": bias})}
@@ -78,19 +94,19 @@ class Content:
         )
 
     def with_rest(self, rest: Tensor) -> "Content":
-        """The same additive change plus another, canonical one at the same scale, as the matrix."""
-        adapter_type, layer, scale, wide = self.adapter_type, self.spec, self.scale, self._wide
-        bias = adapter_type.delta_bias(wide)
-        full = {"diff": layer.to_stored((adapter_type.delta_weight(wide, layer) + rest) * scale)}
+        """Return the additive change plus `rest`, a canonical change at the same scale, as one matrix."""
+        adapter_type, spec, scale, tensors = self.adapter_type, self.spec, self.scale, self._promoted
+        bias = adapter_type.delta_bias(tensors)
+        full = {"diff": spec.to_stored((adapter_type.delta_weight(tensors, spec) + rest) * scale)}
         if bias is not None:
             full["diff_b"] = bias * scale
         return replace(self, adapter_type=named("full"), tensors=full, alpha=None, settings={}, rest=None)
 
     def with_bias(self, own: Tensor | None) -> "Content":
-        """With the type's own change of the bias, which is scaled like its factors.
+        """Return the content with the tensor described by `bias` converted to a change that the scale applies to.
 
         Args:
-            own: the model's bias, if the tensor is a new one.
+            own: the model's bias if the tensor is a new bias, `None` if it is a change.
         """
         name = bias_name(self.adapter_type)
         given = self.tensors[name]
@@ -100,56 +116,60 @@ class Content:
         return replace(self, tensors={**self.tensors, name: change}, bias=None)
 
     @property
-    def scale(self) -> float:
-        """`alpha / rank`; see `scale_of`."""
-        return scale_of(self.alpha, self.adapter_type.rank(self.tensors), self.settings)
-
-    @property
-    def _wide(self) -> Tensors:
+    def _promoted(self) -> Tensors:
+        # `torch.promote_types` refuses float8.
         return {name: t if t.dtype == torch.float64 else t.float() for name, t in self.tensors.items()}
 
 
 def part_of(content: Content, rows: Sequence[range]) -> Content:
-    """What belongs to some rows of the layer; as a plain change of them where the tensors cannot be taken apart."""
-    adapter_type, tensors, layer = content.adapter_type, content.tensors, content.spec
-    stages = adapter_type.stages(tensors, layer)
+    """Return the content for some rows of the layer's weight.
+
+    An additive change whose tensors cannot be cut becomes a plain one (`Content.plain`).
+
+    Raises:
+        AdapterError: the content is not additive, and what it does to these rows depends on others.
+    """
+    adapter_type, tensors, spec = content.adapter_type, content.tensors, content.spec
+    stages = adapter_type.stages(tensors, spec)
     limit = content.settings.get(adapter_type.alpha_is or "", 0.0)
-    if limit > 0 and "output" in stages and sum(map(len, rows)) < layer.out_features:
+    if limit > 0 and "output" in stages and sum(map(len, rows)) < spec.out_features:
         raise AdapterError(
             f"its {adapter_type.alpha_is} is over all outputs, which are in different layers of the model"
         )
-    cut = adapter_type.rows(tensors, layer, rows)
+    cut = adapter_type.rows(tensors, spec, rows)
     if cut is None and stages == ("add",):
         return part_of(content.plain, rows)
     if cut is None:
         raise AdapterError(f"its {adapter_type.name} joins outputs that are in different layers of the model")
-    rank, was = adapter_type.rank(cut), adapter_type.rank(tensors)
-    alpha = content.alpha
-    if alpha is not None and rank and was:
-        # A part may do with fewer ranks than the whole, at the same scale.
-        alpha = alpha * rank / was
-    # What the parts have in common becomes a parameter of each.
+    alpha, rank, part_rank = content.alpha, adapter_type.rank(tensors), adapter_type.rank(cut)
+    if alpha is not None and rank and part_rank:
+        # A part may need fewer ranks than the whole; the scale stays the same.
+        alpha = alpha * part_rank / rank
+    # A tensor that the parts share becomes a parameter of each.
     own = {name: tensor.clone() if tensor is tensors.get(name) else tensor for name, tensor in cut.items()}
     return replace(content, tensors=own, alpha=alpha)
 
 
-def narrowed(part: Content, dtypes: set[torch.dtype]) -> Content:
-    """What had to be computed in a wider dtype, in the one of the file; not where more than rounding would be lost."""
+def rounded(content: Content, dtypes: set[torch.dtype]) -> Content:
+    """Return the content with tensors that were computed in a wider dtype rounded to the dtype of the file.
+
+    A tensor that would lose more than rounding does keeps its dtype. So do all tensors if the file's `dtypes` differ.
+    """
     if len(dtypes) != 1:
-        return part
+        return content
     (dtype,) = dtypes
     tensors: dict[str, Tensor] = {}
-    for name, wide in part.tensors.items():
-        if wide.dtype == dtype:
-            tensors[name] = wide
+    for name, tensor in content.tensors.items():
+        if tensor.dtype == dtype:
+            tensors[name] = tensor
             continue
-        narrow = wide.to(dtype)
-        # Below the smallest normal number rounding is no longer relative: products of small numbers become zero.
-        lost = torch.linalg.vector_norm(narrow.to(wide.dtype) - wide)
-        tensors[name] = narrow if lost <= torch.finfo(dtype).eps * torch.linalg.vector_norm(wide) else wide
-    return replace(part, tensors=tensors)
+        result = tensor.to(dtype)
+        # Below the smallest normal number, rounding errors are no longer relative: products of small numbers vanish.
+        lost = torch.linalg.vector_norm(result.to(tensor.dtype) - tensor)
+        tensors[name] = result if lost <= torch.finfo(dtype).eps * torch.linalg.vector_norm(tensor) else tensor
+    return replace(content, tensors=tensors)
 
 
 def bias_name(adapter_type: AdapterType) -> str:
-    """The name of the change of a bias, for types that have one."""
+    """Return the name of the tensor that changes the bias, for types that have one."""
     return "lora_bias" if "lora_bias" in adapter_type.tensors else "diff_b"

@@ -1,4 +1,4 @@
-"""From a file in one format to a file in another, without a pipeline."""
+"""Conversion of a file from one format to another, without a pipeline."""
 
 import os
 from pathlib import Path
@@ -25,25 +25,28 @@ def convert(
     weight_name: str | None = None,
     subfolder: str | None = None,
 ) -> Path:
-    """Write what is in a file in another format; names are those of the family's models.
+    """Write the content of a file in another format, with the layer names of its family's models.
 
-    Tensors keep their dtype. A change that has to be multiplied out, as a LoKr on a layer that is three of the model,
-    is computed in float32 and rounded to the file's dtype, as a trainer that saves in it would have done; it stays
-    float32 where that loses more than rounding, since products of small numbers vanish in float16.
+    Tensors keep their dtype. A change that has to be multiplied out, such as a LoKr on a layer that is three in the
+    model, is computed in float32 and rounded to the file's dtype, as a trainer that saves in that dtype would do.
+    It stays in float32 if it would lose more than rounding does, since products of small numbers vanish in float16.
 
     Args:
-        source: as for `pipe.load_adapter`.
-        target: as for `pipe.adapters.save`.
-        format: likewise.
-        family: of the models that the file is for ("sdxl", "flux", ...); default what its names and shapes tell.
-        source_format: of the file; default what its names tell.
+        source: the file, folder, hub id or state dict to read, as for `pipe.load_adapter`.
+        target: the file or folder to write, as for `pipe.adapters.save`.
+        format: the format to write, as for `pipe.adapters.save`.
+        family: the family of the models that the file is for ("sdxl", "flux", ...); defaults to the one recognised from
+            its names and shapes.
+        source_format: the format of the file; defaults to the one that its names match.
+        weight_name: the name of the file in a folder or on the hub, as for `pipe.load_adapter`.
+        subfolder: the subfolder that the file is in, as for `pipe.load_adapter`.
 
     Returns:
-        The file written.
+        The path of the file written.
 
     Raises:
-        AdapterError: the file's model family cannot be told or is not known here, a tensor cannot be used, or the
-            format cannot express what is in the file. Nothing has been written then.
+        AdapterError: the family is unknown, a tensor cannot be used, or the format cannot express the content of the
+            file. Nothing has been written then.
     """
     chosen = writer(format)
     checkpoint = read(source, Location(weight_name, subfolder))
@@ -68,7 +71,13 @@ def convert(
 def planned_on(
     checkpoint: Checkpoint, family: str, for_writing: ForWriting | None = None, format: str | None = None
 ) -> Plan:
-    """The file on the first of the family's models that has all its layers, or on the one that has most of them."""
+    """Return the plan for the published models of a family: the first without faults, or else the one with the fewest.
+
+    Args:
+        checkpoint: the content of the file.
+        family: the name of the family.
+        for_writing, format: see `plan`.
+    """
     best: Plan | None = None
     for models in published(family):
         planned = plan(checkpoint, models, for_writing=for_writing, format=format)

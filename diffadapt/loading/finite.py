@@ -1,4 +1,4 @@
-"""Which tensors of a file hold NaN or infinite values."""
+"""The check of a file's values for NaN and infinity."""
 
 from collections.abc import Iterable
 
@@ -9,15 +9,18 @@ from diffadapt.types.tensor_ops import FLOAT8
 
 
 def non_finite(values: Iterable[tuple[str, Tensor]]) -> set[str]:
-    """Of tensors by key, the keys of those with NaN or infinite values, with one synchronisation for all."""
+    """Return the keys of the tensors that hold NaN or infinite values. Integers and meta tensors are skipped.
+
+    If all values are finite, the check usually synchronises the device once for all tensors of one dtype.
+    """
     alike: dict[tuple[torch.device, torch.dtype], list[tuple[str, Tensor]]] = {}
     for key, tensor in values:
         if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta:
-            wide = tensor.float() if tensor.dtype in FLOAT8 else tensor
-            alike.setdefault((wide.device, wide.dtype), []).append((key, wide))
+            summable = tensor.float() if tensor.dtype in FLOAT8 else tensor
+            alike.setdefault((summable.device, summable.dtype), []).append((key, summable))
     broken: set[str] = set()
     for found in alike.values():
-        # A sum is quick, and finite only if all of its terms are; a large one need not be.
+        # A sum is fast. A finite sum proves that all of its terms are finite; an infinite one may be an overflow.
         block = _block([tensor for _, tensor in found])
         if block is not None and torch.isfinite(block.sum()):
             continue
@@ -28,7 +31,10 @@ def non_finite(values: Iterable[tuple[str, Tensor]]) -> set[str]:
 
 
 def _block(tensors: list[Tensor]) -> Tensor | None:
-    """One tensor in which these are, if they are most of a stretch of the same memory, as those of a file are."""
+    """Return one tensor over the memory from the first to the last of `tensors`, as a file has them in one storage.
+
+    The result is `None` if they are in different storages, are not contiguous, or fill less than half of that memory.
+    """
     first, memory = tensors[0], tensors[0].untyped_storage().data_ptr()
     if any(not tensor.is_contiguous() or tensor.untyped_storage().data_ptr() != memory for tensor in tensors):
         return None

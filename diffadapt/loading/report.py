@@ -1,10 +1,12 @@
-"""What `load_adapter` and `inspect` say about a file: every tensor used, or why not."""
+"""The report on a file that `load_adapter` and `inspect` return: what is used, and why the rest is not."""
 
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-_SHOWN = 10
+from diffadapt.errors import Fault
+
+_MOST_REASONS = 10
 
 
 @dataclass(frozen=True)
@@ -13,15 +15,15 @@ class Report:
 
     Attributes:
         name: the adapter's name.
-        format: file format ("diffusers", "kohya", "peft", "comfy", ...).
-        family: model family ("sd", "sdxl", "flux", ...), `None` where unknown.
-        types: layers per adapter type.
-        components: layers per component.
-        tokens: words for the prompt that the file brings (textual inversions), with their numbers of vectors. A
-            pipeline that does not spell out a token of several vectors needs all: `token token_1 token_2`.
-        used: number of tensors of the file that are in use.
-        unused: `(key, reason)` for every other tensor.
-        metadata: safetensors header metadata, verbatim.
+        format: the file format ("diffusers", "kohya", "peft", "comfy", ...).
+        family: the model family ("sd", "sdxl", "flux", ...), or `None` if it is unknown.
+        types: the number of adapter layers of each adapter type.
+        components: the number of adapter layers in each component.
+        used: the number of tensors that are used.
+        unused: `(key, reason)` for every other tensor of the file.
+        metadata: the metadata of the safetensors header, verbatim.
+        tokens: the learned tokens of the file (textual inversions) and their numbers of vectors. A pipeline that does
+            not spell out a token of several vectors needs all of its names in the prompt: `token token_1 token_2`.
     """
 
     name: str
@@ -30,7 +32,7 @@ class Report:
     types: Mapping[str, int]
     components: Mapping[str, int]
     used: int
-    unused: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+    unused: list[Fault] = field(default_factory=list[Fault])
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])
     tokens: Mapping[str, int] = field(default_factory=dict[str, int])
 
@@ -47,15 +49,15 @@ class Report:
         return "\n".join([*lines, *(f"  {line}" for line in explained(self.unused))])
 
 
-def explained(faults: list[tuple[str, str]]) -> list[str]:
-    """Faults as lines, those with a common reason together, the most frequent first."""
-    by_reason = Counter(reason for _, reason in faults)
+def explained(faults: list[Fault]) -> list[str]:
+    """Return one line for each distinct reason, with the first key it applies to, the most frequent reasons first."""
+    by_reason = Counter(fault.reason for fault in faults)
     lines: list[str] = []
-    for reason, count in by_reason.most_common(_SHOWN):
-        keys = [key for key, why in faults if why == reason]
+    for reason, count in by_reason.most_common(_MOST_REASONS):
+        key = next(fault.key for fault in faults if fault.reason == reason)
         more = f" (and {count - 1} more)" if count > 1 else ""
-        lines.append(f"{keys[0]}{more}: {reason}")
-    hidden = len(by_reason) - _SHOWN
+        lines.append(f"{key}{more}: {reason}")
+    hidden = len(by_reason) - _MOST_REASONS
     return [*lines, f"... and {hidden} more reasons"] if hidden > 0 else lines
 
 

@@ -1,8 +1,9 @@
-"""Which adapters act, and how strongly: set once, restored afterwards, or advanced with the steps of a run."""
+"""Which adapters act and how strongly: set for good, for a `with` block, or at every step of a run."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -13,15 +14,20 @@ from diffadapt.management.snapshot import Chosen
 from diffadapt.runtime.adapter import Adapter
 from diffadapt.runtime.components import is_text_encoder
 from diffadapt.runtime.locks import exclusive
+from diffadapt.strengths import scheduler_clock
 from diffadapt.strengths.by_prefix import Strength, is_scheduled
 from diffadapt.strengths.schedules import Moment
 
 
 def activate_(owner: Owner, adapters: Chosen, follow: Follow | None) -> None:
-    """Make exactly these adapters active; see `Adapters.activate`."""
+    """Make exactly these adapters active; see `Adapters.activate`.
+
+    Args:
+        follow: connects the schedulers that schedules follow to a listener; `None` if there are none.
+    """
     snapshot = owner.snapshot()
     snapshot.refuse_merged("activate")
-    wanted, strengths = snapshot.resolved(adapters)
+    wanted, strengths = snapshot.resolve(adapters)
     if follow is None and any(map(is_scheduled, wanted.values())):
         raise AdapterError(
             "a schedule follows the steps of a scheduler, which a single model does not have; "
@@ -33,68 +39,100 @@ def activate_(owner: Owner, adapters: Chosen, follow: Follow | None) -> None:
             adapter.strength = strength
             adapter.set_strengths(strengths[name][component])
     snapshot.set_active_(wanted)
-    keep_time(owner, follow)
+    follow_schedules(owner, follow)
 
 
-def keep_time(owner: Owner, follow: Follow | None) -> None:
-    """Listen to the steps of a run for as long as one of the active adapters has a schedule."""
+@contextmanager
+def scheduled(owner: Owner, adapters: Chosen, scheduler: Any = None) -> Generator[None, None, None]:
+    """Make exactly these adapters active inside the `with` block; see `Adapters.scheduled`."""
+    follow = owner.follow
+    if scheduler is not None:
+        follow = partial(scheduler_clock.follow, scheduler, next(iter(owner.models().values())))
+    try:
+        with restoring(owner):
+            activate_(owner, adapters, follow)
+            yield
+    finally:
+        follow_schedules(owner, follow)
+
+
+def follow_schedules(owner: Owner, follow: Follow | None) -> None:
+    """Listen to the steps of runs if an active adapter has a schedule, and stop listening if none has."""
     if follow is not None:
-        scheduled = any(map(is_scheduled, owner.snapshot().active.values()))
-        follow(partial(_advance_, owner) if scheduled else None)
+        has_schedule = any(map(is_scheduled, owner.snapshot().active.values()))
+        follow(partial(_advance_, owner) if has_schedule else None)
 
 
 def refuse_schedule(action: str, name: str, strength: Strength) -> None:
-    """Raise `AdapterError` if the strength of adapter `name` changes during a run."""
+    """Raise `AdapterError` if the strength of adapter `name` is a schedule.
+
+    Args:
+        action: what was asked for, in the message.
+    """
     if is_scheduled(strength):
         raise AdapterError(f"{action}: the strength of {name!r} is a schedule; a number is expected here")
 
 
-@contextmanager
-def restored(owner: Owner) -> Generator[None, None, None]:
-    """Hold the models of `owner` for this thread and restore the adapters on leaving.
+class _AdapterState(NamedTuple):
+    """What `restoring` restores of one adapter on one model."""
 
-    Every adapter is then as active and as strong as before; new ones are inactive.
+    adapter: Adapter
+    active: bool
+    strength: Strength
+    gates: Tensor
+
+
+@contextmanager
+def restoring(owner: Owner) -> Generator[None, None, None]:
+    """Hold the models of `owner` for this thread, and on leaving restore which adapters act and how strongly.
+
+    Adapters that were loaded in between are inactive then.
     """
     with exclusive(owner.models().values()):
-        yield from _restoring(owner)
-
-
-def _restoring(owner: Owner) -> Generator[None, None, None]:
-    states: dict[tuple[str, str], tuple[Adapter, bool, Strength, Tensor]] = {}
-    calls: dict[str, tuple[int, int, bool]] = {}
-    for component, bank in owner.snapshot().banks.items():
-        calls[component] = bank.call.samples, bank.call.images, bank.call.asks_images
-        for name, adapter in bank.adapters.items():
-            states[component, name] = adapter, adapter.active, adapter.strength, adapter.gates.clone()
-    try:
-        yield
-    finally:
-        snapshot = owner.snapshot()
-        for component, bank in snapshot.banks.items():
-            bank.call.samples, bank.call.images, bank.call.asks_images = calls.get(component, (0, 1, True))
+        states: dict[tuple[str, str], _AdapterState] = {}
+        calls: dict[str, tuple[int, int, bool]] = {}
+        for component, bank in owner.snapshot().banks.items():
+            calls[component] = bank.call.samples, bank.call.images, bank.call.asks_images
             for name, adapter in bank.adapters.items():
-                state = states.get((component, name))
-                adapter.active = state is not None and state[1]
-                if state is not None and adapter is state[0]:
-                    adapter.strength = state[2]
-                    adapter.set_gates(state[3])
-                elif state is not None:
-                    # Another adapter took the name meanwhile.
-                    adapter.strength = state[2]
-                    strengths = snapshot.strengths(name, state[2], {component: adapter}, strict=False)
-                    adapter.set_strengths(strengths[component])
-        seat_(snapshot, snapshot.running)
-        snapshot.refresh_()
-        keep_time(owner, owner.follow)
+                state = _AdapterState(adapter, adapter.active, adapter.strength, adapter.gates.clone())
+                states[component, name] = state
+        try:
+            yield
+        finally:
+            _restore_(owner, states, calls)
+
+
+def _restore_(
+    owner: Owner, states: dict[tuple[str, str], _AdapterState], calls: dict[str, tuple[int, int, bool]]
+) -> None:
+    """Write back the states of adapters by component and name, and the samples and images of calls by component."""
+    snapshot = owner.snapshot()
+    for component, bank in snapshot.banks.items():
+        bank.call.samples, bank.call.images, bank.call.asks_images = calls.get(component, (0, 1, True))
+        for name, adapter in bank.adapters.items():
+            state = states.get((component, name))
+            adapter.active = state is not None and state.active
+            if state is None:
+                continue
+            adapter.strength = state.strength
+            if adapter is state.adapter:
+                adapter.set_gates(state.gates)
+            else:
+                # The name was given to another adapter in between, perhaps with other layers.
+                strengths = snapshot.strengths(name, state.strength, {component: adapter}, strict=False)
+                adapter.set_strengths(strengths[component])
+    seat_(snapshot, snapshot.running)
+    snapshot.refresh_()
+    follow_schedules(owner, owner.follow)
 
 
 def _advance_(owner: Owner, moment: Moment) -> None:
     """Set the strengths that schedules have at `moment`."""
     snapshot = owner.snapshot()
-    for name, found in snapshot.adapters.items():
-        if is_scheduled(found.strength):
-            strengths = snapshot.strengths(name, found.strength, found.components, strict=False, moment=moment)
-            for component, adapter in found.components.items():
+    for name, loaded in snapshot.adapters.items():
+        if is_scheduled(loaded.strength):
+            strengths = snapshot.strengths(name, loaded.strength, loaded.components, strict=False, moment=moment)
+            for component, adapter in loaded.components.items():
                 # Prompts are encoded before a run, and perhaps again before the next one.
                 if not is_text_encoder(component):
                     adapter.set_strengths(strengths[component])

@@ -1,4 +1,4 @@
-"""Plain LoRAs derived from loaded adapters, by name."""
+"""Add plain LoRAs derived from loaded adapters."""
 
 from collections.abc import Callable
 
@@ -12,12 +12,16 @@ from diffadapt.to_lora.report import Conversion
 
 
 def derive_adapter_(owner: Owner, adapters: Chosen, name: str, maker: Callable[[Sources], Maker]) -> Conversion:
-    """Add the LoRA that `maker` makes of `adapters`, inactive; see `Adapters.to_lora` and `Adapters.combine`."""
+    """Add the LoRA `name` that `maker` makes from `adapters`, inactive; see `Adapters.to_lora` and `Adapters.combine`.
+
+    Args:
+        maker: see `to_lora.derive.derive_`.
+    """
     snapshot = owner.snapshot()
     snapshot.refuse_name(name)
     for bank in snapshot.banks.values():
         expand_(bank)
-    wanted, strengths = snapshot.resolved(adapters)
+    wanted, strengths = snapshot.resolve(adapters)
     for source, strength in wanted.items():
         refuse_schedule(name, source, strength)
     report = derive_(snapshot.models, name, strengths, maker)

@@ -1,14 +1,14 @@
-"""One way for a planned adapter into the models: beside the weights, or merged in the place of a merged one."""
+"""Put planned adapters into the models, next to the weights or merged into them, and remove them again."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
 
 from diffadapt.errors import AdapterError
-from diffadapt.loading.attach_plan import attach_all_
+from diffadapt.loading.attach_plan import attach_all_, detach_all_
 from diffadapt.loading.plan import Plan
-from diffadapt.management.activation import keep_time, refuse_schedule
+from diffadapt.management.activation import follow_schedules, refuse_schedule
 from diffadapt.management.owner import Owner
-from diffadapt.management.seating import find_room
+from diffadapt.management.seating import find_seats
 from diffadapt.management.snapshot import AdapterSnapshot, LoadedAdapter
 from diffadapt.merging.keeping import Keeping
 from diffadapt.merging.merge import refuse_mixture, remerged
@@ -18,49 +18,56 @@ from diffadapt.runtime.slots.reservation import Arrangement
 from diffadapt.strengths.by_prefix import Strength
 
 
-def install_(
+def install_adapter_(
     owner: Owner,
     name: str,
     planned: Plan,
-    strength: Strength,
+    strength: Strength | None,
     *,
     activate: bool = True,
     allow_recompile: bool = False,
     old: LoadedAdapter | None = None,
-    keeps_strength: bool = False,
 ) -> None:
-    """Put planned adapters into the models as `name`, in all components; or raise, and nothing has changed.
+    """Put planned adapters into the models under `name`, in all components or, if one refuses, in none.
 
     Args:
-        allow_recompile: whether they may run outside the slots where the slots have no room.
-        old: the adapter that has this name now. If it is merged, the new one is merged in its place.
-        keeps_strength: the strength is that of `old`, whose prefixes need not suit the new adapter.
+        strength: strength of the new adapter; `None` for that of `old`, whose prefixes need not match the new layers.
+        activate: whether the adapter acts at once.
+        allow_recompile: whether it may run outside the slots where they have no room.
+        old: the adapter that has this name now, to be replaced. If it is merged, the new one is merged in its place.
+
+    Raises:
+        AdapterError: see `Adapters.load` and `Adapters.hotswap`. Nothing has changed then.
     """
     snapshot, adapters = owner.snapshot(), planned.adapters
-    merged = name in snapshot.merged
-    if merged:
+    is_merged = name in snapshot.merged
+    inherits = strength is None
+    if strength is None:
+        assert old is not None
+        strength = old.strength
+    if is_merged:
         refuse_schedule("hotswap", name, strength)
-    strengths = snapshot.strengths(name, strength, adapters, strict=not keeps_strength)
+    strengths = snapshot.strengths(name, strength, adapters, strict=not inherits)
     for adapter in adapters.values():
         adapter.active = activate
-    after = _after(snapshot, name, adapters)
+    after = _adapters_after(snapshot, name, adapters)
     for component, bank in snapshot.banks.items():
         if bank.merged:
-            refuse_mixture(component, after[component], {*bank.merged, *((name,) if merged else ())})
+            refuse_mixture(component, after[component], {*bank.merged, *((name,) if is_merged else ())})
     arrangements, outside = dict[str, Arrangement](), set[str]()
-    if merged:
+    if is_merged:
         _refuse_other_inputs(name, [*adapters.values(), *(old.components.values() if old else ())])
     else:
         layers = {component: adapter.layers for component, adapter in adapters.items() if adapter.layers}
-        arrangements, outside = find_room(snapshot, name, layers, activate, allow_recompile, replacing=old is not None)
+        arrangements, outside = find_seats(snapshot, name, layers, activate, allow_recompile, replacing=old is not None)
     for component, adapter in adapters.items():
         if component not in arrangements and planned.device is not None:
-            # It was prefetched into CPU memory and runs where its model does. If there is no memory for it, that shows
-            # before anything has changed.
+            # It was prefetched into CPU memory, but runs where its model does. Move it now: if there is no memory for
+            # it, this fails before anything has changed.
             adapter.to(execution_device(planned.targets[component].all))
         adapter.strength, adapter.outside_slots = strength, component in outside
         adapter.set_strengths(strengths[component])
-    with _merged(snapshot, name, planned, after, merged):
+    with _merged_in_place(snapshot, name, planned, after, is_merged):
         attach_all_(snapshot.models, name, planned, replacing=old is not None)
     snapshot = owner.snapshot()
     for component, bank in snapshot.banks.items():
@@ -69,34 +76,47 @@ def install_(
         elif bank.reservation is not None:
             bank.reservation.vacate(name)
     snapshot.refresh_()
-    keep_time(owner, owner.follow)
+    follow_schedules(owner, owner.follow)
     owner.changed()
 
 
-def _after(snapshot: AdapterSnapshot, name: str, adapters: dict[str, Adapter]) -> dict[str, dict[str, Adapter]]:
-    """Return the adapters of every model as they will be, by component and name."""
-    found: dict[str, dict[str, Adapter]] = {}
+def remove_adapter_(owner: Owner, name: str) -> None:
+    """Remove adapter `name` with its tokens from all components; see `Adapters.remove`."""
+    snapshot = owner.snapshot()
+    if snapshot[name].name in snapshot.merged:
+        raise AdapterError(f"adapter {name!r} is merged into the weights; call unmerge() before remove()")
+    detach_all_(snapshot.models, name)
+    follow_schedules(owner, owner.follow)
+    owner.changed()
+
+
+def _adapters_after(
+    snapshot: AdapterSnapshot, name: str, adapters: dict[str, Adapter]
+) -> dict[str, dict[str, Adapter]]:
+    """Return component -> name -> adapter, as it will be once `adapters`, by component, are attached as `name`."""
+    after: dict[str, dict[str, Adapter]] = {}
     for component in snapshot.models:
         bank = snapshot.banks.get(component)
-        found[component] = {} if bank is None else bank.adapters
+        after[component] = {} if bank is None else bank.adapters
         if component in adapters:
-            found[component][name] = adapters[component]
+            after[component][name] = adapters[component]
         else:
-            found[component].pop(name, None)
-    return found
+            after[component].pop(name, None)
+    return after
 
 
 def _refuse_other_inputs(name: str, adapters: list[Adapter]) -> None:
+    """Raise `AdapterError` if one of the adapters changes how many inputs a layer has."""
     if any(layer.widens for adapter in adapters for layer in adapter.layers.values()):
         raise AdapterError(f"hotswap: {name!r} is merged, and a layer's inputs would change; unmerge() first")
 
 
 @contextmanager
-def _merged(
-    snapshot: AdapterSnapshot, name: str, planned: Plan, after: dict[str, dict[str, Adapter]], merges: bool
+def _merged_in_place(
+    snapshot: AdapterSnapshot, name: str, planned: Plan, after: dict[str, dict[str, Adapter]], is_merged: bool
 ) -> Generator[None, None, None]:
-    """Exchange what is merged, if that is wanted, around the body, which attaches the new adapters."""
-    if not merges:
+    """If the old adapter is merged, merge the new one in its place around the block, which attaches the new one."""
+    if not is_merged:
         yield
         return
     wanted: dict[str, dict[str, Adapter]] = {}

@@ -1,58 +1,38 @@
-"""The object behind `pipe.adapters`: everything that can be done with loaded adapters."""
+"""The object behind `pipe.adapters`: everything users can do with loaded adapters."""
 
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial, wraps
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 
-from diffadapt.errors import AdapterError
 from diffadapt.files.checkpoint import Location, Source
-from diffadapt.loading.attach_plan import detach_all_
 from diffadapt.loading.plan import Plan
 from diffadapt.loading.report import Report
-from diffadapt.management.activation import activate_, keep_time, restored
+from diffadapt.management.activation import activate_, restoring, scheduled
 from diffadapt.management.deriving import derive_adapter_
-from diffadapt.management.installation import install_
-from diffadapt.management.owner import Owner
+from diffadapt.management.installation import install_adapter_, remove_adapter_
+from diffadapt.management.owner import Owner, exclusive_method
 from diffadapt.management.per_sample import mixed_per_sample
-from diffadapt.management.reserving import Requests, Reserved, prepare_hotswap_
+from diffadapt.management.reserving import Requests, Reserved, prepare_hotswap_, release_slots_
 from diffadapt.management.saving import save_adapter
 from diffadapt.management.snapshot import Chosen, LoadedAdapter
-from diffadapt.management.sources import plan_source
+from diffadapt.management.sources import plan_source, prefetch_source
 from diffadapt.management.weights import merge_adapters_, unmerge_adapters_, unmerged
 from diffadapt.merging.undo_from_file import BaseFiles
-from diffadapt.runtime.attach import unreserve_
-from diffadapt.runtime.locks import exclusive
-from diffadapt.strengths import scheduler_clock
-from diffadapt.strengths.by_prefix import Strength, check_strength
+from diffadapt.strengths.by_prefix import Strength
 from diffadapt.to_lora.combine import Combination, Method, Sign
 from diffadapt.to_lora.derive import conversion
 from diffadapt.to_lora.report import Conversion
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def _exclusive(method: Callable[Concatenate["Adapters", P], R]) -> Callable[Concatenate["Adapters", P], R]:
-    """A method that waits until no other thread holds the models."""
-
-    @wraps(method)
-    def alone(self: "Adapters", /, *args: P.args, **kwargs: P.kwargs) -> R:
-        with exclusive(self._owner.models().values()):
-            return method(self, *args, **kwargs)
-
-    return alone
-
 
 class Adapters:
-    """The adapters of a pipeline, or of one model.
+    """The adapters of a pipeline or of one model: a collection by name, which prints as a table.
 
-    Holds no state of its own: adapters live on the models, so pipelines that share a model share its adapters.
+    It holds no state of its own: adapters live on the models, so pipelines that share a model share its adapters.
     """
 
     def __init__(self, owner: Owner) -> None:
@@ -60,12 +40,12 @@ class Adapters:
 
     @property
     def names(self) -> list[str]:
-        """Names in the order of loading."""
+        """Names of all loaded adapters, in the order of loading."""
         return list(self._owner.snapshot().adapters)
 
     @property
     def active(self) -> dict[str, Strength]:
-        """Strength of every active adapter, as it was set."""
+        """Name -> strength of every active adapter, as it was set."""
         return self._owner.snapshot().active
 
     @property
@@ -88,7 +68,7 @@ class Adapters:
     def __repr__(self) -> str:
         return str(self._owner.snapshot())
 
-    @_exclusive
+    @exclusive_method
     def load(
         self,
         source: Source | Plan,
@@ -103,22 +83,25 @@ class Adapters:
         allow_recompile: bool = False,
         format: str | None = None,
     ) -> Report:
-        """Load an adapter; `pipe.load_adapter` documents the arguments."""
+        """Load an adapter. `pipe.load_adapter` calls this method and documents the arguments.
+
+        Args:
+            where: the arguments of `pipe.load_adapter` that locate a file: `weight_name`, `subfolder`, `revision`, ...
+        """
         snapshot = self._owner.snapshot()
         if name is not None:
             snapshot.refuse_name(name)
-        checkpoint, planned = plan_source(
+        planned = plan_source(
             self._owner, source, where=where, components=components, dtype=dtype, name=name, format=format
         )
         if name is None:
-            name = checkpoint.name or snapshot.free_name()
+            name = planned.checkpoint.name or snapshot.free_name()
             snapshot.refuse_name(name)
-        check_strength(name, scale)
         planned.refuse_faults(strict)
-        install_(self._owner, name, planned, scale, activate=activate, allow_recompile=allow_recompile)
+        install_adapter_(self._owner, name, planned, scale, activate=activate, allow_recompile=allow_recompile)
         return planned.report(name)
 
-    @_exclusive
+    @exclusive_method
     def prepare_hotswap(
         self,
         sources: Requests = (),
@@ -128,21 +111,22 @@ class Adapters:
         samples: int = 0,
         components: Iterable[str] | None = None,
     ) -> Reserved:
-        """Reserve room for adapters, so that a compiled pipeline takes them without a recompile. Call before compiling.
+        """Reserve slots for adapters, so that a compiled pipeline takes them without a recompile.
 
-        From then on adapters are written into the reserved slots: loading, swapping, removing, activating, rescaling
-        and disabling them compiles nothing. What has no room raises and changes nothing. Adapters loaded already
-        get slots too. What was reserved before is given up.
+        Call it before compiling. From then on adapters are written into the reserved slots: loading, swapping,
+        removing, activating, rescaling and disabling them compiles nothing. An adapter that does not fit raises an
+        error and changes nothing. Adapters that are loaded already get seats, too. Slots of an earlier call are
+        released.
 
         Args:
-            sources: what the room has to be enough for: files, folders, hub ids, state dicts (of which only headers
-                are read), or settings as for `add_adapter` (`LoraConfig(rank=64, target_modules="all-linear")`).
-                Every layer that one of them changes gets room for the largest rank and for every type that one of
-                them has there.
-            slots: how many adapters of that size have room at once; default: one, or as many as are active.
-            rank: room for at least this rank wherever low-rank changes go.
-            samples: how many prompts `per_sample` will be used with; without it `per_sample` is refused.
-            components: reserve on these only.
+            sources: adapters that the slots have to fit: files, folders, hub ids, state dicts (only headers are read),
+                or settings as for `add_adapter`, such as `LoraConfig(rank=64, target_modules="all-linear")`, for all
+                denoisers, or component -> settings. Every layer that one of them changes gets slots for the largest
+                rank and for every adapter type that occurs on it.
+            slots: how many adapters of that size fit at once; defaults to the number of active ones, at least 1.
+            rank: reserve at least this rank on every layer with low-rank changes.
+            samples: how many prompts `per_sample` will be used with; with 0 it cannot be used.
+            components: reserve slots on these components only; defaults to all.
 
         Raises:
             AdapterError: a source cannot be read or applied, more adapters are active than `slots`, or there is
@@ -150,14 +134,12 @@ class Adapters:
         """
         return prepare_hotswap_(self._owner, sources, slots, rank, samples, components)
 
-    @_exclusive
+    @exclusive_method
     def release_slots(self) -> None:
-        """Give up what `prepare_hotswap` reserved. A compiled model notices."""
-        for model in self._owner.models().values():
-            unreserve_(model)
-        self._owner.changed()
+        """Release all slots that `prepare_hotswap` reserved. Compiled models are compiled again at their next call."""
+        release_slots_(self._owner)
 
-    @_exclusive
+    @exclusive_method
     def hotswap(
         self,
         name: str,
@@ -169,36 +151,33 @@ class Adapters:
         dtype: torch.dtype | None = None,
         allow_recompile: bool = False,
     ) -> Report:
-        """Put another adapter in the place of `name`, in all components or, if anything is wrong, in none.
+        """Replace adapter `name` by another one in all components, or in none if anything is wrong.
 
-        After `prepare_hotswap` a compiled model takes it without a recompile: other rank, alpha, type and layers. In
-        the place of a merged adapter it is merged, too, into the same parameters, and others stay merged: no recompile
-        either, without slots if none of its layers is new to adapters.
+        After `prepare_hotswap` a compiled model takes an adapter of another rank, alpha, type and set of layers without
+        a recompile. If `name` is merged, the new adapter is merged in its place, into the same parameters, and others
+        stay merged. That needs no recompile either, even without slots if all its layers carried adapters before.
 
         Args:
-            source: as for `pipe.load_adapter`, or what `prefetch` returned.
-            scale: default: the one that `name` has.
-            allow_recompile: if the slots have no room, run beside them.
+            source: a file, folder, hub id or state dict, or what `prefetch` returned.
+            scale: strength of the new adapter; defaults to that of the old one.
+            where: the arguments of `pipe.load_adapter` that locate a file: `weight_name`, `subfolder`, `revision`, ...
+            strict: raise an error unless every tensor of the file can be used.
+            dtype: dtype of the parameters; defaults to the dtype each component computes in.
+            allow_recompile: if the slots have no room, run the adapter outside them instead of raising an error.
+
+        Returns:
+            Which tensors of the file are used, and why others are not.
 
         Raises:
-            AdapterError: no such adapter, the source cannot be read or applied, or there is no room for it; the
-                message says what to reserve. Or it cannot be merged in the place of a merged one. The old adapter goes
-                on running then, and what was merged is, bit for bit.
+            AdapterError: no such adapter; the source cannot be read or applied; the slots have no room for it (the
+                message says what to reserve); or it cannot be merged in the place of a merged one. The old adapter
+                then stays as it is, and merged weights keep every bit.
         """
         old = self[name]
-        _, planned = plan_source(self._owner, source, where=where, dtype=dtype, name=name, leaving=name)
-        strength = next(iter(old.components.values())).strength if scale is None else scale
-        check_strength(name, strength)
+        planned = plan_source(self._owner, source, where=where, dtype=dtype, name=name, leaving=name)
         planned.refuse_faults(strict)
-        install_(
-            self._owner,
-            name,
-            planned,
-            strength,
-            activate=old.active,
-            allow_recompile=allow_recompile,
-            old=old,
-            keeps_strength=scale is None,
+        install_adapter_(
+            self._owner, name, planned, scale, activate=old.active, allow_recompile=allow_recompile, old=old
         )
         return planned.report(name)
 
@@ -213,161 +192,155 @@ class Adapters:
     ) -> Plan:
         """Read, check and convert an adapter for these models without loading it.
 
-        `load` and `hotswap` take the result as their source, any number of times, with little left to do. It is in CPU
-        memory, page-locked if there is CUDA, and stays there on a pipeline with slots.
+        `load` and `hotswap` accept the result as their source, any number of times, and have little left to do. It is
+        in CPU memory, page-locked if there is a CUDA device, and stays there on a pipeline with slots.
+
+        Args:
+            source: a file, folder, hub id or state dict.
+            where: the arguments of `pipe.load_adapter` that locate a file: `weight_name`, `subfolder`, `revision`, ...
+            components: use these components only and ignore the rest of the file; defaults to all.
+            strict: raise an error unless every tensor of the file can be used.
+            dtype: dtype of the parameters; defaults to the dtype each component computes in.
 
         Raises:
-            AdapterError: as `load`.
+            AdapterError: the source cannot be read or applied.
         """
-        models = self._owner.models()
-        _, planned = plan_source(
-            self._owner, source, where=where, components=components, dtype=dtype, device=torch.device("cpu")
-        )
-        planned.refuse_faults(strict)
-        for component, adapter in planned.adapters.items():
-            adapter.train(models[component].training)
-        return planned
+        return prefetch_source(self._owner, source, where=where, components=components, strict=strict, dtype=dtype)
 
-    @_exclusive
+    @exclusive_method
     def activate(self, adapters: Chosen) -> None:
         """Make exactly these adapters active.
 
         Args:
-            adapters: name -> strength. A strength is a number, or numbers by prefix ("unet", "unet.up_blocks.1"): the
-                longest matching prefix wins, what no prefix names has that of "", else 1. A name alone means 1. In the
-                place of a number, a schedule (`Linear`, `Cosine`, `Piecewise`) sets the strength at every step of
-                the runs that follow. Text encoders run before them and have the strength of the start.
+            adapters: one name, several names (each with the strength 1), or name -> strength. A strength is a number,
+                or prefix -> number ("unet", "unet.up_blocks.1"). The longest prefix that covers a layer applies to it;
+                a layer that none covers gets the number of the prefix "", or 1. In the place of a number, a schedule
+                (`Linear`, `Cosine`, `Piecewise`) sets the strength at every step of the runs that follow. Text encoders
+                run before the steps and get the strength of the first one.
 
         Raises:
             AdapterError: an unknown name, a prefix that matches no layer of the adapter, a strength that is not a
-                finite number, an adapter is merged, the slots have no room for all of them at once, or a schedule
-                with no scheduler to follow. Nothing has changed then.
+                finite number, a merged adapter, slots without room for all adapters at once, or a schedule without a
+                scheduler to follow. Nothing has changed then.
         """
         activate_(self._owner, adapters, self._owner.follow)
 
-    @contextmanager
-    def scheduled(self, adapters: Chosen, scheduler: Any = None) -> Generator[None, None, None]:
-        """`activate` inside; on leaving, also by an exception, the state before.
+    def scheduled(self, adapters: Chosen, scheduler: Any = None) -> AbstractContextManager[None]:
+        """Make exactly these adapters active inside the `with` block; restore the state before on leaving.
 
         Args:
-            scheduler: whose steps schedules follow in a loop of your own; default those of the pipeline.
+            adapters: names and strengths as for `activate`.
+            scheduler: the scheduler that steps a loop of your own, for schedules to follow; defaults to the pipeline's.
         """
-        follow = self._owner.follow
-        if scheduler is not None:
-            follow = partial(scheduler_clock.follow, scheduler, next(iter(self._owner.models().values())))
-        try:
-            with restored(self._owner):
-                activate_(self._owner, adapters, follow)
-                yield
-        finally:
-            keep_time(self._owner, follow)
+        return scheduled(self._owner, adapters, scheduler)
 
-    @contextmanager
-    def activated(self, adapters: Chosen) -> Generator[None, None, None]:
-        """`activate(adapters)` inside; on leaving, also by an exception, exactly what was active before.
+    def activated(self, adapters: Chosen) -> AbstractContextManager[None]:
+        """Make exactly these adapters active inside the `with` block; restore the state before on leaving.
 
-        Other threads that ask for adapters of the same models wait meanwhile, see `locks`.
-        """
-        with self.scheduled(adapters):
-            yield
-
-    @contextmanager
-    def per_sample(self, mixes: Sequence[Chosen], *, images: int | None = None) -> Generator[None, None, None]:
-        """Inside, every prompt of a batch has a mix of adapters of its own: `{"a": 1.0}`, `["a", "b"]`, `{}`, ...
-
-        Row i of the result is what a run with prompt i and mix i alone gives. The batch may be repeated for guidance,
-        and in every prompt for its images. A pipeline has to get as many prompts (and negative prompts, if any) as
-        there are mixes. After `prepare_hotswap(..., samples=len(mixes))` nothing is compiled anew for other mixes.
+        Other threads that want to use adapters of the same models wait until then.
 
         Args:
-            mixes: for every prompt what `activate` takes.
-            images: per prompt; default: what the pipeline is called with (`num_images_per_prompt`).
+            adapters: names and strengths as for `activate`.
+        """
+        return scheduled(self._owner, adapters)
+
+    def per_sample(self, mixes: Sequence[Chosen], *, images: int | None = None) -> AbstractContextManager[None]:
+        """Give every prompt of a batch its own mix of adapters inside the `with` block; restore the state on leaving.
+
+        Row i of the result is what a run with prompt i and mix i alone returns. The batch may be repeated for guidance,
+        and every prompt for its images. The pipeline has to be called with as many prompts (and negative prompts, if
+        any) as there are mixes. After `prepare_hotswap(..., samples=len(mixes))` other mixes need no recompile.
+
+        Args:
+            mixes: for every prompt the adapters and strengths that `activate` takes: `{"a": 1.0}`, `["a", "b"]`, `{}`.
+            images: number of images per prompt; defaults to the `num_images_per_prompt` of the pipeline call.
 
         Raises:
-            AdapterError: as `activate`; the slots are not for so many samples; or an adapter is on routed experts.
+            AdapterError: a mix that `activate` would refuse, a schedule, slots for another number of samples, or an
+                adapter on routed experts.
         """
-        with mixed_per_sample(self._owner, mixes, images):
-            yield
+        return mixed_per_sample(self._owner, mixes, images)
 
     @contextmanager
     def disabled(self) -> Generator[None, None, None]:
-        """The base model inside; on leaving, also by an exception, the state before."""
-        with unmerged(self._owner), restored(self._owner):
+        """Run the base model inside the `with` block, without active or merged adapters; restore them on leaving."""
+        with unmerged(self._owner), restoring(self._owner):
             self._owner.snapshot().set_active_(())
             yield
 
-    @_exclusive
+    @exclusive_method
     def remove(self, name: str) -> None:
-        """Remove an adapter, with the tokens it brought, and free its memory. The others stay as they are.
+        """Remove an adapter with the tokens it brought, and free its memory. Other adapters stay as they are.
 
         Raises:
-            AdapterError: no such adapter, it is merged, or someone else added tokens to its tokenizers since.
+            AdapterError: no such adapter, it is merged, or other tokens were added to its tokenizers since.
         """
-        loaded = self._owner.snapshot()
-        if loaded[name].name in loaded.merged:
-            raise AdapterError(f"adapter {name!r} is merged into the weights; call unmerge() before remove()")
-        detach_all_(self._owner.models(), name)
-        keep_time(self._owner, self._owner.follow)
-        self._owner.changed()
+        remove_adapter_(self._owner, name)
 
-    @_exclusive
+    @exclusive_method
     def clear(self) -> None:
-        """Remove every adapter, merged ones too: the models are bit for bit what they were before the first."""
+        """Remove every adapter, merged ones, too: the models are then what they were before the first, bit for bit."""
         self.unmerge()
         for name in self.names:
             self.remove(name)
 
-    @_exclusive
+    @exclusive_method
     def merge(self, *names: str, compact: bool | None = None, base_files: BaseFiles = False) -> None:
-        """Add adapters into the weights, at their present strengths; without names, all that are active.
+        """Add adapters to the weights, at their present strengths. Without names, merge all that are active.
 
-        A merged adapter costs nothing at run time, and `hotswap` puts another in its place. `unmerge` undoes all
-        merges, bit for bit, as long as neither the merged weights nor the adapters are written meanwhile.
+        A merged adapter costs nothing at run time, and `hotswap` merges another one in its place. `unmerge` undoes all
+        merges, bit for bit, as long as neither the merged weights nor the adapters are written in between.
 
         Args:
-            compact: keep for that not the changed weights but what rounding lost, a few percent of them. The default
-                does so where it also is the faster way, when memory has to be found for copies: for sums of low-rank
-                changes (LoRA, LoHa, LoKr) in weights of half precision. `undo_bytes` says what is kept.
-            base_files: keep nothing of weights that are, bit for bit, in the safetensors files that the models were
-                read from; unmerging and swapping read those again. `True` for where `from_pretrained` found them, or
-                a path (a file, a folder, a pipeline's folder), or one by component. Faster than the other two. The
-                files are held open as long as something is merged: they may be moved or deleted, not written.
+            compact: to undo the merge, keep what rounding lost instead of copies of the changed weights: a few percent
+                of their size. By default this is done where it is also faster, counting the time to allocate copies:
+                for sums of low-rank changes (LoRA, LoHa, LoKr) in half-precision weights. See `undo_bytes`.
+            base_files: keep nothing for weights that are, bit for bit, in the safetensors files that the models were
+                read from; unmerging and swapping read them there again, which is faster. `True` for the files
+                that `from_pretrained` found, a path (a file, a folder, a pipeline's folder), or component -> path. The
+                files stay open while anything is merged: they may be moved or deleted, but not written.
 
         Raises:
-            AdapterError: unknown or already merged, or nothing to merge; quantised or unreachable weights; a result
-                that is not finite; no such files. Nothing has been written then.
+            AdapterError: an adapter that is unknown or merged already, nothing to merge, weights that are quantised or
+                out of reach, a result that is not finite, or no such files. No weight has been written then.
         """
         merge_adapters_(self._owner, names, compact, base_files)
 
     @property
     def undo_bytes(self) -> int:
-        """Memory that is kept to undo merges."""
-        banks = self._owner.snapshot().banks.values()
-        return sum(way.nbytes for bank in banks for way in bank.undo)
+        """Bytes of memory that are kept to undo merges."""
+        return self._owner.snapshot().undo_bytes
 
-    @_exclusive
+    @exclusive_method
     def unmerge(self) -> None:
-        """Undo every merge: all weights as they were, bit for bit, and the adapters active beside them.
+        """Undo every merge: restore all weights bit for bit; the merged adapters run next to the weights again.
 
         Raises:
             AdapterError: a merged weight or adapter has been written since, so that the original is not known.
         """
         unmerge_adapters_(self._owner)
 
-    @_exclusive
+    @exclusive_method
     def to_lora(self, adapters: Chosen, name: str, rank: int | None = None, energy: float | None = None) -> Conversion:
         """Add a plain LoRA, inactive, that does what `activate(adapters)` would do.
 
         Args:
-            rank: the most that a layer gets.
-            energy: share of a layer's change, in squares, that the smallest rank is chosen for; see `lowrank`.
+            adapters: names and strengths as for `activate`, without schedules.
+            name: name of the new LoRA.
+            rank: largest rank on any layer.
+            energy: give every layer the smallest rank that keeps this share of the squared Frobenius norm of its
+                change, above 0 and at most 1. Without `rank` and `energy` the LoRA is exact.
+
+        Returns:
+            Rank and error of every layer.
 
         Raises:
-            AdapterError: no LoRA, or without `rank` and `energy` only a large one, can do it. Nothing has changed then.
+            AdapterError: the adapters change what a LoRA cannot express; without `rank` and `energy`, an exact LoRA
+                would be no smaller than a weight; or the name is in use. Nothing has changed then.
         """
         return derive_adapter_(self._owner, adapters, name, lambda sources: conversion(rank, energy))
 
-    @_exclusive
+    @exclusive_method
     def combine(
         self,
         adapters: Mapping[str, Strength],
@@ -380,28 +353,46 @@ class Adapters:
         generator: torch.Generator | None = None,
         sign: Sign = "total",
     ) -> Conversion:
-        """Add a plain LoRA, inactive, of adapters with weights, or weights by prefix; options as in `Combination`."""
-        return derive_adapter_(
-            self._owner, adapters, name, Combination(method, density, rank, energy, generator, sign).maker
-        )
+        """Add a plain LoRA, inactive, that combines several adapters.
+
+        Args:
+            adapters: name -> weight, or name -> prefix -> weight.
+            name: name of the new LoRA.
+            method: "cat", "svd", "linear", "magnitude_prune", "ties", "dare_linear" or "dare_ties".
+            density: share of the elements that the last four methods keep, above 0 and at most 1.
+            rank: largest rank on any layer.
+            energy: share of the squared Frobenius norm of a layer's change that its rank has to keep.
+            generator: draws the elements that "dare_linear" and "dare_ties" keep; defaults to a new one seeded with 0.
+            sign: how "ties" and "dare_ties" elect a sign: that of the sum ("total") or of the majority ("frequency").
+
+        Returns:
+            Rank and error of every layer.
+
+        Raises:
+            AdapterError: an option that has no effect with the method, or adapters that the method cannot combine.
+                Nothing has changed then.
+        """
+        options = Combination(method, density, rank, energy, generator, sign)
+        return derive_adapter_(self._owner, adapters, name, options.maker)
 
     def save(self, name: str, path: str | os.PathLike[str], format: str = "diffusers") -> Path:
         """Write an adapter to a file.
 
         Args:
-            path: a `.safetensors` file, or a folder, which gets `pytorch_lora_weights.safetensors`. For "peft" a
-                folder, which gets `adapter_model.safetensors` and `adapter_config.json`, in a folder of its own for
-                each component if there are several.
+            name: name of the adapter.
+            path: a `.safetensors` file, or a folder, which gets `pytorch_lora_weights.safetensors`. For "peft" it is a
+                folder, which gets `adapter_model.safetensors` and `adapter_config.json`; if there are several
+                components, each gets a folder of its own in it.
             format: "diffusers", "kohya", "peft", "comfy" or "onetrainer".
 
         Returns:
-            The file written; it appears complete or not at all.
+            The path of the file, which appears complete or not at all.
 
         Raises:
-            AdapterError: the format cannot express the adapter. Nothing has been written then.
+            AdapterError: no such adapter, or the format cannot express it. Nothing has been written then.
         """
         return save_adapter(self._owner, name, path, format)
 
     def models(self) -> list[nn.Module]:
-        """The models of the pipeline."""
+        """Return the models of the pipeline, or the one model."""
         return list(self._owner.models().values())

@@ -1,16 +1,18 @@
-"""What carries adapters: a pipeline or a single model, as the manager sees it."""
+"""Objects whose models carry adapters: a pipeline or a single model, seen from `Adapters`."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeAlias, TypeVar
 
 from torch import nn
 
 from diffadapt.management.snapshot import AdapterSnapshot
+from diffadapt.runtime.locks import exclusive
 from diffadapt.strengths.scheduler_clock import Listener
 
 Follow: TypeAlias = Callable[[Listener | None], None]
-"""Makes schedulers report their steps to a listener; `None` ends that."""
+"""Makes schedulers report their steps to a listener; `None` disconnects the present one."""
 
 
 @dataclass(frozen=True)
@@ -18,10 +20,10 @@ class Owner:
     """A pipeline or a model that carries adapters. It holds no state, so that owners of one model share its adapters.
 
     Attributes:
-        models: returns the present models, by component.
-        tokenizers: returns the tokenizers of the text encoders, by component.
-        qualified: whether prefixes of paths start with the name of a component.
-        changed: is called after adapters were loaded or removed.
+        models: returns the present models by component.
+        tokenizers: returns the tokenizers by the component of their text encoder.
+        qualified: whether prefixes of module paths start with the name of a component.
+        changed: is called after adapters were loaded or removed, or slots reserved or released.
         follow: connects the owner's schedulers to a listener; `None` for an owner without schedulers.
     """
 
@@ -32,5 +34,25 @@ class Owner:
     follow: Follow | None = None
 
     def snapshot(self) -> AdapterSnapshot:
-        """Return what is loaded now."""
+        """Return the adapters that are loaded now."""
         return AdapterSnapshot(self.models(), qualified=self.qualified)
+
+
+class _Owned(Protocol):
+    _owner: Owner
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+S = TypeVar("S", bound=_Owned)
+
+
+def exclusive_method(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
+    """Make a method hold the models of `self._owner` for its thread; it waits until no other thread holds them."""
+
+    @wraps(method)
+    def alone(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with exclusive(self._owner.models().values()):
+            return method(self, *args, **kwargs)
+
+    return alone

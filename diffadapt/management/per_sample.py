@@ -1,10 +1,10 @@
-"""A mix of adapters for every sample of a batch."""
+"""Give every sample of a batch its own mix of adapters."""
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
 from diffadapt.errors import AdapterError
-from diffadapt.management.activation import refuse_schedule, restored
+from diffadapt.management.activation import refuse_schedule, restoring
 from diffadapt.management.owner import Owner
 from diffadapt.management.seating import seat_
 from diffadapt.management.snapshot import AdapterSnapshot, Chosen, LayerStrengths
@@ -13,14 +13,14 @@ from diffadapt.runtime.components import is_text_encoder
 
 @contextmanager
 def mixed_per_sample(owner: Owner, mixes: Sequence[Chosen], images: int | None) -> Generator[None, None, None]:
-    """Give every sample of a batch its own mix inside; see `Adapters.per_sample`."""
+    """Give every sample of a batch its own mix inside the `with` block; see `Adapters.per_sample`."""
     snapshot = owner.snapshot()
     snapshot.refuse_merged("per_sample")
     if not mixes:
         raise AdapterError("per_sample: no mixes, expected one for every prompt")
     resolved: list[dict[str, dict[str, LayerStrengths]]] = []
     for mix in mixes:
-        wanted, strengths = snapshot.resolved(mix)
+        wanted, strengths = snapshot.resolve(mix)
         for name, strength in wanted.items():
             refuse_schedule("per_sample", name, strength)
         resolved.append(strengths)
@@ -28,25 +28,25 @@ def mixed_per_sample(owner: Owner, mixes: Sequence[Chosen], images: int | None) 
     names = list(dict.fromkeys(name for mix in resolved for name in mix))
     for name in names:
         _refuse_experts(snapshot, name)
-    with restored(owner):
+    with restoring(owner):
         snapshot = owner.snapshot()
         seat_(snapshot, names)
         for name in names:
             for component, adapter in snapshot[name].components.items():
-                strengths = [mix[name][component] if name in mix else 0.0 for mix in resolved]
+                samples = [mix[name][component] if name in mix else 0.0 for mix in resolved]
                 count = len(adapter.layers)
-                adapter.set_strengths([[s] * count if isinstance(s, (int, float)) else s for s in strengths])
+                adapter.set_strengths([[s] * count if isinstance(s, (int, float)) else s for s in samples])
         for component, bank in snapshot.banks.items():
-            # A text encoder sees every prompt once.
-            encodes = is_text_encoder(component)
-            bank.call.samples, bank.call.images = len(mixes), 1 if encodes else images or 1
-            bank.call.asks_images = images is None and not encodes
+            # A text encoder runs every prompt once, however many images are drawn of it.
+            once = is_text_encoder(component)
+            bank.call.samples, bank.call.images = len(mixes), 1 if once else images or 1
+            bank.call.asks_images = images is None and not once
         snapshot.set_active_(names)
         yield
 
 
 def _refuse_slots(snapshot: AdapterSnapshot, count: int) -> None:
-    """Raise `AdapterError` if the slots of a model are for another number of samples."""
+    """Raise `AdapterError` if a model has slots, and they are not for `count` samples."""
     for component, bank in snapshot.banks.items():
         reservation = bank.reservation
         if reservation is not None and reservation.samples != count:
@@ -58,11 +58,11 @@ def _refuse_slots(snapshot: AdapterSnapshot, count: int) -> None:
 
 
 def _refuse_experts(snapshot: AdapterSnapshot, name: str) -> None:
-    """Raise `AdapterError` if adapter `name` is on routed experts, whose rows are tokens of any sample."""
+    """Raise `AdapterError` if adapter `name` is on routed experts, whose input rows are tokens of any sample."""
     for component, adapter in snapshot[name].components.items():
         routed = next((path for path in adapter.layers if "experts" in path.split(".")), None)
         if routed is not None:
             raise AdapterError(
-                f"per_sample: {component}.{routed}, which {name!r} changes, is an expert, and gets some tokens "
-                "of any sample; run them one by one"
+                f"per_sample: {component}.{routed}, which {name!r} changes, is an expert, and its input mixes tokens "
+                "of all samples; run the samples one by one"
             )

@@ -1,9 +1,9 @@
-"""Hundreds of adapters for one pipeline: checked and ready in CPU memory, in the models only while they are wanted.
+"""Hundreds of adapters for one pipeline: ready in CPU memory, and in the models only while requests use them.
 
 An adapter is read once (`Adapters.prefetch`: parsed, checked against the models, converted) and kept in CPU memory,
-page-locked if there is CUDA, until the budget is used up; the longest unused ones go first. A request brings those it
-names into the models, and those that are there longest without being asked for make room. On a pipeline prepared with
-slots that is a copy and compiles nothing.
+page-locked if there is a CUDA device. When the budget is used up, the least recently used adapters are dropped and read
+again when they are next wanted. A request loads the adapters it names into the models and removes the least recently
+used ones. On a pipeline with slots, loading is a copy and compiles nothing.
 """
 
 from collections import OrderedDict
@@ -24,17 +24,22 @@ from diffadapt.runtime.locks import exclusive
 
 
 class AdapterPool:
-    """Adapters by name, for one pipeline. Thread-safe.
+    """A pool of adapters by name, for one pipeline or model. It is thread-safe.
 
     Attributes:
-        budget: bytes of adapters that are kept in CPU memory.
-        loaded: how many are kept in the models between requests.
+        budget: bytes of adapters to keep in CPU memory. Adapters in the models are kept even beyond it.
+        loaded: number of adapters to keep in the models between requests.
     """
 
     def __init__(self, adapters: Adapters, budget: int, loaded: int = 1) -> None:
         """
         Args:
             adapters: `pipe.adapters`, or `diffadapt.adapters(model)`.
+            budget: bytes of adapters to keep in CPU memory, above 0.
+            loaded: number of adapters to keep in the models between requests.
+
+        Raises:
+            AdapterError: `budget` or `loaded` is out of range.
         """
         if budget <= 0 or loaded < 0:
             raise AdapterError(f"budget is {budget} and loaded is {loaded}, expected bytes and a number of adapters")
@@ -44,28 +49,37 @@ class AdapterPool:
         self._sources: dict[str, tuple[Source, dict[str, Any]]] = {}
         self._plans: OrderedDict[str, Plan] = OrderedDict()
         self._reading: dict[str, Future[Plan]] = {}
-        self._inside: OrderedDict[str, None] = OrderedDict()
+        self._resident: OrderedDict[str, None] = OrderedDict()
         self._lock = RLock()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="diffadapt-pool")
 
     def add(self, name: str, source: Source, **options: Any) -> None:
-        """Make an adapter known under `name`; it is read when it is first wanted, or by `prefetch`.
+        """Register an adapter. It is read when it is first used, or by `prefetch`.
 
         Args:
-            options: as for `Adapters.prefetch`.
+            name: name of the adapter in this pool and in the models.
+            source: a file, folder, hub id or state dict.
+            options: `where`, `components`, `strict` and `dtype` of `Adapters.prefetch`.
+
+        Raises:
+            AdapterError: the name is empty, has a dot, or is in this pool already.
         """
         with self._lock:
             check_name(name)
             if name in self._sources:
-                raise AdapterError(f"adapter {name!r} is in this pool already; discard it first")
+                raise AdapterError(f"the name {name!r} is taken in this pool; discard that adapter first")
             self._sources[name] = source, options
 
     def discard(self, name: str) -> None:
-        """Forget an adapter, also in the models."""
+        """Drop an adapter from the pool, and remove it from the models.
+
+        Raises:
+            AdapterError: no such adapter.
+        """
         with exclusive(self._adapters.models()), self._lock:
             self._source(name)
-            if name in self._inside:
-                self._take_out(name)
+            if name in self._resident:
+                self._remove(name)
             self._plans.pop(name, None)
             self._reading.pop(name, None)
             del self._sources[name]
@@ -81,18 +95,22 @@ class AdapterPool:
 
     @property
     def bytes(self) -> int:
-        """Size of the adapters that are in memory."""
+        """Size of the adapters that are in memory now."""
         with self._lock:
             return sum(_size(plan) for plan in self._plans.values())
 
     @property
     def ready(self) -> list[str]:
-        """Names of the adapters that are in memory, the longest unused first."""
+        """Names of the adapters that are in memory now, the least recently used first."""
         with self._lock:
             return list(self._plans)
 
     def prefetch(self, *names: str) -> None:
-        """Read adapters in the background. What is wrong with one is raised when it is wanted."""
+        """Read adapters in the background. If one cannot be read, the error is raised when it is used.
+
+        Raises:
+            AdapterError: no such adapter.
+        """
         with self._lock:
             for name in names:
                 source, options = self._source(name)
@@ -101,48 +119,68 @@ class AdapterPool:
 
     @contextmanager
     def activated(self, adapters: Chosen) -> Generator[None, None, None]:
-        """`Adapters.activated`, of adapters of this pool and others that are loaded."""
-        with self._brought(adapters), self._adapters.activated(adapters):
+        """Load adapters of this pool, and make exactly `adapters` active inside the `with` block.
+
+        On leaving, the adapters that were active before are active again. Other threads wait until then.
+
+        Args:
+            adapters: names and strengths as for `Adapters.activate`, of adapters in this pool or loaded otherwise.
+
+        Raises:
+            AdapterError: an adapter cannot be read, loaded or activated.
+        """
+        with self._in_models(adapters), self._adapters.activated(adapters):
             yield
 
     @contextmanager
     def per_sample(self, mixes: Sequence[Chosen], *, images: int | None = None) -> Generator[None, None, None]:
-        """`Adapters.per_sample`, of adapters of this pool and others that are loaded."""
-        with self._brought(name for mix in mixes for name in _names(mix)):
+        """Load adapters of this pool, and give every prompt of a batch its own mix inside the `with` block.
+
+        On leaving, the adapters that were active before are active again. Other threads wait until then.
+
+        Args:
+            mixes: one mix per prompt; names and strengths as for `Adapters.activate`, of adapters in this pool or
+                loaded otherwise.
+            images: number of images per prompt; defaults to the `num_images_per_prompt` of the pipeline call.
+
+        Raises:
+            AdapterError: an adapter cannot be read or loaded, or `Adapters.per_sample` refuses a mix.
+        """
+        with self._in_models(name for mix in mixes for name in _names(mix)):
             with self._adapters.per_sample(mixes, images=images):
                 yield
 
     def close(self) -> None:
-        """Take the pool's adapters out of the models, and stop reading."""
+        """Stop reading, remove the pool's adapters from the models, and drop them all."""
         self._worker.shutdown(cancel_futures=True)
         with exclusive(self._adapters.models()), self._lock:
-            for name in list(self._inside):
-                self._take_out(name)
+            for name in list(self._resident):
+                self._remove(name)
             self._plans.clear()
             self._sources.clear()
 
     @contextmanager
-    def _brought(self, adapters: Chosen) -> Generator[None, None, None]:
-        """Have these adapters in the models, and the models to oneself."""
+    def _in_models(self, adapters: Chosen) -> Generator[None, None, None]:
+        """Hold the models for this thread, with those of `adapters` that are in this pool loaded."""
         wanted = [name for name in _names(adapters) if name in self._sources]
         plans = {name: self._plan(name) for name in wanted}
         with exclusive(self._adapters.models()):
             with self._lock:
                 self._make_room(wanted)
                 for name, plan in plans.items():
-                    if name not in self._inside:
+                    if name not in self._resident:
                         self._adapters.load(plan, name, activate=False)
-                    self._inside[name] = None
-                    self._inside.move_to_end(name)
+                    self._resident[name] = None
+                    self._resident.move_to_end(name)
             try:
                 yield
             finally:
                 with self._lock:
-                    for name in list(self._inside)[: max(len(self._inside) - self.loaded, 0)]:
-                        self._take_out(name)
+                    for name in list(self._resident)[: max(len(self._resident) - self.loaded, 0)]:
+                        self._remove(name)
 
     def _plan(self, name: str) -> Plan:
-        """The adapter, in memory; waits for it if it is being read."""
+        """Return an adapter in memory; read it if it is not, or wait for it if it is being read."""
         with self._lock:
             self.prefetch(name)
             plan, reading = self._plans.get(name), self._reading.get(name)
@@ -154,36 +192,41 @@ class AdapterPool:
                 with self._lock:
                     self._reading.pop(name, None)
         with self._lock:
-            # Of two requests that waited for it the first one's counts, or it would be in the models twice.
+            # If two requests waited for it, both use the first one's: it must not be in the models twice.
             plan = self._plans.setdefault(name, plan)
             self._plans.move_to_end(name)
             for other in list(self._plans):
-                if self.bytes > self.budget and other not in (name, *self._inside):
+                if self.bytes > self.budget and other not in (name, *self._resident):
                     del self._plans[other]
             return plan
 
     def _make_room(self, wanted: Sequence[str]) -> None:
-        for name in list(self._inside):
-            if len(self._inside | dict.fromkeys(wanted)) > max(self.loaded, len(wanted)) and name not in wanted:
-                self._take_out(name)
+        """Remove adapters from the models, the least recently used first, until those in `wanted` fit."""
+        for name in list(self._resident):
+            if len(self._resident | dict.fromkeys(wanted)) > max(self.loaded, len(wanted)) and name not in wanted:
+                self._remove(name)
 
-    def _take_out(self, name: str) -> None:
+    def _remove(self, name: str) -> None:
+        """Remove an adapter from the models; it stays in memory."""
         if name in self._adapters:
             self._adapters.remove(name)
-        del self._inside[name]
+        del self._resident[name]
         for adapter in self._plans[name].adapters.values() if name in self._plans else ():
-            # Without slots it has been where the model is.
+            # Without slots, it was moved to the device of the model.
             adapter.to(torch.device("cpu"))
 
     def _source(self, name: str) -> tuple[Source, dict[str, Any]]:
+        """Return the source of an adapter and its options, or raise `AdapterError` if it is not in this pool."""
         if name not in self._sources:
             raise AdapterError(f"no adapter {name!r} in this pool; it has {', '.join(self._sources) or 'none'}")
         return self._sources[name]
 
 
 def _names(adapters: Chosen) -> Iterable[str]:
+    """Return the names of the chosen adapters."""
     return [adapters] if isinstance(adapters, str) else list(adapters)
 
 
 def _size(plan: Plan) -> int:
+    """Return the bytes of the planned adapters."""
     return sum(adapter.bytes for adapter in plan.adapters.values())

@@ -1,4 +1,4 @@
-"""Reserve slots on the models of a pipeline: what adapters need, from files, settings or loaded adapters."""
+"""Reserve slots on the models of a pipeline, as large as files, settings and loaded adapters need them."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -14,12 +14,12 @@ from diffadapt.errors import AdapterError
 from diffadapt.files.checkpoint import Source
 from diffadapt.files.read import read
 from diffadapt.loading.plan import plan
-from diffadapt.management.create import new_layers
+from diffadapt.management.creation import new_layers
 from diffadapt.management.owner import Owner
 from diffadapt.management.seating import ByComponent, seat_
 from diffadapt.management.snapshot import AdapterSnapshot
 from diffadapt.runtime.adapter_layer import AdapterLayer
-from diffadapt.runtime.attach import reserve_
+from diffadapt.runtime.attach import reserve_, unreserve_
 from diffadapt.runtime.components import is_text_encoder
 from diffadapt.runtime.foreign_hooks import compute_dtype, execution_device
 from diffadapt.runtime.slots.forms import lower
@@ -30,15 +30,16 @@ from diffadapt.types.config import AdapterConfig
 from diffadapt.types.layer_spec import LayerSpec
 
 Request: TypeAlias = Source | AdapterConfig | Mapping[str, AdapterConfig]
+"""An adapter that slots have to fit: a file or state dict, or settings, for the denoisers or by component."""
 Requests: TypeAlias = Request | Iterable[Request]
 
 
 @dataclass(frozen=True)
 class Reserved:
-    """What `prepare_hotswap` has reserved.
+    """The slots that `prepare_hotswap` has reserved.
 
     Attributes:
-        slots: how many adapters have room at once.
+        slots: how many adapters of the largest size fit at once.
         layers: component -> number of layers with slots.
         bytes: size of all slots.
     """
@@ -52,17 +53,56 @@ class Reserved:
         return f"slots for {self.slots} on {where} layers, {self.bytes / 2**20:.1f} MiB"
 
 
+def prepare_hotswap_(
+    owner: Owner, sources: Requests, slots: int | None, rank: int, samples: int, components: Iterable[str] | None
+) -> Reserved:
+    """Reserve slots on the models of `owner` and give the loaded adapters seats; see `Adapters.prepare_hotswap`."""
+    snapshot = owner.snapshot()
+    active = snapshot.running
+    least = max(1, len(active))
+    count = least if slots is None else slots
+    if count < least:
+        raise AdapterError(f"slots is {count}, expected at least {least} for {len(active)} active adapters")
+    wanted = _wanted_layers(snapshot, sources, None if components is None else set(components), owner.tokenizers())
+    if not wanted:
+        raise AdapterError("nothing to reserve for: pass files, folders or settings, or load an adapter first")
+    models = snapshot.models
+    reserved = reserve_all_(models, needs_of(models, wanted), count, rank=rank, samples=samples)
+    snapshot = owner.snapshot()
+    seat_(snapshot, active)
+    for name in snapshot.adapters:
+        if name not in active:
+            with suppress(AdapterError):
+                seat_(snapshot, [name], staying=snapshot.adapters)
+    owner.changed()
+    return reserved
+
+
+def release_slots_(owner: Owner) -> None:
+    """Release all slots on the models of `owner`."""
+    for model in owner.models().values():
+        unreserve_(model)
+    owner.changed()
+
+
 def needs_of(models: Mapping[str, nn.Module], wanted: Iterable[ByComponent]) -> dict[str, dict[str, Needs]]:
-    """What adapters need, by component and module path; only the shapes of their tensors count."""
+    """Return the needs of adapters by component and module path. Only the shapes of their tensors are used.
+
+    Raises:
+        AdapterError: an adapter gives a layer more inputs than it has now.
+    """
     needs: dict[str, dict[str, Needs]] = {}
     dtypes = {component: compute_dtype(list(model.modules())) for component, model in models.items()}
     for adapter in wanted:
         for component, layers in adapter.items():
             for path, layer in layers.items():
                 if layer.widens and LayerSpec.of(models[component].get_submodule(path)) != layer.spec:
-                    raise AdapterError(f"{component}.{path}: it gets more inputs; load that adapter before reserving")
+                    raise AdapterError(
+                        f"{component}.{path}: an adapter gives it more inputs; load that adapter before reserving"
+                    )
                 need = needs.setdefault(component, {}).setdefault(path, Needs(layer.spec))
-                need.cover(lower(_shapes_of(layer, dtypes[component]), partial(_empty, layer.spec, dtypes[component])))
+                dtype = dtypes[component]
+                need.cover(lower(_on_meta(layer, dtype), partial(_meta_weight, layer.spec, dtype)))
     return needs
 
 
@@ -74,11 +114,13 @@ def reserve_all_(
     rank: int = 0,
     samples: int = 0,
 ) -> Reserved:
-    """Reserve what is needed `slots` times over, in the place of what was reserved.
+    """Reserve slots on models, in the place of those that were reserved before.
 
     Args:
-        rank: rows that layers with low-rank changes get for each adapter, if that is more than they need.
-        samples: see `Reservation`.
+        needs: what one adapter needs at most, by component and module path.
+        slots: how many adapters with these needs fit at once.
+        rank: the smallest number of rows per adapter on layers with low-rank changes.
+        samples: how many samples of a batch can have strengths of their own; 0 for one strength for all.
     """
     made: dict[str, tuple[Reservation, dict[str, nn.Module]]] = {}
     for component, layers in needs.items():
@@ -98,35 +140,39 @@ def reserve_all_(
     )
 
 
-def requested(
-    loaded: AdapterSnapshot, sources: Requests, only: set[str] | None, tokenizers: Mapping[str, Any]
+def _wanted_layers(
+    snapshot: AdapterSnapshot, sources: Requests, only: set[str] | None, tokenizers: Mapping[str, Any]
 ) -> list[ByComponent]:
-    """The adapters that sources and loaded adapters are, by component; of sources only the shapes.
+    """Return the layers of all loaded adapters and of `sources`; of files only the shapes are read.
 
     Args:
-        only: leave other components out.
-        tokenizers: see `load.plan`.
+        only: leave out other components; `None` for all.
+        tokenizers: the tokenizers by the component of their text encoder.
     """
-    models = loaded.models
+    models = snapshot.models
     wanted: list[ByComponent] = [
-        {component: adapter.layers for component, adapter in found.components.items()}
-        for found in loaded.adapters.values()
+        {component: adapter.layers for component, adapter in loaded.components.items()}
+        for loaded in snapshot.adapters.values()
     ]
     single = isinstance(sources, (str, os.PathLike, AdapterConfig, Mapping))
     for source in cast(Iterable[Request], [sources] if single else sources):
         configs = _configs(source, models)
         if configs is not None:
-            wanted.append({c: new_layers(models[c], config)[0] for c, config in configs.items()})
+            wanted.append(
+                {component: new_layers(models[component], config)[0] for component, config in configs.items()}
+            )
         else:
             checkpoint = read(cast(Source, source), headers_only=True)
             planned = plan(checkpoint, models, components=only, tokenizers=tokenizers)
             planned.refuse_faults(strict=True)
             wanted.append(planned.layers)
-    return wanted if only is None else [{c: part for c, part in w.items() if c in only} for w in wanted]
+    if only is None:
+        return wanted
+    return [{component: layers for component, layers in adapter.items() if component in only} for adapter in wanted]
 
 
 def _configs(request: Request, models: Mapping[str, nn.Module]) -> dict[str, AdapterConfig] | None:
-    """Settings by component, if a request consists of settings; without components they are for the denoisers."""
+    """Return settings by component, or `None` if a request is a source. Settings alone are for all denoisers."""
     if isinstance(request, AdapterConfig):
         denoisers = [
             component
@@ -142,38 +188,14 @@ def _configs(request: Request, models: Mapping[str, nn.Module]) -> dict[str, Ada
     return dict(cast(Mapping[str, AdapterConfig], request))
 
 
-def _empty(spec: LayerSpec, dtype: torch.dtype) -> Tensor:
-    wide = torch.promote_types(dtype, torch.float32)
-    return torch.empty(spec.weight_shape, dtype=wide, device="meta")
+def _meta_weight(spec: LayerSpec, dtype: torch.dtype) -> Tensor:
+    """Return a base weight without values, in the dtype that it is read in."""
+    return torch.empty(spec.weight_shape, dtype=torch.promote_types(dtype, torch.float32), device="meta")
 
 
-def _shapes_of(layer: AdapterLayer, dtype: torch.dtype) -> AdapterLayer:
+def _on_meta(layer: AdapterLayer, dtype: torch.dtype) -> AdapterLayer:
+    """Return a copy of an adapter layer without values, in `dtype`."""
     tensors = {name: tensor.detach().to("meta", dtype) for name, tensor in layer.tensors.items()}
     return AdapterLayer(
         layer.adapter_type, layer.spec, tensors, layer.alpha, settings=layer.settings, widens=layer.widens
     )
-
-
-def prepare_hotswap_(
-    owner: Owner, sources: Requests, slots: int | None, rank: int, samples: int, components: Iterable[str] | None
-) -> Reserved:
-    """Reserve slots on the models of `owner` and give the loaded adapters seats; see `Adapters.prepare_hotswap`."""
-    snapshot = owner.snapshot()
-    active = snapshot.running
-    least = max(1, len(active))
-    count = least if slots is None else slots
-    if count < least:
-        raise AdapterError(f"slots is {count}, expected at least {least}, as many as are active")
-    wanted = requested(snapshot, sources, None if components is None else set(components), owner.tokenizers())
-    if not wanted:
-        raise AdapterError("nothing to reserve for: pass files, folders or settings, or load an adapter first")
-    models = snapshot.models
-    reserved = reserve_all_(models, needs_of(models, wanted), count, rank=rank, samples=samples)
-    snapshot = owner.snapshot()
-    seat_(snapshot, active)
-    for name in snapshot.adapters:
-        if name not in active:
-            with suppress(AdapterError):
-                seat_(snapshot, [name], staying=snapshot.adapters)
-    owner.changed()
-    return reserved

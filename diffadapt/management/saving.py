@@ -1,4 +1,4 @@
-"""From a loaded adapter to a file."""
+"""Save a loaded adapter to a file."""
 
 import os
 from pathlib import Path
@@ -12,7 +12,7 @@ from diffadapt.runtime.targets import Targets
 
 
 def save_adapter(owner: Owner, name: str, path: str | os.PathLike[str], format: str) -> Path:
-    """Write adapter `name` to a file and return its path; see `Adapters.save`."""
+    """Write adapter `name` to a file in `format` and return the path; see `Adapters.save`."""
     loaded, models = owner.snapshot()[name], owner.models()
     dump = writer(format).dump
     assert dump is not None

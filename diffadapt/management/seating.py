@@ -1,6 +1,7 @@
 """Give adapters seats in reserved slots: in all components, or in none.
 
-What is where within one model is up to `slots.Reservation`; here is who gets a seat and who may have to leave.
+This module decides which adapters get a seat and which may lose theirs. The seats within one model are found by its
+`Reservation`.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -22,61 +23,64 @@ ByComponent = Mapping[str, Mapping[str, AdapterLayer]]
 """Component -> module path -> adapter layer."""
 
 
-def find_room(
-    loaded: AdapterSnapshot, name: str, layers: ByComponent, activate: bool, allow_recompile: bool, *, replacing: bool
+def find_seats(
+    snapshot: AdapterSnapshot, name: str, layers: ByComponent, activate: bool, allow_recompile: bool, *, replacing: bool
 ) -> tuple[dict[str, Arrangement], set[str]]:
-    """Seats for a new adapter by component, and the components in which it has to run beside the slots.
+    """Return seats for a new adapter by component, and the components in which it has to run outside the slots.
+
+    A component is in neither if the adapter is inactive and gets its seat there when it is activated.
 
     Args:
-        activate: it will act at once.
-        allow_recompile: where there is no room, it may run beside the slots.
-        replacing: whoever has that name will be gone.
+        layers: adapter layers of the new adapter.
+        activate: whether the adapter acts at once.
+        allow_recompile: whether the adapter may run outside the slots where they have no room.
+        replacing: whether it replaces the adapter that is loaded as `name`.
 
     Raises:
-        AdapterError: there is no room.
+        AdapterError: the slots have no room. Nothing has changed then.
     """
-    found: dict[str, Arrangement] = {}
-    beside: set[str] = set()
-    if not _is_prepared(loaded):
-        return found, beside
-    staying = set(loaded.active if activate else loaded.adapters) - {name}
-    for component, part in layers.items():
-        wanted = {name: {component: part}}
-        here = {component: loaded.models[component]}
+    arrangements: dict[str, Arrangement] = {}
+    outside: set[str] = set()
+    if not _has_slots(snapshot):
+        return arrangements, outside
+    staying = set(snapshot.active if activate else snapshot.adapters) - {name}
+    for component, own_layers in layers.items():
+        new = {name: {component: own_layers}}
+        model = {component: snapshot.models[component]}
         try:
-            found |= arrange(here, wanted, staying, [name] if replacing else [])
+            arrangements |= arrange(model, new, staying, [name] if replacing else [])
         except AdapterError as error:
             if not activate:
                 with suppress(AdapterError):
-                    # There is room for it once others are gone: it gets a seat when it is activated.
-                    arrange(here, wanted, ())
+                    # It fits once others have lost their seats, so it gets one when it is activated.
+                    arrange(model, new, ())
                     continue
             if not allow_recompile:
                 raise AdapterError(
                     f"{error}. Nothing was changed. Deactivate or remove adapters, include this one in "
                     "prepare_hotswap() before compiling, or pass allow_recompile=True"
                 ) from error
-            beside.add(component)
-    return found, beside
+            outside.add(component)
+    return arrangements, outside
 
 
-def seat_(loaded: AdapterSnapshot, names: Iterable[str], staying: Collection[str] = ()) -> None:
-    """Give these adapters seats where there are slots, before all others that are not in `staying`.
+def seat_(snapshot: AdapterSnapshot, names: Iterable[str], staying: Collection[str] = ()) -> None:
+    """Give adapters `names` seats in all components that have slots. Adapters not in `staying` may lose theirs.
 
     Raises:
-        AdapterError: there is no room. Nothing has changed then.
+        AdapterError: the slots have no room. Nothing has changed then.
     """
-    if not _is_prepared(loaded):
+    if not _has_slots(snapshot):
         return
     names = list(names)
     new: dict[str, dict[str, Mapping[str, AdapterLayer]]] = {}
     for name in names:
-        for component, adapter in loaded[name].components.items():
-            reservation = loaded.banks[component].reservation
+        for component, adapter in snapshot[name].components.items():
+            reservation = snapshot.banks[component].reservation
             is_seated = reservation is not None and name in reservation.seated
             if adapter.layers and not adapter.outside_slots and not is_seated:
                 new.setdefault(name, {})[component] = adapter.layers
-    for arrangement in arrange(loaded.models, new, {*names, *staying}).values():
+    for arrangement in arrange(snapshot.models, new, {*names, *staying}).values():
         arrangement.carry_out()
 
 
@@ -86,20 +90,20 @@ def arrange(
     staying: Collection[str],
     gone: Collection[str] = (),
 ) -> dict[str, Arrangement]:
-    """Seats for adapters in the slots of every component. Changes nothing.
+    """Return seats for new adapters in the slots of every component. Change nothing.
 
     Args:
-        new: adapter name -> component -> its layers.
+        new: adapter name -> component -> adapter layers.
         staying: seated adapters that keep their seats; all others may lose theirs, those seated longest first.
-        gone: who loses theirs in any case.
+        gone: seated adapters that lose their seats in any case.
 
     Raises:
-        AdapterError: there is no room.
+        AdapterError: the slots of a component have no room, or it has no slots.
     """
     arrangements: dict[str, Arrangement] = {}
     for component, model in models.items():
-        mine = {name: layers[component] for name, layers in new.items() if component in layers}
-        if mine:
+        here = {name: layers[component] for name, layers in new.items() if component in layers}
+        if here:
             bank = bank_of(model)
             reservation = None if bank is None else bank.reservation
             if bank is None or reservation is None:
@@ -107,29 +111,34 @@ def arrange(
             others = [name for name in reservation.seated if name not in staying]
             leaving = [name for name in others if name not in gone]
             try:
-                forms = {name: _lowered(layers, bank, reservation) for name, layers in mine.items()}
+                forms = {name: _lowered(layers, bank, reservation) for name, layers in here.items()}
                 arrangements[component] = reservation.arrange(forms, leaving, [name for name in others if name in gone])
             except AdapterError as error:
                 raise AdapterError(f"{component}.{error}") from error
     return arrangements
 
 
-def _lowered(layers: Mapping[str, AdapterLayer], bank: Bank, room: Reservation) -> Forms:
+def _lowered(layers: Mapping[str, AdapterLayer], bank: Bank, reservation: Reservation) -> Forms:
+    """Return the forms of adapter layers by module path, on the device of the slots.
+
+    Raises:
+        AdapterError: a layer has no slots, or its slots are for another number of inputs.
+    """
     forms: dict[str, list[Form]] = {}
     with torch.inference_mode(False), torch.no_grad():
         for path, layer in layers.items():
-            if path not in room.slots:
+            if path not in reservation.slots:
                 raise AdapterError(f"{path}: no slots are reserved there")
-            here = room.slots[path][0].spec.in_features
-            if layer.spec.in_features != here:
+            inputs = reservation.slots[path][0].spec.in_features
+            if layer.spec.in_features != inputs:
                 raise AdapterError(
-                    f"{path}: {layer.spec.in_features} inputs expected, slots for {here} are reserved there"
+                    f"{path}: {layer.spec.in_features} inputs expected, slots for {inputs} are reserved there"
                 )
-            # Not the weight that others are merged into now: it may be another one when this adapter runs.
-            forms[path] = lower(layer, partial(original_weight, bank, path, layer.spec), room.device)
+            # The original weight: adapters that are merged now may not be when this adapter runs.
+            forms[path] = lower(layer, partial(original_weight, bank, path, layer.spec), reservation.device)
     return forms
 
 
-def _is_prepared(loaded: AdapterSnapshot) -> bool:
-    """Whether any of the models has slots."""
-    return any(bank.reservation is not None for bank in loaded.banks.values())
+def _has_slots(snapshot: AdapterSnapshot) -> bool:
+    """Return whether any of the models has slots."""
+    return any(bank.reservation is not None for bank in snapshot.banks.values())

@@ -1,4 +1,4 @@
-"""The adapters of some models at one moment, and what a user means who speaks of them by name and strength."""
+"""The adapters that are loaded into some models at one moment, and names and strengths resolved against them."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,18 +18,19 @@ from diffadapt.strengths.schedules import START, Moment
 from diffadapt.tokens.learned_tokens import LearnedTokens, learned_tokens_of, vectors_by_token
 
 Chosen: TypeAlias = str | Iterable[str] | Mapping[str, Strength]
-"""Adapters by name; a name alone means the strength 1."""
+"""One name, several names, or name -> strength; a name alone means the strength 1."""
 
 LayerStrengths: TypeAlias = float | list[float]
-"""A strength for all layers of an adapter on one model, or one for each."""
+"""One strength for all layers of an adapter on one model, or one per layer in the order of `Adapter.layers`."""
 
 
 @dataclass(frozen=True)
 class LoadedAdapter:
-    """One adapter over all components.
+    """One loaded adapter, over all components.
 
     Attributes:
-        components: component -> the `Adapter` module there, which owns the parameters.
+        name: name of the adapter.
+        components: component -> the `Adapter` module on that model, which owns the parameters.
     """
 
     name: str
@@ -37,72 +38,73 @@ class LoadedAdapter:
 
     @property
     def learned(self) -> tuple[LearnedTokens, ...]:
-        """The tokens it brought, one entry for each text encoder."""
+        """The learned tokens it brought, one entry per text encoder."""
         found = (learned_tokens_of(adapter) for adapter in self.components.values())
         return tuple(tokens for tokens in found if tokens is not None)
 
     @property
     def tokens(self) -> Mapping[str, int]:
-        """The tokens it brought, with their numbers of vectors."""
+        """Learned token -> number of vectors, for every token it brought."""
         return vectors_by_token(self.learned)
 
     @property
     def types(self) -> tuple[str, ...]:
-        """Adapter types in use."""
+        """Names of the adapter types it consists of, sorted."""
         return tuple(sorted({layer.adapter_type.name for a in self.components.values() for layer in a.layers.values()}))
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """Ranks in use, ascending."""
+        """Ranks that occur in its layers, ascending; empty for types without a rank."""
         ranks = {layer.rank for adapter in self.components.values() for layer in adapter.layers.values()}
         return tuple(sorted(rank for rank in ranks if rank is not None))
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
-        """Dtypes of the parameters."""
+        """Dtypes of its parameters."""
         dtypes = {parameter.dtype for adapter in self.components.values() for parameter in adapter.parameters()}
         return tuple(sorted(dtypes, key=str))
 
     @property
     def bytes(self) -> int:
-        """Size of the parameters."""
+        """Size of its parameters."""
         return sum(adapter.bytes for adapter in self.components.values())
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Metadata of the file, verbatim."""
+        """Metadata of its file, verbatim."""
         return next(iter(self.components.values())).metadata
 
     @property
     def active(self) -> bool:
-        """Whether it takes part in the forward, at run time or merged."""
+        """Whether it acts, at run time or merged."""
         return any(adapter.active for adapter in self.components.values())
 
     @property
     def strength(self) -> Strength:
-        """What `activate` or `scale=` set last."""
+        """Strength that `activate` or `scale=` set last."""
         return next(iter(self.components.values())).strength
 
 
 def check_name(name: str) -> None:
     """Raise `AdapterError` if `name` cannot be the name of an adapter."""
     if not name or "." in name:
-        raise AdapterError(f"{name!r} is no name for an adapter: it must not be empty or contain a dot")
+        raise AdapterError(f"{name!r} is no name for an adapter: a name must not be empty or contain a dot")
 
 
 class AdapterSnapshot:
-    """What is loaded into some models now; to be asked anew after anything came or went.
+    """The adapters that are loaded into some models. Take a new one after adapters were loaded or removed.
 
     Attributes:
-        models: by component.
-        banks: of those models that have adapters or slots.
-        adapters: by name, in the order of loading.
+        models: component -> model.
+        banks: component -> bank, for models that have adapters or slots.
+        adapters: name -> adapter, in the order of loading.
     """
 
     def __init__(self, models: Mapping[str, nn.Module], *, qualified: bool = True) -> None:
         """
         Args:
-            qualified: whether prefixes of paths start with a component name.
+            models: component -> model.
+            qualified: whether prefixes of module paths start with the name of a component.
         """
         self.models = models
         self.banks: dict[str, Bank] = {}
@@ -122,7 +124,7 @@ class AdapterSnapshot:
         return self.adapters[name]
 
     def __str__(self) -> str:
-        """A table of all adapters."""
+        """Return a table of all adapters."""
         header = ("name", "types", "components", "rank", "dtype", "size", "active", "scale")
         rows = [header, *map(self._row, self.adapters.values())]
         if len(rows) == 1:
@@ -132,7 +134,7 @@ class AdapterSnapshot:
 
     @property
     def active(self) -> dict[str, Strength]:
-        """Strength of every active adapter, as it was set."""
+        """Name -> strength of every active adapter, as it was set."""
         return {name: adapter.strength for name, adapter in self.adapters.items() if adapter.active}
 
     @cached_property
@@ -140,6 +142,11 @@ class AdapterSnapshot:
         """Names of the adapters that are merged into the weights."""
         merged = {name for bank in self.banks.values() for name in bank.merged}
         return [name for name in self.adapters if name in merged]
+
+    @property
+    def undo_bytes(self) -> int:
+        """Bytes of memory that are kept to undo merges."""
+        return sum(way.nbytes for bank in self.banks.values() for way in bank.undo)
 
     @property
     def running(self) -> list[str]:
@@ -152,18 +159,22 @@ class AdapterSnapshot:
             raise AdapterError(f"{action}: {', '.join(self.merged)} is merged into the weights; call unmerge() first")
 
     def free_name(self) -> str:
-        """A name for an adapter whose source has none."""
+        """Return a name that is not in use, for an adapter whose source has none."""
         names = (f"default_{number}" for number in range(len(self.adapters) + 1))
         return next(name for name in names if name not in self.adapters)
 
     def refuse_name(self, name: str) -> None:
-        """Raise `AdapterError` if a new adapter cannot be called so."""
+        """Raise `AdapterError` if a new adapter cannot be called `name`."""
         check_name(name)
         if name in self.adapters:
             raise AdapterError(f"adapter {name!r} exists already; remove it first or pass another name=")
 
-    def resolved(self, adapters: Chosen) -> tuple[dict[str, Strength], dict[str, dict[str, LayerStrengths]]]:
-        """What was asked for: name -> strength, and the same as name -> component -> numbers per layer."""
+    def resolve(self, adapters: Chosen) -> tuple[dict[str, Strength], dict[str, dict[str, LayerStrengths]]]:
+        """Return the chosen adapters as name -> strength, and as name -> component -> strengths of the layers.
+
+        Raises:
+            AdapterError: an unknown name, or a strength that does not suit its adapter.
+        """
         adapters = [adapters] if isinstance(adapters, str) else adapters
         wanted: dict[str, Strength] = dict(adapters) if isinstance(adapters, Mapping) else dict.fromkeys(adapters, 1.0)
         return wanted, {name: self.strengths(name, amount, self[name].components) for name, amount in wanted.items()}
@@ -177,10 +188,17 @@ class AdapterSnapshot:
         strict: bool = True,
         moment: Moment = START,
     ) -> dict[str, LayerStrengths]:
-        """By component, one number for all layers or one for each; `strict` for prefixes that have to match.
+        """Return component -> strengths of the layers of one adapter.
 
         Args:
-            name: for messages; the adapter need not be loaded yet.
+            name: name of the adapter in messages; the adapter need not be loaded yet.
+            strength: strength as the user wrote it.
+            components: component -> the adapter on that model.
+            strict: whether every prefix has to match a layer.
+            moment: the moment of a run at which schedules are read; defaults to the start.
+
+        Raises:
+            AdapterError: the strength is not a finite number, or with `strict` a prefix matches no layer.
         """
         check_strength(name, strength)
         numbers = numbers_at(strength, moment)
@@ -202,34 +220,39 @@ class AdapterSnapshot:
         return strengths
 
     def set_active_(self, names: Iterable[str]) -> None:
-        """Make exactly these adapters act."""
+        """Make exactly the adapters `names` act."""
         names = set(names)
         for name, adapter in self.adapters.items():
-            for part in adapter.components.values():
-                part.active = name in names
+            for one in adapter.components.values():
+                one.active = name in names
         self.refresh_()
 
     def refresh_(self) -> None:
-        """See `attach.refresh_`."""
+        """Make every model run the adapters that are active now; see `attach.refresh_`."""
         for component in self.banks:
             refresh_(self.models[component])
 
     def _suits(self, strength: SharedStrengths[Any], matched: set[str]) -> bool:
-        """Whether some of the prefixes match, and the others may be missing: not if they are of another denoiser."""
+        """Return whether strengths that people share suit an adapter, although it has no layer under some prefixes.
+
+        Another prefix has to match, and none may be of a denoiser that is not among the models.
+        """
         others = (prefix for prefix in strength if prefix and not is_text_encoder(prefix.partition(".")[0]))
         return bool(matched or "" in strength) and {prefix.partition(".")[0] for prefix in others} <= set(self.models)
 
     def _prefixes(self, components: Mapping[str, Adapter]) -> list[str]:
+        """Return prefixes of the adapter's layers, one module name long, for messages."""
         tops = {f"{component}.{path.split('.')[0]}" for component, a in components.items() for path in a.layers}
         return sorted(tops if self._qualified else {top.partition(".")[2] for top in tops})
 
     def _row(self, adapter: LoadedAdapter) -> tuple[str, ...]:
+        """Return one row of the table."""
         ranks = adapter.ranks
         state = "merged" if adapter.name in self.merged else "yes" if adapter.active else "no"
         return (
             adapter.name,
             ",".join([*adapter.types, *(["tokens"] if adapter.learned else [])]),
-            ", ".join(f"{name} {len(part.layers)}" for name, part in adapter.components.items()),
+            ", ".join(f"{name} {len(one.layers)}" for name, one in adapter.components.items()),
             str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}" if ranks else "-",
             ",".join(str(dtype).removeprefix("torch.") for dtype in adapter.dtypes),
             f"{adapter.bytes / 2**20:.1f} MiB",

@@ -1,4 +1,4 @@
-"""What a user passes as the source of an adapter, resolved against the models of an owner."""
+"""Plan what users pass as the source of an adapter for the models of an owner."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from diffadapt.errors import AdapterError
-from diffadapt.files.checkpoint import Checkpoint, Location, Source
+from diffadapt.files.checkpoint import Location, Source
 from diffadapt.files.read import read
 from diffadapt.loading.plan import Plan, plan
 from diffadapt.management.owner import Owner
@@ -26,18 +26,21 @@ def plan_source(
     device: torch.device | None = None,
     leaving: str | None = None,
     format: str | None = None,
-) -> tuple[Checkpoint, Plan]:
-    """Read a source and plan it for the present models of `owner`; a finished plan is checked against them.
+) -> Plan:
+    """Read a source and plan it for the present models of `owner`. A finished plan is checked against the models.
 
     Args:
-        where: where the file is in a folder or repository.
-        components, dtype, device, format: see `loading.plan.plan`.
-        name: the name of tokens that have none in the file.
-        leaving: the adapter whose place the new one will take.
+        where: where the file is in its folder or repository.
+        components: use these components only and ignore the rest of the file; `None` for all.
+        dtype: dtype of the adapter's parameters; `None` for the dtype each model computes in.
+        name: the name of a learned token for which the file has none.
+        device: device of the adapter's parameters; `None` for where each model computes.
+        leaving: the loaded adapter that the new one will replace.
+        format: format of the file; `None` to recognise it.
 
     Raises:
-        AdapterError: a component does not exist, the source cannot be read, `dtype` is not one that adapters compute
-            in, or a finished plan is for other models or is loaded already.
+        AdapterError: a component does not exist, the source cannot be read, adapters cannot compute in `dtype`, or a
+            finished plan is for other models or is loaded already.
     """
     models = owner.models()
     if components is not None:
@@ -47,17 +50,11 @@ def plan_source(
             raise AdapterError(f"components: no {', '.join(unknown)}; the pipeline has {', '.join(models)}")
     if isinstance(source, Plan):
         if components is not None or dtype is not None:
-            raise AdapterError("components and dtype were settled by prefetch(); pass them there")
-        for component, adapter in source.adapters.items():
-            if source.targets[component].model is not models.get(component):
-                raise AdapterError(f"it was prefetched for another {component}; call prefetch() on this pipeline")
-            bank = bank_of(models[component])
-            names = [other for other, loaded in bank.adapters.items() if loaded is adapter] if bank else []
-            if names:
-                raise AdapterError(f"it is loaded already, as {names[0]!r}; remove that first")
+            raise AdapterError("components and dtype of a prefetched adapter are fixed; pass them to prefetch()")
+        _refuse_unusable(owner, source)
         if not source.tokens:
-            return source.checkpoint, source
-        # Which tokens are free may have changed.
+            return source
+        # Plan again: other tokens may be free in the tokenizers now.
         checkpoint = source.checkpoint
     else:
         checkpoint = read(source, where)
@@ -65,7 +62,7 @@ def plan_source(
             checkpoint = replace(checkpoint, name=name)
     if dtype is not None and dtype not in _DTYPES:
         raise AdapterError(f"dtype is {dtype}; adapters compute in float16, bfloat16, float32 or float64")
-    return checkpoint, plan(
+    return plan(
         checkpoint,
         models,
         components=components,
@@ -75,3 +72,33 @@ def plan_source(
         leaving=leaving,
         format=format,
     )
+
+
+def prefetch_source(
+    owner: Owner,
+    source: Source,
+    *,
+    where: Location | None,
+    components: Iterable[str] | None,
+    strict: bool,
+    dtype: torch.dtype | None,
+) -> Plan:
+    """Read a source and plan it in CPU memory; see `Adapters.prefetch`."""
+    cpu = torch.device("cpu")
+    planned = plan_source(owner, source, where=where, components=components, dtype=dtype, device=cpu)
+    planned.refuse_faults(strict)
+    for component, adapter in planned.adapters.items():
+        adapter.train(planned.targets[component].model.training)
+    return planned
+
+
+def _refuse_unusable(owner: Owner, planned: Plan) -> None:
+    """Raise `AdapterError` if a finished plan is for other models than those of `owner`, or is loaded already."""
+    models = owner.models()
+    for component, adapter in planned.adapters.items():
+        if planned.targets[component].model is not models.get(component):
+            raise AdapterError(f"the adapter was prefetched for another {component}; call prefetch() on this pipeline")
+        bank = bank_of(models[component])
+        names = [name for name, attached in bank.adapters.items() if attached is adapter] if bank else []
+        if names:
+            raise AdapterError(f"the prefetched adapter is loaded already, as {names[0]!r}; remove that first")

@@ -1,4 +1,4 @@
-"""Adapters into the weights of the models and out again, by name."""
+"""Merge loaded adapters into the weights of the models, and undo it."""
 
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
@@ -14,13 +14,13 @@ from diffadapt.runtime.locks import exclusive
 
 
 def merge_adapters_(owner: Owner, names: tuple[str, ...], compact: bool | None, base_files: BaseFiles) -> None:
-    """Merge adapters into the weights of the models; see `Adapters.merge`."""
+    """Merge the adapters `names`, or all active ones if empty, into the weights; see `Adapters.merge`."""
     snapshot = owner.snapshot()
     if any(bank.call.samples for bank in snapshot.banks.values()):
-        raise AdapterError("merge: inside per_sample every sample has weights of its own; leave it first")
+        raise AdapterError("merge: inside per_sample every sample has its own strengths; leave the block first")
     chosen = names or tuple(snapshot.running)
     if not chosen:
-        raise AdapterError("nothing to merge: no adapter is active that is not merged already")
+        raise AdapterError("nothing to merge: no adapter is active, or all that are active are merged already")
     for name in chosen:
         if name in snapshot.merged:
             raise AdapterError(f"adapter {name!r} is merged already; call unmerge() first")
@@ -42,7 +42,7 @@ def unmerge_adapters_(owner: Owner) -> None:
     for model in owner.models().values():
         unmerge_(model)
     snapshot = owner.snapshot()
-    # Others may have taken their seats; without one they run beside the slots.
+    # Other adapters may have taken their seats; an adapter without a seat runs outside the slots.
     with suppress(AdapterError):
         seat_(snapshot, merged, staying=snapshot.active)
     snapshot.refresh_()
@@ -50,7 +50,7 @@ def unmerge_adapters_(owner: Owner) -> None:
 
 @contextmanager
 def unmerged(owner: Owner) -> Generator[None, None, None]:
-    """Hold the models of `owner` for this thread with nothing merged; merge the same adapters again on leaving."""
+    """Hold the models of `owner` for this thread, unmerge all adapters, and merge them again on leaving."""
     with exclusive(owner.models().values()):
         merged, keeping = owner.snapshot().merged, Keeping.of(owner.models())
         unmerge_adapters_(owner)

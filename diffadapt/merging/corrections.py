@@ -1,7 +1,7 @@
-"""What rounding lost: the few elements of a tensor that a prediction of it may get wrong.
+"""Corrections: the few elements of a tensor that a prediction of it may get wrong.
 
-If a change is added to a weight, rounded, and subtracted again, most elements of a half-precision weight come out
-right. Keeping the others takes a few percent of a copy (2-4 % for a change of one percent in bfloat16).
+If a change is added to a half-precision weight, the sum rounded, and the change subtracted again, most elements come
+out right. Storing the others takes a few percent of a copy (2-4 % for a change of one percent in bfloat16).
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,99 +11,101 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_STEP = 255
+_SKIP = 255
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _COLUMNS = 64
 
 
 @dataclass(frozen=True)
 class Corrections:
-    """The difference between a prediction and a tensor.
+    """The elements in which a tensor differs from its prediction.
 
     Attributes:
-        steps: uint8; distances between the places that differ, where 255 stands for a distance without a place.
-        values: what is right in those places.
-        checksum: of the tensor.
+        gaps: uint8; the distance of each of these elements from the one before it, or from index -1. 255 means: advance
+            by 255 to an element that does not differ.
+        values: the right values of these elements.
+        checksum: checksum of the whole tensor.
     """
 
-    steps: Tensor
+    gaps: Tensor
     values: Tensor
     checksum: int
 
     @classmethod
     def between(cls, actual: Tensor, predicted: Sequence[Tensor]) -> "Corrections":
-        """Of tensors of the same shape and dtype, bit by bit: -0.0 differs from 0.0, a NaN not from itself.
+        """Compare `actual` with its predictions, bit by bit: -0.0 differs from 0.0, and a NaN equals itself.
 
         Args:
-            predicted: several if it is not known which of them `apply_` will get, or what between them.
+            predicted: predictions of the same shape and dtype; several if `apply_` may later get any of them, or
+                anything between them.
         """
-        places = _places(actual, predicted)
-        distances = torch.diff(places, prepend=places.new_full((1,), -1))
-        # A distance d is d // 255 times 255, and then the rest, which is never 255.
-        whole = distances // _STEP
-        ends = (whole + 1).cumsum(0)
-        steps = torch.full((int(ends[-1]) if len(ends) else 0,), _STEP, dtype=torch.uint8, device=actual.device)
-        steps.index_copy_(0, ends - 1, distances.sub_(whole, alpha=_STEP).to(torch.uint8))
-        return cls(steps, _bits(actual).index_select(0, places).view(actual.dtype), _checksum(_bits(actual)))
+        indices = _mismatches(actual, predicted)
+        distances = torch.diff(indices, prepend=indices.new_full((1,), -1))
+        # A distance d is stored as d // 255 skips and the remainder, which is never 255.
+        skips = distances // _SKIP
+        ends = (skips + 1).cumsum(0)
+        gaps = torch.full((int(ends[-1]) if len(ends) else 0,), _SKIP, dtype=torch.uint8, device=actual.device)
+        gaps.index_copy_(0, ends - 1, distances.sub_(skips, alpha=_SKIP).to(torch.uint8))
+        return cls(gaps, _bits(actual).index_select(0, indices).view(actual.dtype), _checksum(_bits(actual)))
 
     def apply_(self, predicted: Tensor) -> None:
-        """Make the tensor of its prediction, which has to be contiguous.
+        """Turn a prediction, which must be contiguous, into the tensor.
 
         Raises:
-            ArithmeticError: the prediction is another one, so this is not the tensor.
+            ArithmeticError: the result is not the tensor, so the prediction is not one of those compared.
         """
         bits = _bits(predicted)
-        steps = self.steps.to(predicted.device)
-        places = steps.cumsum(0, dtype=torch.int64)[steps != _STEP] - 1
-        if len(places) and int(places[-1]) >= len(bits):
-            raise ArithmeticError("it is larger")
-        bits.index_copy_(0, places, self.values.to(predicted.device).view(bits.dtype))
+        gaps = self.gaps.to(predicted.device)
+        indices = gaps.cumsum(0, dtype=torch.int64)[gaps != _SKIP] - 1
+        if len(indices) and int(indices[-1]) >= len(bits):
+            raise ArithmeticError("the prediction has too few elements")
+        bits.index_copy_(0, indices, self.values.to(predicted.device).view(bits.dtype))
         if _checksum(bits) != self.checksum:
             raise ArithmeticError("the checksum differs")
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are kept."""
-        return self.steps.nbytes + self.values.nbytes
+        """Memory used, in bytes."""
+        return self.gaps.nbytes + self.values.nbytes
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether tensors of the same shape, dtype and device are the same, NaNs and signs of zeros too."""
+    """Return whether tensors of the same shape, dtype and device are equal bit by bit, also in NaNs and zero signs."""
     pair = _bits(one), _bits(other)
     if one.device.type != "cpu":
         return torch.equal(*pair)
-    words, rest = _words(pair)
-    return not (_differs(*words).any() or _differs(*rest).any())
+    words, tails = _words(pair)
+    return not (_differs(*words).any() or _differs(*tails).any())
 
 
-def _places(actual: Tensor, predicted: Sequence[Tensor]) -> Tensor:
-    """Ascending indices of the elements that one of the predictions has not got right."""
+def _mismatches(actual: Tensor, predicted: Sequence[Tensor]) -> Tensor:
+    """Return the flat indices, ascending, of the elements that at least one prediction gets wrong."""
     bits = [_bits(tensor) for tensor in (actual, *predicted)]
     if actual.device.type != "cpu":
         return torch.nonzero(_differs(*bits)).squeeze(1)
-    # Word by word at first: few of those differ.
-    words, rest = _words(bits)
+    # Whole words first, since few of them differ.
+    words, tails = _words(bits)
     lanes = 8 // actual.element_size()
     suspects = _differs(*words).nonzero()[0]
-    wrong = _differs(*(each.take(suspects).view(other.dtype) for each, other in zip(words, rest, strict=True)))
-    wrong, behind = wrong.nonzero()[0], _differs(*rest).nonzero()[0]
-    places = suspects[wrong // lanes] * lanes + wrong % lanes
-    return torch.cat([torch.from_numpy(places), torch.from_numpy(behind + len(words[0]) * lanes)])
+    differs = _differs(*(each.take(suspects).view(tail.dtype) for each, tail in zip(words, tails, strict=True)))
+    in_words, in_tail = differs.nonzero()[0], _differs(*tails).nonzero()[0]
+    indices = suspects[in_words // lanes] * lanes + in_words % lanes
+    return torch.cat([torch.from_numpy(indices), torch.from_numpy(in_tail + len(words[0]) * lanes)])
 
 
 def _words(bits: Iterable[Tensor]) -> tuple[list[Any], list[Any]]:
-    """Of tensors on the CPU the words of 8 bytes, and what is behind the last whole one.
+    """Return the whole 8-byte words of CPU tensors, and the elements after the last one.
 
-    As arrays of numpy, which compares them three times, and finds what differs six times as quickly as torch.
+    They are NumPy arrays: NumPy compares three times, and finds differences six times, as fast as torch.
     """
     arrays: list[Any] = [tensor.numpy() for tensor in bits]
-    whole = [array.nbytes // 8 * (8 // array.itemsize) for array in arrays]
-    words = [array[:count].view("int64") for array, count in zip(arrays, whole, strict=True)]
-    return words, [array[count:] for array, count in zip(arrays, whole, strict=True)]
+    counts = [array.nbytes // 8 * (8 // array.itemsize) for array in arrays]
+    words = [array[:count].view("int64") for array, count in zip(arrays, counts, strict=True)]
+    return words, [array[count:] for array, count in zip(arrays, counts, strict=True)]
 
 
 def _differs(wanted: Any, *found: Any) -> Any:
-    """Where tensors, or arrays of numpy, are not all the same."""
+    """Return a mask of the elements in which any of the tensors, or NumPy arrays, differs from `wanted`."""
     differs = wanted != found[0]
     for other in found[1:]:
         differs |= wanted != other
@@ -111,18 +113,22 @@ def _differs(wanted: Any, *found: Any) -> Any:
 
 
 def _bits(tensor: Tensor) -> Tensor:
+    """Return a flat view (a copy if `tensor` is not contiguous) as integers of the same size."""
     return tensor.detach().contiguous().view(-1).view(_BITS[tensor.element_size()])
 
 
 def _checksum(bits: Tensor) -> int:
-    """Depends on every element and, by weights for rows and columns of a grid, on where it is."""
-    words = 8 // bits.element_size()
-    if len(bits) % words or bits.storage_offset() % words:
-        bits = torch.nn.functional.pad(bits, (0, -len(bits) % words))
-    numbers = bits.view(torch.int64)
-    whole = len(numbers) // _COLUMNS * _COLUMNS
-    grid, rest = numbers[:whole].view(-1, _COLUMNS), numbers[whole:]
-    columns, rows = torch.cat([grid.sum(0), rest]), grid.sum(1)
+    """Return a checksum that depends on every element and on its position.
+
+    Positions count through weights for the rows and columns of a grid.
+    """
+    lanes = 8 // bits.element_size()
+    if len(bits) % lanes or bits.storage_offset() % lanes:
+        bits = torch.nn.functional.pad(bits, (0, -len(bits) % lanes))
+    words = bits.view(torch.int64)
+    count = len(words) // _COLUMNS * _COLUMNS
+    grid, tail = words[:count].view(-1, _COLUMNS), words[count:]
+    columns, rows = torch.cat([grid.sum(0), tail]), grid.sum(1)
     total = (columns * torch.arange(1, len(columns) + 1, device=bits.device)).sum()
-    # An odd number as large as a word, so that what rows and columns say is not added up in the same bits.
+    # The odd 64-bit factor spreads the sum over the rows to other bits than that over the columns.
     return int(total + 0x1E3779B97F4A7C15 * (rows * torch.arange(1, len(rows) + 1, device=bits.device)).sum())

@@ -1,4 +1,4 @@
-"""What to keep of the weights that merging overwrites."""
+"""The choice of what to keep of the weights that merging overwrites."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,12 +14,12 @@ from diffadapt.runtime.undo import UndoByCopy
 
 @dataclass(frozen=True)
 class Keeping:
-    """What to keep of the weights that merging overwrites.
+    """The choice of what to keep of the weights that merging overwrites.
 
     Attributes:
-        compact: what rounding lost instead of copies, where that is less; `None` for where it also is faster: sums of
-            low-rank changes on weights of half precision.
-        files: component -> files that its weights were read from. Nothing is kept of what one of them has.
+        compact: `True` keeps corrections instead of a copy wherever they take less memory, `False` keeps copies.
+            `None` keeps corrections where they are also faster: for sums of low-rank changes on half-precision weights.
+        files: component -> files that its weights were read from. Nothing is kept of a weight that one of them has.
     """
 
     compact: bool | None = None
@@ -27,11 +27,11 @@ class Keeping:
 
     @classmethod
     def of(cls, models: Mapping[str, nn.Module]) -> "Keeping":
-        """As it is done for what is merged now."""
-        ways = {component: bank.undo for component, model in models.items() if (bank := bank_of(model)) is not None}
-        kinds = {type(way) for undo in ways.values() for way in undo}
+        """Return the choice that was made for the adapters merged into `models` now."""
+        undos = {component: bank.undo for component, model in models.items() if (bank := bank_of(model)) is not None}
+        classes = {type(way) for ways in undos.values() for way in ways}
         files = {
-            component: tuple(dict.fromkeys(way.file for way in undo if isinstance(way, UndoFromFile)))
-            for component, undo in ways.items()
+            component: tuple(dict.fromkeys(way.file for way in ways if isinstance(way, UndoFromFile)))
+            for component, ways in undos.items()
         }
-        return cls(True if UndoByCorrection in kinds else False if UndoByCopy in kinds else None, files)
+        return cls(True if UndoByCorrection in classes else False if UndoByCopy in classes else None, files)

@@ -1,7 +1,8 @@
-"""Memory for tensors, found quickly.
+"""Fast memory for tensors: copies that are kept, and buffers that are reused.
 
-The first write to a page of fresh memory makes the system find one, which takes longer than the write. So copies that
-are kept are taken from large chunks, in large pages where the system has them, and what is not kept is used again.
+On the first write to a page of fresh memory the system has to find one, which takes longer than the write itself. So
+copies that are kept are cut from large chunks, in huge pages where the system has them, and temporary buffers are
+reused.
 """
 
 import mmap
@@ -15,46 +16,46 @@ _CHUNK = 64 * 2**20
 
 
 class Arena:
-    """Memory on the CPU that tensors are given parts of. A chunk of it is free again when all of its parts are gone."""
+    """Copies of tensors in large chunks of CPU memory. A chunk is freed when the last copy in it is gone."""
 
     def __init__(self) -> None:
         self._chunk = torch.empty(0, dtype=torch.uint8)
         self._used = 0
 
     def copy(self, tensor: Tensor) -> Tensor:
-        """A contiguous copy of a tensor on the CPU."""
+        """Return a contiguous copy of a CPU tensor."""
         start = -(-self._used // _ALIGNMENT) * _ALIGNMENT
         if start + tensor.nbytes > len(self._chunk):
-            self._chunk, start = _pages(max(_CHUNK, tensor.nbytes)), 0
+            self._chunk, start = _fresh_chunk(max(_CHUNK, tensor.nbytes)), 0
         self._used = start + tensor.nbytes
         return self._chunk[start : self._used].view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
 class Scratch:
-    """Memory that is used again and again."""
+    """Temporary buffers that are reused."""
 
     def __init__(self) -> None:
-        self._parts: dict[tuple[int, torch.device], Tensor] = {}
+        self._buffers: dict[tuple[int, torch.device], Tensor] = {}
 
     def like(self, tensor: Tensor, number: int = 0) -> Tensor:
-        """A contiguous tensor of this shape, dtype and device, whatever is in it.
+        """Return an uninitialised contiguous tensor with the shape, dtype and device of `tensor`.
 
         Args:
-            number: of several that are in use at the same time. What had it before is overwritten.
+            number: which of several buffers. The tensor returned last for this number on the device is overwritten.
         """
-        part = self._parts.get((number, tensor.device))
-        if part is None or part.nbytes < tensor.nbytes:
-            part = torch.empty(tensor.nbytes, dtype=torch.uint8, device=tensor.device)
-            self._parts[number, tensor.device] = part
-        return part[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        buffer = self._buffers.get((number, tensor.device))
+        if buffer is None or buffer.nbytes < tensor.nbytes:
+            buffer = torch.empty(tensor.nbytes, dtype=torch.uint8, device=tensor.device)
+            self._buffers[number, tensor.device] = buffer
+        return buffer[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
 
 
-def _pages(size: int) -> Tensor:
-    """Bytes, in large pages where the system has such."""
+def _fresh_chunk(size: int) -> Tensor:
+    """Return `size` bytes, in huge pages where the system has them."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(size, dtype=torch.uint8)
     pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):
-        # A system may be built without them.
+        # The kernel may be built without huge pages.
         pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=torch.uint8)

@@ -1,19 +1,19 @@
-"""Merge adapters into the weights of a model, and put every bit back.
+"""Merge adapters into the weights of models, and restore every bit of the weights.
 
-The merged weight is that of `compose.weight`, computed in float32 (float64 for float64 weights) from the original one
-and rounded once, however many adapters are merged. Weights are written in place: parameters stay the same objects,
-compiled graphs stay valid.
+The merged weight is that of `compose.weight`, computed in float32 (float64 for float64 weights) from the original
+weight and rounded once, however many adapters are merged. Weights are written in place: parameters stay the same
+objects, and compiled graphs stay valid.
 
-Undoing is no subtraction, which rounding would make inexact. Either the originals are kept, or, in a few percent of
-their memory, what a prediction from the merged weight (`folding`) gets wrong (`corrections`), or nothing, if the files
-are at hand that the model was read from (`base_files`).
+Unmerging does not subtract, because rounding would make that inexact. For each weight one of three things is kept: a
+copy of the original; or, in a few percent of its memory, corrections of a prediction from the merged weight
+(`undo_by_correction`); or nothing, if the files that the model was read from are at hand (`undo_from_file`).
 
-One base tensor is done after the other, so that no more than one is there twice. There is a way back from each before
-it is written: if anything fails, those that were written already become what they were.
+Base tensors are written one after the other, so at most one of them exists twice. Each gets its way back before it is
+written: if anything fails, the tensors written so far become what they were.
 """
 
 from collections.abc import Collection, Generator, Iterable, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -22,22 +22,27 @@ from diffadapt.errors import AdapterError
 from diffadapt.merging.keeping import Keeping
 from diffadapt.merging.moves import ByName, Moves
 from diffadapt.merging.undo_by_correction import UndoByCorrection
-from diffadapt.merging.weight_update import wide_dtype
+from diffadapt.merging.weight_update import merge_dtype
 from diffadapt.runtime.adapter import Adapter
 from diffadapt.runtime.attach import refresh_
 from diffadapt.runtime.bank import Bank, bank_of
-from diffadapt.runtime.base_weights import resting_tensor, weight_of
+from diffadapt.runtime.base_weight import weight_of
 from diffadapt.runtime.undo import UndoByCopy
 from diffadapt.types.layer_spec import LayerSpec
+from diffadapt.weights.resting import resting_tensor
 
 
 @torch.no_grad()
 def merge_(models: Mapping[str, nn.Module], names: Iterable[str], keeping: Keeping | None = None) -> None:
-    """Merge adapters `names`, at their present strengths, into every model that has them.
+    """Merge the adapters `names`, at their current strengths, into every model that has them.
+
+    Args:
+        models: component -> model.
+        keeping: what to keep of the weights; defaults to `Keeping()`.
 
     Raises:
-        AdapterError: a weight is quantised or out of reach, a bias is missing, a result is not finite, or an adapter
-            that is not merged would act on the weights of one that is. Nothing has changed then.
+        AdapterError: a weight is quantised or on the meta device, a bias is missing, a result is not finite, or an
+            active adapter that multiplies weights would find them changed. Nothing has changed then.
     """
     names = tuple(names)
     wanted: dict[str, dict[str, Adapter]] = {}
@@ -59,31 +64,38 @@ def remerged(
     *,
     hosts: Mapping[str, Mapping[str, nn.Module]] | None = None,
 ) -> Generator[None, None, None]:
-    """Put `wanted` adapters, by component, into the weights in the place of those that are merged now.
+    """Merge the `wanted` adapters in place of those merged now, for the body and beyond.
 
-    Inside they are there; the body attaches what is new and detaches what is old. If it raises, or merging does, the
-    weights are bit for bit what they were.
+    The body runs with the new weights; it attaches the new adapters and detaches the old ones. If it raises, or merging
+    does, the weights are bit for bit what they were.
 
     Args:
+        models: component -> model.
+        wanted: component -> all adapters to be merged into its model.
+        keeping: what to keep of the weights.
         hosts: component -> module path -> layer, for adapters that are not attached yet.
+
+    Raises:
+        AdapterError: a weight is quantised or on the meta device, a bias is missing, or a result is not finite.
     """
-    moves = [
+    moves_by_model = [
         Moves(models[component], component, adapters, (hosts or {}).get(component, {}), keeping)
         for component, adapters in wanted.items()
     ]
     try:
         with torch.no_grad():
-            for model in moves:
-                model.carry_out()
+            for moves in moves_by_model:
+                moves.carry_out()
         yield
     except BaseException:
-        with torch.no_grad():
-            for model in moves:
-                model.take_back()
+        # A model that cannot be taken back does not keep the others from it.
+        with torch.no_grad(), ExitStack() as stack:
+            for moves in reversed(moves_by_model):
+                stack.callback(moves.take_back)
         raise
     finally:
-        for model in moves:
-            model.keep()
+        for moves in moves_by_model:
+            moves.keep()
     for component, adapters in wanted.items():
         bank = bank_of(models[component])
         if bank is not None:
@@ -93,7 +105,11 @@ def remerged(
 
 @torch.no_grad()
 def unmerge_(model: nn.Module) -> None:
-    """Put back every weight that `merge_` changed, bit for bit; the adapters run beside the weights again."""
+    """Restore every weight that `merge_` changed, bit for bit. The adapters run next to the weights again.
+
+    Raises:
+        AdapterError: an original cannot be restored, because a weight, adapter or file was changed since.
+    """
     bank = bank_of(model)
     if bank is None or not bank.merged:
         return
@@ -106,32 +122,32 @@ def unmerge_(model: nn.Module) -> None:
 
 @torch.no_grad()
 def expand_(bank: Bank) -> None:
-    """Copies in the place of what is kept compactly, for what needs the originals themselves."""
+    """Replace corrections with copies of the originals, for callers that read the originals while merged."""
     for number, way in enumerate(bank.undo):
         if isinstance(way, UndoByCorrection):
             bank.undo[number] = UndoByCopy(way.tensor, way.restored())
 
 
 def original_weight(bank: Bank, path: str, spec: LayerSpec) -> Tensor:
-    """A layer's own weight, canonical and decoded, as it was before anything was merged into it."""
+    """Return the canonical, decoded weight of a layer as it was before any merging."""
     host = bank.hosts[path]
     tensor = resting_tensor(host, "weight") if bank.merged else None
-    kept = next((way.restored() for way in bank.undo if way.tensor is tensor), None)
-    if kept is None:
+    original = next((way.restored() for way in bank.undo if way.tensor is tensor), None)
+    if original is None:
         return weight_of(host, spec)
-    return spec.to_stored(kept.detach().to(wide_dtype(kept)))
+    return spec.to_stored(original.detach().to(merge_dtype(original)))
 
 
 def refuse_mixture(component: str, adapters: Mapping[str, Adapter], merged: Collection[str]) -> None:
     """Raise `AdapterError` if an active adapter that multiplies weights would find them changed by a merged one.
 
-    A sum of changes does not care which of them are in the weight already; a rotation or a scale does.
+    It does not matter to a sum of changes which of them the weight already contains; to a rotation or a scale it does.
     """
-    below = {path: name for name in merged if name in adapters for path in adapters[name].layers}
-    for name, adapter in adapters.items() if below else ():
+    merged_at = {path: name for name in merged if name in adapters for path in adapters[name].layers}
+    for name, adapter in adapters.items() if merged_at else ():
         for path, layer in adapter.layers.items() if adapter.active and name not in merged else ():
-            if path in below and not layer.is_additive:
+            if path in merged_at and not layer.is_additive:
                 raise AdapterError(
                     f"{component}.{path}: adapter {name!r} ({layer.adapter_type.name}) multiplies the weight, which a "
-                    f"merged {below[path]!r} changes; merge both in one call, or deactivate {name!r}"
+                    f"merged {merged_at[path]!r} changes; merge both in one call, or deactivate {name!r}"
                 )

@@ -1,4 +1,4 @@
-"""The way of one model's weights from one set of merged adapters to another, tensor by tensor."""
+"""The writes that take one model's weights from the adapters merged now to those wanted, tensor by tensor."""
 
 import math
 from collections import Counter
@@ -14,26 +14,26 @@ from diffadapt.merging.keeping import Keeping
 from diffadapt.merging.memory import Arena, Scratch
 from diffadapt.merging.undo_by_correction import UndoByCorrection
 from diffadapt.merging.undo_from_file import UndoFromFile
-from diffadapt.merging.weight_update import AnyUpdate, Layers, LowRankUpdate, WeightUpdate, weight_updates, wide_dtype
+from diffadapt.merging.weight_update import AnyUpdate, Layers, LowRankUpdate, Updates, merge_dtype, weight_updates
 from diffadapt.runtime import compose
 from diffadapt.runtime.adapter import Adapter
 from diffadapt.runtime.bank import bank_of
-from diffadapt.runtime.base_weights import resting_tensor
 from diffadapt.runtime.undo import Undo, UndoByCopy
 from diffadapt.types.tensor_ops import FLOAT8
+from diffadapt.weights.resting import resting_tensor
 
 ByName = Mapping[str, Adapter]
-"""The adapters that are merged into a model. In the order of attachment, whatever way led to them: it decides bits."""
+"""The adapters merged into one model, always in the order of attachment, because the order decides the last bits."""
 
 
 @dataclass(frozen=True)
-class _Place:
-    """A base weight, and what is to be merged into it.
+class _MergedWeight:
+    """A base weight and the adapter layers to merge into it.
 
     Attributes:
-        where: component and path, for messages.
-        name: of the tensor in its model.
-        bias: of the same layer, if that is changed too.
+        where: component and module path, for messages.
+        name: name of the tensor in its model.
+        bias: the bias of the same layer if the adapters change it, else `None`.
     """
 
     tensor: Tensor
@@ -44,55 +44,81 @@ class _Place:
 
 
 @dataclass(frozen=True)
-class _Step:
-    """Something written, and what it takes to undo that.
+class _Task:
+    """A base weight that is about to be rewritten.
 
     Attributes:
-        tensor: the weight.
-        bias: of the same layer, if it was written.
-        old: what was merged into them.
-        kept: the ways back from that, by `id` of a tensor.
+        old: what is merged into it now; `None` for nothing.
+        new: what is to be merged into it; `None` for nothing.
+        bias: the bias of the same layer if `old` or `new` changes it.
+        updates: the arithmetic of `new`; `None` if that is.
+        original: the content of the weight before any merging.
+        way: a way back to `original`, valid until the task is settled.
+        is_fresh: whether the weight has its original content now.
+        keeps_corrections: whether to keep corrections of `original`; a copy in `way` is temporary then.
+    """
+
+    tensor: Tensor
+    old: _MergedWeight | None
+    new: _MergedWeight | None
+    bias: Tensor | None
+    updates: Updates | None
+    original: Tensor
+    way: Undo
+    is_fresh: bool
+    keeps_corrections: bool
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A weight that was rewritten, and what it takes to take that back.
+
+    Attributes:
+        bias: the bias of the same layer if it was rewritten too.
+        old: what was merged into them before; `None` for nothing.
+        ways: the ways back from `old`, by `id` of the tensor.
     """
 
     tensor: Tensor
     bias: Tensor | None
-    old: _Place | None
-    kept: Mapping[int, Undo]
+    old: _MergedWeight | None
+    ways: Mapping[int, Undo]
 
 
 class Moves:
-    """The way of one model's weights from what is merged to what is wanted, tensor by tensor."""
+    """The writes that take one model's weights from the adapters merged now to those wanted."""
 
     def __init__(
         self, model: nn.Module, component: str, wanted: ByName, hosts: Mapping[str, nn.Module], keeping: Keeping
     ) -> None:
         """
         Args:
-            hosts: of layers that have no adapters yet.
+            component: name of the model, for messages.
+            hosts: module path -> layer, for layers that carry no adapter yet.
 
         Raises:
             AdapterError: a weight cannot be written.
         """
         bank = bank_of(model)
-        present = {} if bank is None else {n: adapter for n, adapter in bank.adapters.items() if n in bank.merged}
+        merged = {} if bank is None else {n: adapter for n, adapter in bank.adapters.items() if n in bank.merged}
         hosts = hosts if bank is None else {**hosts, **bank.hosts}
         self._model, self._compact = model, keeping.compact
         self._files = keeping.files.get(component, ())
         users = Counter(id(own) for module in model.modules() for own in module._parameters.values() if own is not None)
-        self._before, self._after = (_places(component, adapters, hosts, users) for adapters in (present, wanted))
+        self._old, self._new = (_merged_weights(component, adapters, hosts, users) for adapters in (merged, wanted))
         self._undo: dict[int, Undo] = {} if bank is None else bank.ways
         self._done: list[_Step] = []
         self._arena, self._scratch = Arena(), Scratch()
 
     def carry_out(self) -> None:
-        """Write, see `remerged`."""
-        for key in (*self._before, *(key for key in self._after if key not in self._before)):
-            old, new = self._before.get(key), self._after.get(key)
+        """Write all weights. If this raises, call `take_back`."""
+        for key in (*self._old, *(key for key in self._new if key not in self._old)):
+            old, new = self._old.get(key), self._new.get(key)
             if old is None or new is None or old.layers != new.layers:
-                self._write_(old, new)
+                self._rewrite_(old, new)
 
     def take_back(self) -> None:
-        """Undo what `carry_out` has done so far."""
+        """Undo what `carry_out` has written so far."""
         while self._done:
             step = self._done.pop()
             way = self._undo.pop(id(step.tensor), None)
@@ -101,83 +127,114 @@ class Moves:
                 self._write_bias_(step.bias, step.old, original)
                 self._undo.pop(id(step.bias), None)
             if step.old is not None:
-                _fold_(step.old, weight_updates(step.old.layers, original), original)
+                _merge_(step.old, weight_updates(step.old.layers, original), original)
             elif way is not None:
                 step.tensor.copy_(original)
-            self._undo.update(step.kept)
+            self._undo.update(step.ways)
 
     def keep(self) -> None:
-        """Leave with the model what undoes the changes."""
+        """Store the ways back in the model's bank."""
         bank = bank_of(self._model)
         if bank is not None:
             bank.undo[:] = self._undo.values()
 
-    def _write_(self, old: _Place | None, new: _Place | None) -> None:
-        place = new or old
-        assert place is not None
-        tensor, key = place.tensor, id(place.tensor)
-        bias = next((each.bias for each in (old, new) if each is not None and each.bias is not None), None)
-        kept = {id(own): self._undo[id(own)] for own in (tensor, bias) if id(own) in self._undo}
-        way, fresh = self._undo.get(key), key not in self._undo
-        if way is None:
-            way = UndoFromFile.of(tensor, place.where, place.name, self._files)
+    def _rewrite_(self, old: _MergedWeight | None, new: _MergedWeight | None) -> None:
+        """Take one weight, and the bias of its layer, from `old` to `new`."""
+        task = self._planned(old, new)
+        self._remember(task)
+        correction = self._write_(task)
+        self._settle(task, correction)
+
+    def _planned(self, old: _MergedWeight | None, new: _MergedWeight | None) -> _Task:
+        """Read the original content of a weight, and decide how to keep it. Change nothing."""
+        target = new or old
+        assert target is not None
+        tensor, known = target.tensor, self._undo.get(id(target.tensor))
+        way = known or UndoFromFile.of(tensor, target.where, target.name, self._files)
         original = (tensor.detach() if way is None else way.restored()).contiguous()
-        ways = None if new is None else weight_updates(new.layers, original)
-        compact = self._compact
-        if isinstance(way, UndoFromFile) or ways is None:
-            compact = False
-        elif compact is None:
-            compact = isinstance(ways[1], LowRankUpdate) and original.element_size() < 4
+        updates = None if new is None else weight_updates(new.layers, original)
+        compact = updates is not None and self._keeps_corrections(way, updates, original)
         if way is None:
-            # A copy that is needed for a moment only goes where the last one was.
+            # A temporary copy goes to scratch memory, where it overwrites that of the previous weight.
             original = self._scratch.like(original).copy_(original) if compact else self._copy(original)
         if way is None or isinstance(way, UndoByCorrection):
-            # What was lost by merging one adapter says nothing after another.
+            # What rounding lost when `old` was merged says nothing once another adapter is.
             way = UndoByCopy(tensor, original)
-        self._undo[key] = way
-        if bias is not None and id(bias) not in kept:
+        bias = next((each.bias for each in (old, new) if each is not None and each.bias is not None), None)
+        return _Task(tensor, old, new, bias, updates, original, way, known is None, compact)
+
+    def _keeps_corrections(self, way: Undo | None, updates: Updates, original: Tensor) -> bool:
+        """Return whether to keep corrections of `original` rather than a copy.
+
+        Neither is kept of a weight that can be read from a file. Otherwise the caller's choice counts; without one,
+        corrections are kept where they are also faster: for sums of low-rank changes on half-precision weights.
+        """
+        if isinstance(way, UndoFromFile):
+            return False
+        if self._compact is not None:
+            return self._compact
+        return isinstance(updates.back, LowRankUpdate) and original.element_size() < 4
+
+    def _remember(self, task: _Task) -> None:
+        """Register ways back from everything that is about to be written."""
+        tensor, bias = task.tensor, task.bias
+        ways = {id(own): self._undo[id(own)] for own in (tensor, bias) if id(own) in self._undo}
+        self._done.append(_Step(tensor, bias, task.old, ways))
+        self._undo[id(tensor)] = task.way
+        if bias is not None and id(bias) not in ways:
             self._undo[id(bias)] = UndoByCopy(bias, self._copy(bias.detach()))
 
-        self._done.append(_Step(tensor, bias, old, kept))
-        if bias is not None:
-            self._write_bias_(bias, new, original)
-        if new is None or ways is None:
-            tensor.copy_(original)
-            del self._undo[key]
-            return
-        small = _fold_(new, ways, original, fresh=fresh, scratch=self._scratch if compact else None)
-        if small is not None:
-            self._undo[key] = small
-        elif compact and fresh:
-            self._undo[key] = UndoByCopy(tensor, self._copy(original))
+    def _write_(self, task: _Task) -> UndoByCorrection | None:
+        """Write the weight and its bias. Return corrections if they are to be kept and smaller than a copy."""
+        if task.bias is not None:
+            self._write_bias_(task.bias, task.new, task.original)
+        if task.new is None or task.updates is None:
+            task.tensor.copy_(task.original)
+            return None
+        scratch = self._scratch if task.keeps_corrections else None
+        return _merge_(task.new, task.updates, task.original, is_fresh=task.is_fresh, scratch=scratch)
 
-    def _write_bias_(self, bias: Tensor, place: _Place | None, weight: Tensor) -> None:
-        """Write what belongs to a merged weight, or what was there before any merging.
+    def _settle(self, task: _Task, correction: UndoByCorrection | None) -> None:
+        """Replace the way back that was valid while writing with the one to keep."""
+        key = id(task.tensor)
+        if task.new is None:
+            del self._undo[key]
+        elif correction is not None:
+            self._undo[key] = correction
+        elif task.keeps_corrections and task.is_fresh:
+            # The corrections turned out too large, and the copy is still in scratch memory.
+            self._undo[key] = UndoByCopy(task.tensor, self._copy(task.original))
+
+    def _write_bias_(self, bias: Tensor, target: _MergedWeight | None, weight: Tensor) -> None:
+        """Write the bias that belongs to `target`, or the original bias if `target` is `None` or does not change it.
 
         Args:
-            weight: before any merging.
+            weight: the layer's weight before any merging.
         """
         way = self._undo.get(id(bias))
-        content = bias.detach() if way is None else way.restored()
-        if place is not None and place.bias is not None:
-            bias.copy_(_with_bias(place, weight, content))
+        original = bias.detach() if way is None else way.restored()
+        if target is not None and target.bias is not None:
+            bias.copy_(_merged_bias(target, weight, original))
         else:
-            bias.copy_(content)
+            bias.copy_(original)
             self._undo.pop(id(bias), None)
 
     def _copy(self, tensor: Tensor) -> Tensor:
         return self._arena.copy(tensor) if tensor.device.type == "cpu" else tensor.clone()
 
 
-def _places(
+def _merged_weights(
     component: str, adapters: ByName, hosts: Mapping[str, nn.Module], users: Mapping[int, int]
-) -> dict[int, _Place]:
-    """`id` of a base weight -> what these adapters do to it.
+) -> dict[int, _MergedWeight]:
+    """Return what `adapters` merge into every base weight, by `id` of the weight.
 
     Args:
-        users: `id` of a parameter -> how many modules have it.
+        users: `id` of a parameter -> number of modules that have it.
+
+    Raises:
+        AdapterError: a weight cannot be written, or several layers share it.
     """
-    found: dict[int, _Place] = {}
+    found: dict[int, _MergedWeight] = {}
     for path in dict.fromkeys(path for adapter in adapters.values() for path in adapter.layers):
         host, where = hosts[path], f"{component}.{path}"
         layers = tuple(adapter.layers[path] for adapter in adapters.values() if path in adapter.layers)
@@ -185,68 +242,73 @@ def _places(
         if compose.changes_bias(((layer, layer.tensors) for layer in layers), getattr(host, "bias", None) is not None):
             bias = _writable(host, where, "bias")
         if any(users.get(id(tensor), 1) > 1 for tensor in (weight, bias) if tensor is not None):
-            raise AdapterError(f"{where}: another layer has the same weight, and would change too; keep it unmerged")
-        found[id(weight)] = _Place(weight, where, f"{path}.weight", layers, bias)
+            raise AdapterError(f"{where}: another layer has the same weight and would change too; keep it unmerged")
+        found[id(weight)] = _MergedWeight(weight, where, f"{path}.weight", layers, bias)
     return found
 
 
-def _fold_(
-    place: _Place,
-    ways: tuple[WeightUpdate, WeightUpdate],
-    original: Tensor,
-    *,
-    fresh: bool = False,
-    scratch: Scratch | None = None,
+def _merge_(
+    target: _MergedWeight, updates: Updates, original: Tensor, *, is_fresh: bool = False, scratch: Scratch | None = None
 ) -> UndoByCorrection | None:
-    """Write the original with adapters in it.
+    """Write a weight with adapters merged into it.
 
     Args:
-        ways: there and back.
-        original: content of the tensor before any merging.
-        fresh: the tensor still has that.
-        scratch: to find out what restores it; its number 0 is not used.
+        original: content of the weight before any merging.
+        is_fresh: whether the weight still has that content.
+        scratch: buffers for computing corrections (number 0 is not used); `None` if none are to be computed.
 
     Returns:
-        What restores it, if that was asked for and is less than a copy.
+        Corrections that restore the weight, if there are any and they are smaller than a copy.
 
     Raises:
-        AdapterError: the result is not finite, and written nevertheless.
+        AdapterError: the result is not finite; the weight may have been written all the same.
     """
-    weight, (forth, back) = place.tensor.detach(), ways
-    direct = weight.is_contiguous() and weight.dtype == original.dtype
-    target = weight if direct else torch.empty_like(original)
-    source = weight if direct and fresh else original
+    weight, (forth, back) = target.tensor.detach(), updates
+    in_place = weight.is_contiguous() and weight.dtype == original.dtype
+    out = weight if in_place else torch.empty_like(original)
+    source = weight if in_place and is_fresh else original
     compact, corrections = scratch is not None, list[Corrections]()
     for rows in back.chunks():
-        chunk = target[rows]
+        chunk = out[rows]
         forth.merge(source[rows], rows, chunk)
-        compact = compact and back.settle(original[rows], chunk)
+        compact = compact and back.record(original[rows], chunk)
         if compact and scratch is not None:
             corrections.append(Corrections.between(original[rows], back.bounds(chunk, rows, scratch)))
-    _refuse_non_finite(place.where, target)
-    if not direct:
-        weight.copy_(target)
+    _refuse_non_finite(target.where, out)
+    if not in_place:
+        weight.copy_(out)
     if not compact:
         return None
-    fixed, steps = (back.fixed, back.steps) if isinstance(back, AnyUpdate) else ({}, 0)
-    small = UndoByCorrection(place.tensor, place.where, original.dtype, place.layers, fixed, steps, tuple(corrections))
-    return small if small.nbytes < original.nbytes else None
+    recorded, iterations = (back.recorded, back.iterations) if isinstance(back, AnyUpdate) else ({}, 0)
+    undo = UndoByCorrection(
+        target.tensor, target.where, original.dtype, target.layers, recorded, iterations, tuple(corrections)
+    )
+    return undo if undo.nbytes < original.nbytes else None
 
 
-def _with_bias(place: _Place, weight: Tensor, original: Tensor) -> Tensor:
-    """A bias with what belongs to the changes of its weight."""
-    base = place.layers[0].spec.to_stored(weight.to(wide_dtype(weight)))
-    ready = [compose.with_weight(layer, base) for layer in place.layers]
-    rounded = compose.bias(ready, original.to(wide_dtype(original))).to(original.dtype)
-    _refuse_non_finite(place.where, rounded)
+def _merged_bias(target: _MergedWeight, weight: Tensor, original: Tensor) -> Tensor:
+    """Return the bias with the changes that belong to the merged weight.
+
+    Args:
+        weight: the layer's weight before any merging.
+        original: the bias before any merging.
+    """
+    base = target.layers[0].spec.to_stored(weight.to(merge_dtype(weight)))
+    prepared = [compose.prepare_for_weight(layer, base) for layer in target.layers]
+    rounded = compose.bias(prepared, original.to(merge_dtype(original))).to(original.dtype)
+    _refuse_non_finite(target.where, rounded)
     return rounded
 
 
 def _writable(host: nn.Module, where: str, name: str) -> Tensor:
-    """The tensor that keeps a parameter, if it can be written."""
+    """Return the tensor that stores the parameter `name` of `host`.
+
+    Raises:
+        AdapterError: the parameter does not exist, is quantised, or is on the meta device.
+    """
     tensor = resting_tensor(host, name)
     if tensor is None:
-        raise AdapterError(f"{where}: the adapter changes the {name}, and the layer has none; keep it unmerged")
+        raise AdapterError(f"{where}: the adapter changes the {name}, but the layer has none; keep it unmerged")
     if not tensor.is_floating_point() or type(tensor) not in (Tensor, nn.Parameter):
         raise AdapterError(
             f"{where}: its {name} is quantised ({type(tensor).__name__}, {tensor.dtype}); keep it unmerged"
@@ -257,8 +319,8 @@ def _writable(host: nn.Module, where: str, name: str) -> Tensor:
 
 
 def _refuse_non_finite(where: str, rounded: Tensor) -> None:
-    # float8 has no order of its own, and no sum; widening keeps its NaNs.
-    wide = rounded.float() if rounded.dtype in FLOAT8 else rounded
-    # A sum is quick, and finite only if all of its terms are; a large one need not be.
-    if not math.isfinite(wide.sum()) and not all(map(math.isfinite, torch.aminmax(wide))):
+    # float8 has no comparison and no sum; float32 keeps its NaNs.
+    values = rounded.float() if rounded.dtype in FLOAT8 else rounded
+    # A sum is fast, and is finite only if all of its terms are; a large sum may overflow although they are.
+    if not math.isfinite(values.sum()) and not all(map(math.isfinite, torch.aminmax(values))):
         raise AdapterError(f"{where}: merging gives values that {rounded.dtype} cannot hold; nothing was written")

@@ -1,4 +1,4 @@
-"""The way back from a merged weight that needs no copy: predict the original, and put right what rounding lost."""
+"""A way back from a merged weight without a copy: predict the original, and correct what rounding lost."""
 
 from dataclasses import dataclass
 
@@ -7,47 +7,47 @@ from torch import Tensor
 
 from diffadapt.errors import AdapterError
 from diffadapt.merging.corrections import Corrections
-from diffadapt.merging.weight_update import AnyUpdate, Fixed, Layers, LowRankUpdate, WeightUpdate
+from diffadapt.merging.weight_update import AnyUpdate, Layers, LowRankUpdate, Recorded, WeightUpdate
 
 
 @dataclass(frozen=True)
 class UndoByCorrection:
-    """See `undo.Undo`.
+    """A way back (see `Undo`) that predicts the original from the merged weight and corrects the prediction.
 
     Attributes:
-        where: a path of the tensor, for messages.
-        dtype: it had.
-        layers: what is merged into it.
-        fixed, steps: see `folding.AnyUpdate`.
-        corrections: of its pieces.
+        where: path of the tensor, for messages.
+        dtype: dtype of the original.
+        layers: the adapter layers that are merged into the tensor.
+        recorded, iterations: see `AnyUpdate`.
+        corrections: one for each of the update's chunks.
     """
 
     tensor: Tensor
     where: str
     dtype: torch.dtype
     layers: Layers
-    fixed: Fixed
-    steps: int
+    recorded: Recorded
+    iterations: int
     corrections: tuple[Corrections, ...]
 
     @property
     def nbytes(self) -> int:
-        fixed = sum(tensor.nbytes for tensors in self.fixed.values() for tensor in tensors.values())
-        return fixed + sum(chunk.nbytes for chunk in self.corrections)
+        recorded = sum(tensor.nbytes for tensors in self.recorded.values() for tensor in tensors.values())
+        return recorded + sum(chunk.nbytes for chunk in self.corrections)
 
     def restored(self) -> Tensor:
-        # A model that was made wider since is wider without loss; narrower is told by the checksum.
+        # If the model has been cast to a larger dtype since, casting back is exact; else the checksum differs.
         weight = self.tensor.detach().to(self.dtype, copy=True, memory_format=torch.contiguous_format)
-        way: WeightUpdate = LowRankUpdate.of(self.layers, weight, back=True) or AnyUpdate(
-            self.layers, self.fixed, self.steps
+        update: WeightUpdate = LowRankUpdate.of(self.layers, weight, back=True) or AnyUpdate(
+            self.layers, self.recorded, self.iterations
         )
         try:
-            for rows, chunk in zip(way.chunks(), self.corrections, strict=True):
-                way.predict_(weight[rows], rows)
+            for rows, chunk in zip(update.chunks(), self.corrections, strict=True):
+                update.predict_(weight[rows], rows)
                 chunk.apply_(weight[rows])
         except (ArithmeticError, ValueError) as error:
             raise AdapterError(
-                f"{self.where}: its weight cannot be restored, since it or a merged adapter has been changed since; "
-                "load the model again"
+                f"{self.where}: the original weight cannot be restored, because the weight or a merged adapter has "
+                "been changed since merging; load the model again"
             ) from error
         return weight

@@ -1,4 +1,4 @@
-"""The files that the weights of a model were read from: what is in them need not be kept to undo a merge."""
+"""A way back from a merged weight that keeps nothing: read the original again from the file it was loaded from."""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,20 +15,21 @@ from diffadapt.files.hub import cached_folder
 from diffadapt.files.safetensors_file import OpenFile
 from diffadapt.merging.corrections import same_bits
 from diffadapt.runtime.bank import bank_of
-from diffadapt.runtime.base_weights import resting_tensor
 from diffadapt.runtime.undo import UndoByCopy
+from diffadapt.weights.resting import resting_tensor
 
 BaseFiles: TypeAlias = bool | str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]]
-"""`True` for where `from_pretrained` read the models, a file or folder, or one for each component."""
+"""`True` for the files that `from_pretrained` read, `False` for none; or a path for all components, or one for each."""
 
 
 @dataclass(frozen=True)
 class UndoFromFile:
-    """See `undo.Undo`: a tensor of a file that is the original, perhaps after rounding to another dtype.
+    """A way back (see `Undo`) that reads the original from a file and, if necessary, rounds it to its dtype.
 
     Attributes:
-        where, dtype: as of `Compact`.
-        key: of the tensor in the file.
+        where: path of the tensor, for messages.
+        dtype: dtype of the original.
+        key: name of the tensor in the file.
     """
 
     tensor: Tensor
@@ -39,18 +40,19 @@ class UndoFromFile:
 
     @classmethod
     def of(cls, tensor: Tensor, where: str, name: str, files: Iterable[OpenFile]) -> "UndoFromFile | None":
-        """That of a base tensor which nothing is merged into, if one of the files has what is in it.
+        """Find the unmerged `tensor` in one of `files`; `None` if none of them has these bits.
 
         Args:
-            name: of the tensor in its model.
+            where: path of the tensor, for messages.
+            name: name of the tensor in its model.
         """
         for file in files:
             for key in file.named(name):
-                stored = cls(tensor, where, tensor.dtype, file, key)
-                # Of several that could be it, most differ in the first row.
-                likely = file.tensors[key].shape == tensor.shape and (key == name or stored._has_rows(slice(1)))
-                if likely and stored._has_rows(slice(None)):
-                    return stored
+                way = cls(tensor, where, tensor.dtype, file, key)
+                # Most of the other candidates already differ in the first row.
+                is_likely = file.tensors[key].shape == tensor.shape and (key == name or way._has_rows(slice(1)))
+                if is_likely and way._has_rows(slice(None)):
+                    return way
         return None
 
     @property
@@ -60,8 +62,8 @@ class UndoFromFile:
     def restored(self) -> Tensor:
         if not self.file.is_unchanged:
             raise AdapterError(
-                f"{self.where}: its weight cannot be read from {self.file.origin} any more, which has been written "
-                "since; load the model again"
+                f"{self.where}: its weight cannot be read from {self.file.origin} any more, because the file has been "
+                "written since; load the model again"
             )
         return self._read(slice(None))
 
@@ -75,15 +77,19 @@ class UndoFromFile:
         return UndoFromFile(deepcopy(self.tensor, memo), self.where, self.dtype, self.file, self.key)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Who unpickles it may not have the file.
+        # A pickle may be read where the file does not exist.
         return UndoByCopy, (self.tensor, self.restored())
 
 
 def open_base_files(models: Mapping[str, nn.Module], given: BaseFiles) -> dict[str, tuple[OpenFile, ...]]:
-    """The files by component; those that nothing is given for have none.
+    """Open the base files of every component that `given` has files for.
+
+    Returns:
+        component -> its files.
 
     Raises:
-        AdapterError: nothing is there, or it is no safetensors file.
+        AdapterError: a component or file does not exist, a file is not a safetensors file, or the files have none of
+            the weights of a component.
     """
     if given is False:
         return {}
@@ -100,18 +106,22 @@ def open_base_files(models: Mapping[str, nn.Module], given: BaseFiles) -> dict[s
 
 
 def _remembered(component: str, model: nn.Module) -> Path:
+    """Return the folder that the config of `model` says it was loaded from."""
     config: Any = getattr(model, "config", None)
     name = getattr(config, "_name_or_path", None) or ""
     folder = Path(name) if os.path.isdir(name) else cached_folder(name)
     if folder is None:
         raise AdapterError(
-            f"base_files: {component} does not say what folder it was loaded from (found {name!r}); pass its path"
+            f"base_files: {component} does not say what folder it was loaded from (found {name!r}); pass the path"
         )
     return folder
 
 
 def _opened(component: str, model: nn.Module, path: Path) -> tuple[OpenFile, ...]:
-    """A file, or those of a folder or else of its folder for this component, or of all of its folders."""
+    """Open the file `path`, or the files in the folder `path`, its subfolder `component`, or any of its subfolders.
+
+    The first of these places that has safetensors files is used.
+    """
     patterns = ("*.safetensors", f"{component}/*.safetensors", "*/*.safetensors")
     groups = ([path], *(path.glob(pattern) for pattern in patterns))
     found = next(filter(None, (sorted(filter(Path.is_file, group)) for group in groups)), None)
@@ -120,20 +130,20 @@ def _opened(component: str, model: nn.Module, path: Path) -> tuple[OpenFile, ...
     files = tuple(OpenFile(file) for file in found)
     if not any(UndoFromFile.of(original, component, name, files) for name, original in _originals(model)):
         raise AdapterError(
-            f"base_files: {path} has none of the weights of {component} as they are; expected the files that it was "
-            "read from"
+            f"base_files: {path} has none of the weights of {component} as they are; expected the files that the model "
+            "was read from"
         )
     return files
 
 
 def _originals(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The weights of a model by name, as they were before any merging."""
+    """Yield the names and contents of a model's weights as they were before any merging."""
     bank = bank_of(model)
     merged = {} if bank is None else bank.ways
     for path, module in model.named_modules():
         for name in module._parameters:
             tensor = resting_tensor(module, name)
-            # Many models have the same ones and zeros in norms and biases.
+            # Vectors tell nothing: many models have the same ones and zeros in norms and biases.
             if tensor is not None and tensor.ndim > 1:
                 original = merged[id(tensor)].restored() if id(tensor) in merged else tensor
                 yield f"{path}.{name}".removeprefix("."), original

@@ -1,4 +1,4 @@
-"""What stands in for methods of a pipeline while it has adapters, to hear of its calls."""
+"""Objects that replace methods of a pipeline while it has adapters, to notice its calls."""
 
 import inspect
 from collections.abc import Iterator
@@ -14,24 +14,29 @@ from diffadapt.strengths.scheduler_clock import Listener, follow, is_scheduler
 from diffadapt.tokens.installation import is_extended, refresh_tokens_
 
 _IMAGES = ("num_images_per_prompt", "num_videos_per_prompt")
-_HANDED = frozenset({"lora_scale", *_IMAGES})
+_PASSED_ON = frozenset({"lora_scale", *_IMAGES})
 
 
 class EncodePromptHook:
-    """Stands in for an `encode_prompt` of diffusers and hands its `lora_scale` to the text encoders' adapters, and the
-    number of images per prompt to all others.
+    """A replacement for an `encode_prompt` of diffusers. It passes `lora_scale` on to the adapters of text encoders,
+    and the number of images per prompt to all other adapters.
 
-    diffusers keeps that scale for peft, and without peft it crashes on the text encoders of transformers 5. Learned
-    tokens look at their tokenizers here, which diffusers' own textual inversions may have changed in the meantime.
+    diffusers uses that scale with peft only, and without peft it crashes on the text encoders of transformers 5. The
+    ids of learned tokens are read again here, since textual inversions of diffusers may have changed the tokenizers.
     """
 
     def __init__(self, pipe: Any, owner: Any) -> None:
+        """
+        Args:
+            pipe: the pipeline.
+            owner: the object whose `encode_prompt` is replaced: the pipeline, or one of its modular blocks.
+        """
         self.pipe = pipe
         self.owner = owner
 
     @classmethod
     def install(cls, pipe: Any) -> None:
-        """Put it on `pipe` while one of its models carries adapters, and take it away afterwards."""
+        """Replace the `encode_prompt` methods of `pipe` while one of its models carries adapters, else restore them."""
         models = components_of(pipe).values()
         adapted = any(bank_of(model) is not None for model in models)
         has_tokens = any(is_extended(model) for model in models)
@@ -40,12 +45,12 @@ class EncodePromptHook:
             if not adapted and isinstance(present, cls):
                 del owner.__dict__["encode_prompt"]
             elif adapted and present is None:
-                if has_tokens or _HANDED.intersection(inspect.signature(owner.encode_prompt).parameters):
+                if has_tokens or _PASSED_ON.intersection(inspect.signature(owner.encode_prompt).parameters):
                     owner.__dict__["encode_prompt"] = cls(pipe, owner)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         owner_class = type(self.owner)
-        # A method of pipelines, a static method of modular blocks.
+        # It is a method of pipelines, but a static method of modular blocks.
         encode = inspect.getattr_static(owner_class, "encode_prompt").__get__(self.owner, owner_class)
         bound = inspect.signature(encode).bind(*args, **kwargs)
         scale = bound.arguments.get("lora_scale")
@@ -74,8 +79,8 @@ class EncodePromptHook:
 
 
 class ProgressBarHook:
-    """Stands in for the `progress_bar` of a pipeline, which it calls right before its loop: by then it may have got
-    another scheduler.
+    """A replacement for the `progress_bar` of a pipeline. Pipelines call it right before their loop, and by then may
+    have another scheduler than when the adapters were activated.
     """
 
     def __init__(self, pipe: Any, listener: Listener) -> None:
@@ -84,7 +89,7 @@ class ProgressBarHook:
 
     @classmethod
     def install(cls, pipe: Any, listener: Listener | None) -> None:
-        """Make the schedulers of `pipe` tell `listener` of every step; `None`: nobody any more."""
+        """Make the schedulers of `pipe` report every step to `listener`; `None` ends that."""
         for scheduler in filter(is_scheduler, pipe.components.values()):
             follow(scheduler, pipe, listener)
         present = pipe.__dict__.get("progress_bar")
@@ -100,7 +105,7 @@ class ProgressBarHook:
 
 
 def _prompt_encoders(pipe: Any) -> Iterator[Any]:
-    """The pipeline and, if it is modular, its blocks, as far as they encode prompts."""
+    """Yield the pipeline and, if it is modular, its blocks, where they have an `encode_prompt`."""
     waiting = [pipe, getattr(pipe, "_blocks", None)]
     while waiting:
         owner = waiting.pop()

@@ -1,4 +1,4 @@
-"""The models of a pipeline, and what files call them."""
+"""The models and tokenizers of a pipeline by component name, and the component name of a single model."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from diffadapt.runtime.components import is_text_encoder
 
 
 def components_of(pipe: Any) -> dict[str, nn.Module]:
-    """The models of a pipeline by component name, out of the wrappers of `torch.compile` and data parallelism."""
+    """Return component name -> model of a pipeline, each model once and without its wrappers; see `unwrapped`."""
     found: dict[str, nn.Module] = {}
     for name, component in pipe.components.items():
         if isinstance(component, nn.Module):
@@ -21,13 +21,15 @@ def components_of(pipe: Any) -> dict[str, nn.Module]:
 
 
 def tokenizers_of(pipe: Any) -> dict[str, Any]:
-    """The tokenizers of a pipeline by their text encoders."""
-    parts: Mapping[str, Any] = pipe.components
-    paired = {name: parts.get(name.replace("text_encoder", "tokenizer")) for name in parts if is_text_encoder(name)}
+    """Return the tokenizers of a pipeline by the component name of their text encoder."""
+    components: Mapping[str, Any] = pipe.components
+    encoders = filter(is_text_encoder, components)
+    paired = {name: components.get(name.replace("text_encoder", "tokenizer")) for name in encoders}
     return {name: tokenizer for name, tokenizer in paired.items() if hasattr(tokenizer, "add_tokens")}
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
+    """Return a model without the wrappers of `torch.compile` and data parallelism."""
     while True:
         inner = getattr(model, "_orig_mod", None)
         if inner is None and isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
@@ -38,12 +40,16 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def role_of(model: nn.Module) -> str:
-    """The component name that files use for a model of this class."""
+    """Return the component name that adapter files use for models of this class.
+
+    Raises:
+        AdapterError: the class is that of several components.
+    """
     class_name = type(unwrapped(model)).__name__
     if class_name.startswith("UNet"):
         return "unet"
     if "Transformer" in class_name:
         return "transformer"
     if "CLIPTextModelWithProjection" in class_name:
-        raise AdapterError(f"{class_name} is text_encoder_2 of SDXL and text_encoder of SD3: pass component=")
+        raise AdapterError(f"{class_name} is text_encoder_2 in SDXL and text_encoder in SD3: pass component=")
     return "text_encoder" if type(unwrapped(model)).__module__.startswith("transformers.") else "model"

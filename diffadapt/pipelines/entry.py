@@ -1,4 +1,4 @@
-"""The functions that users call on pipelines and on single models."""
+"""The public functions that load adapters into pipelines and single models, or return the loaded ones."""
 
 import os
 from collections.abc import Iterable
@@ -37,28 +37,37 @@ def load_adapter(
     allow_recompile: bool = False,
     format: str | None = None,
 ) -> Report:
-    """Load an adapter into this pipeline; it joins those already active.
+    """Load an adapter into this pipeline. It joins the adapters that are active already.
 
     Args:
-        source: path of a file or folder, hub id, or a state dict, whose tensors are not changed, and not copied where
-            dtype and device fit: do not write into them afterwards. Or what `pipe.adapters.prefetch` returned.
-        name: default: from the file name, or "default_0", ... A name in use raises. Of learned vectors whose file does
-            not say their token, it is the token.
-        scale: strength, or strengths by prefix as in `pipe.adapters.activate`.
-        components: load into these only, and leave the rest of the file aside.
-        weight_name, subfolder, revision, token, cache_dir, local_files_only: as in `huggingface_hub`.
-        strict: raise unless every tensor of the file can be used.
-        dtype: of the adapter's parameters; default the dtype each component computes in.
-        activate: `False` to only load it.
-        allow_recompile: after `prepare_hotswap`, if there is no room for it: run beside the slots instead of raising.
-        format: of the file ("kohya", "diffusers", ...); default what its names tell.
+        source: path of a file or folder, hub id, or a state dict. Tensors of a state dict are not changed, but not
+            copied either where dtype and device fit, so do not write into them afterwards. Or a `Plan` that
+            `pipe.adapters.prefetch` returned.
+        name: name of the adapter; defaults to the file name, or to "default_0", "default_1", ... for a state dict. If
+            the file has a learned token without a name (a textual inversion), the token gets this name.
+        scale: strength of the adapter: a number, a schedule, or prefix -> number or schedule ("unet.up_blocks": 0.5);
+            see `pipe.adapters.activate`.
+        components: load into these components only ("unet", "text_encoder", ...) and ignore the rest of the file;
+            defaults to all.
+        weight_name: name of the file in a folder or hub repository with several.
+        subfolder: folder of the file in a hub repository or local folder.
+        revision: branch, tag or commit of a hub repository.
+        token: access token for the hub, as in `huggingface_hub`.
+        cache_dir: folder for downloads; defaults to the cache of `huggingface_hub`.
+        local_files_only: whether to use files in the cache only and download nothing.
+        strict: raise an error unless every tensor of the file can be used; with `False`, load what can be used.
+        dtype: dtype of the adapter's parameters; defaults to the dtype each component computes in.
+        activate: whether the adapter acts at once; with `False` it is only loaded.
+        allow_recompile: after `prepare_hotswap`, if the slots have no room for the adapter, run it outside the slots,
+            which recompiles a compiled model, instead of raising an error.
+        format: format of the file ("kohya", "diffusers", ...); recognised by default.
 
     Returns:
-        What was used, and what was not and why.
+        Which tensors of the file are used, and why others are not.
 
     Raises:
-        AdapterError: the file cannot be read or applied, or a tokenizer has one of its tokens already. The pipeline is
-            exactly as before.
+        AdapterError: the file cannot be read or applied, the name is in use, the slots have no room, or a tokenizer has
+            one of the tokens already. The pipeline is exactly as it was before.
     """
     where = Location(weight_name, subfolder, revision, token, cache_dir, local_files_only)
     return adapters_of(pipe).load(
@@ -76,14 +85,18 @@ def load_adapter(
 
 
 def adapters_of(owner: Any) -> Adapters:
-    """The adapters of a pipeline or of a single model: what `pipe.adapters` gives."""
+    """Return the adapters of a pipeline or of a single model, as `pipe.adapters` does.
+
+    Args:
+        owner: a pipeline, or a model; wrappers of `torch.compile` and data parallelism are looked through.
+    """
     if isinstance(owner, nn.Module):
         model = unwrapped(owner)
         try:
             role = role_of(model)
         except AdapterError:
             role = "text_encoder_2"
-        # The name under which a saved adapter is loaded again.
+        # The component name matters for saving: a file is loaded again by it.
         return Adapters(Owner(lambda: {role: model}, qualified=False))
     EncodePromptHook.install(owner)
     return Adapters(
@@ -114,11 +127,33 @@ def load_adapter_into_model(
     activate: bool = True,
     format: str | None = None,
 ) -> Report:
-    """Load an adapter into one model without a pipeline. Arguments as for `pipe.load_adapter`, and:
+    """Load an adapter into a single model. It joins the adapters that are active already.
 
     Args:
-        component: which part of a file for a whole pipeline is meant ("unet", "text_encoder_2", ...); default: what
-            the model's class says. The rest of the file is left aside.
+        model: a UNet, a transformer, a text encoder, ...
+        source: path of a file or folder, hub id, or a state dict. Tensors of a state dict are not changed, but not
+            copied either where dtype and device fit, so do not write into them afterwards.
+        name: name of the adapter; defaults to the file name, or to "default_0", "default_1", ... for a state dict.
+        component: the part of a file for a whole pipeline that is loaded ("unet", "text_encoder_2", ...); defaults to
+            the one that models of this class are. The rest of the file is ignored.
+        scale: strength of the adapter: a number, or module path prefix -> number ("up_blocks": 0.5).
+        weight_name: name of the file in a folder or hub repository with several.
+        subfolder: folder of the file in a hub repository or local folder.
+        revision: branch, tag or commit of a hub repository.
+        token: access token for the hub, as in `huggingface_hub`.
+        cache_dir: folder for downloads; defaults to the cache of `huggingface_hub`.
+        local_files_only: whether to use files in the cache only and download nothing.
+        strict: raise an error unless every tensor of the component can be used; with `False`, load what can be used.
+        dtype: dtype of the adapter's parameters; defaults to the dtype the model computes in.
+        activate: whether the adapter acts at once; with `False` it is only loaded.
+        format: format of the file ("kohya", "diffusers", ...); recognised by default.
+
+    Returns:
+        Which tensors of the file are used, and why others are not.
+
+    Raises:
+        AdapterError: the file cannot be read or applied, the name is in use, the slots have no room, or the component
+            cannot be told from the class of the model. The model is exactly as it was before.
     """
     where = Location(weight_name, subfolder, revision, token, cache_dir, local_files_only)
     role = component or role_of(model)

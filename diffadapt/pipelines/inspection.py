@@ -1,4 +1,4 @@
-"""Explain a file without loading it."""
+"""Explain an adapter file without loading it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -22,17 +22,22 @@ def inspect(
     weight_name: str | None = None,
     subfolder: str | None = None,
 ) -> Report:
-    """What is in a file and where it would go. Reads headers only and touches no model.
+    """Explain what is in an adapter file and where it would go. Only headers are read, and no model is changed.
 
     Args:
-        source: as for `pipe.load_adapter`.
-        target: a pipeline, or `{component: model}`, also on the meta device; `None` to go by the names alone.
+        source: path of a file or folder, hub id, or a state dict.
+        target: the models the file would be loaded into: a pipeline, or component name -> model, also on the meta
+            device. Defaults to `None`: the report goes by the names in the file.
+        format: format of the file ("kohya", "diffusers", ...); recognised by default.
+        family: without a target, resolve the file against the published models of this family ("sdxl", "flux", ...).
+        weight_name: name of the file in a folder or hub repository.
+        subfolder: folder of the file in a hub repository or local folder.
 
-        format: of the file; default what its names tell.
-        family: without a target, say where the file would go on the published models of this family ("sdxl", ...).
+    Returns:
+        The format, family, adapter types and layers, and why tensors could not be used.
 
     Raises:
-        AdapterError: the source cannot be read or is in no known format.
+        AdapterError: the source cannot be read, is in no known format, or `family` is unknown.
     """
     models: Mapping[str, nn.Module] | None = None
     if target is not None:

@@ -1,6 +1,4 @@
-"""Adapters on diffusers pipelines: the two names pipelines get, the scale they pass to their text encoders, and whom
-their schedulers tell of their steps.
-"""
+"""Give the pipeline classes of diffusers the names `load_adapter` and `adapters`."""
 
 import importlib.abc
 import importlib.machinery
@@ -21,7 +19,7 @@ _OWNERS = {
 def install() -> None:
     """Give `DiffusionPipeline` and `ModularPipeline` the names `load_adapter` and `adapters`.
 
-    Pipelines take a second to import, so classes that are not there yet get them when they are.
+    Pipelines take a second to import, so classes that are not imported yet get the names when they are.
     """
     waiting = {module: owner for module, owner in _OWNERS.items() if module not in sys.modules}
     for module, owner in _OWNERS.items():
@@ -32,20 +30,25 @@ def install() -> None:
 
 
 def _extend(owner: type) -> None:
+    """Give a pipeline class the two names; warn about those that it has already, and leave them as they are."""
     for name, value in (("load_adapter", load_adapter), ("adapters", property(adapters_of))):
         existing = vars(owner).get(name)
         if getattr(owner, name, None) is None:
             setattr(owner, name, value)
         elif existing is not load_adapter and getattr(existing, "fget", None) is not adapters_of:
             warnings.warn(
-                f"{owner.__name__} has its own {name!r} in this version of diffusers, which stays as it is; "
+                f"{owner.__name__} has a {name!r} of its own in this version of diffusers, which stays as it is; "
                 f"use diffadapt.{'adapters(pipe)' if name == 'adapters' else 'load_adapter(pipe, ...)'}",
                 stacklevel=2,
             )
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Calls `_extend` on a class right after its module has been imported, and then gets out of the way."""
+    """An import hook that calls `_extend` on pipeline classes once their modules are imported, and then removes itself.
+
+    Attributes:
+        waiting: module name -> class name, for modules that are not imported yet.
+    """
 
     def __init__(self, waiting: dict[str, str]) -> None:
         self.waiting = waiting

@@ -1,4 +1,7 @@
-"""The classes that are mixed into those of a model's layers while they carry adapters or further tokens."""
+"""Mixins for the classes of a model's layers: `Adapted` runs adapter layers, `Extended` also looks up learned tokens.
+
+`attach.py` mixes them into the classes of layers and sets the tuples that they read.
+"""
 
 from typing import Any
 
@@ -9,15 +12,19 @@ from diffadapt.runtime.adapter_layer import AdapterLayer
 from diffadapt.runtime.class_mixing import Mixin
 
 ACTIVE = "_diffadapt_active"
+"""Name of the tuple in a layer's `__dict__` with the adapter layers that run on it."""
+
 TOKENS = "_diffadapt_tokens"
+"""Name of the tuple in a token embedding's `__dict__` with the learned tokens that it looks up."""
 
 
 class Adapted(Mixin):
-    """Mixed into the class of an adapted layer: the layer's own call, then its active adapter layers."""
+    """A layer that carries adapter layers: a call runs the layer's own call and its active adapter layers."""
 
     _diffadapt_active: tuple[AdapterLayer, ...]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the layer's output with its active adapter layers."""
         active = self._diffadapt_active
         if not active:
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
@@ -25,19 +32,20 @@ class Adapted(Mixin):
 
 
 class Extended(Adapted):
-    """Mixed into the class of a token embedding that has vectors for more tokens than its weight has rows for.
+    """A token embedding that has vectors for more tokens than its weight has rows.
 
-    The weight stays as it is: these ids never get to it, nor to the adapter layers.
+    The weight keeps its shape. Ids of learned tokens reach neither the weight nor the adapter layers.
     """
 
     _diffadapt_active = ()
     _diffadapt_tokens: tuple[nn.Module, ...]
 
     def __call__(self, input: Tensor) -> Tensor:
+        """Return the vectors for the ids `input`, those of learned tokens included."""
         known = input
-        for more in self._diffadapt_tokens:
-            known = known.masked_fill(more.holds(input), 0)  # type: ignore[operator]
+        for tokens in self._diffadapt_tokens:
+            known = known.masked_fill(tokens.holds(input), 0)  # type: ignore[operator]
         output = super().__call__(known)
-        for more in self._diffadapt_tokens:
-            output = more(input, output)
+        for tokens in self._diffadapt_tokens:
+            output = tokens(input, output)
         return output

@@ -1,12 +1,8 @@
-"""The adapter: a tree of parameters that mirrors the model's paths, and the adapter layer, its part in one layer.
+"""The adapter: a tree of adapter layers that mirrors the model's module paths, and the gates of all its layers.
 
-Two rules live here and nowhere else.
-
-*Scale.* What multiplies a layer's change is `alpha / rank x strength x call scale`. The first two make up the gate: one
-element of a flat float32 tensor per adapter, of which every adapter layer holds a view, so that rescaling a whole
-adapter is one write and never a recompile. The call scale is diffusers' per-call `scale`, shared by a whole model.
-
-*Dtype.* The input is cast to the dtype of the adapter's parameters, and only the result is cast back.
+A layer's change is multiplied by `alpha / rank x strength x call scale`. The first two factors make up the gate. An
+adapter keeps its gates in one flat float32 tensor, of which every adapter layer has a view, so that rescaling a whole
+adapter is one write and never a recompile. The call scale is diffusers' per-call `scale`; see `CallState`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,21 +16,22 @@ from diffadapt.types.tensor_ops import FLOAT8
 
 
 class LayerTree(nn.Module):
-    """Adapter layers, or slots for them, in a tree that mirrors the model's module paths, and their gates.
+    """A tree of adapter layers or slots that mirrors the model's module paths, with their gates in one tensor.
 
     Saving, moving, freezing, counting and deleting are the ordinary module operations on this tree.
     """
 
     _gates: Tensor
 
-    def _deal(self, gates: Tensor) -> None:
-        """Give every layer its element of `gates`.
+    def _assign_gates(self, gates: Tensor) -> None:
+        """Make `gates` the gates of this tree and give every layer its view.
 
-        Views and not buffers: group offloading would replace a buffer's storage and cut it from the flat tensor.
+        Gates are not buffers, because group offloading would replace a buffer's storage and detach the views from it.
         """
         raise NotImplementedError
 
-    def _graft(self, path: str, leaf: nn.Module) -> None:
+    def _insert(self, path: str, leaf: nn.Module) -> None:
+        """Insert `leaf` at `path`, and the modules above it where they do not exist yet."""
         *parents, last = path.split(".")
         node: nn.Module = self
         for name in parents:
@@ -46,35 +43,36 @@ class LayerTree(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LayerTree":
         def keep_precision(tensor: Tensor) -> Tensor:
-            # Layerwise casting of a whole model casts every parameter it finds; adapters keep theirs.
+            # Layerwise casting of a whole model casts every parameter to float8; adapters keep their dtype.
             moved = fn(tensor)
             return tensor.to(moved.device) if moved.dtype in FLOAT8 else moved
 
         super()._apply(keep_precision, recurse)
         device = fn(self._gates).device
         if device != self._gates.device and device.type != "meta":
-            self._deal(self._gates.to(device))
+            self._assign_gates(self._gates.to(device))
         return self
 
     @property
     def bytes(self) -> int:
-        """The size of all parameters."""
+        """The size of all parameters in bytes."""
         return sum(parameter.numel() * parameter.element_size() for parameter in self.parameters())
 
 
 class Adapter(LayerTree):
-    """One adapter on one model: it owns its parameters.
+    """One adapter over one model. It owns its parameters.
 
     Attributes:
-        layers: module path of the model -> adapter layer.
-        metadata: of the file it came from, verbatim.
-        strength: what the user set: a number or a schedule, or these by prefix.
-        active: whether it takes part in the forward.
-        beside: on a model with slots, whether it runs beside them, which costs a recompile: it has no room there, or is
-            being trained.
+        layers: module path of the model -> adapter layer, sorted by path.
+        metadata: the metadata of the file that the adapter came from, verbatim.
+        strength: the strength that the user set: a number or a schedule, or these by path prefix.
+        active: whether the adapter acts in a forward pass.
+        outside_slots: on a model with slots, whether the adapter runs outside them: it has no room there, or it is
+            being trained. Activating such an adapter costs a recompile.
     """
 
     def __init__(self, layers: Mapping[str, AdapterLayer], metadata: Mapping[str, str] | None = None) -> None:
+        """Make an inactive adapter of strength 1 from `layers`, given by module path of the model."""
         super().__init__()
         self.layers = {path: layers[path] for path in sorted(layers)}
         self.metadata = dict(metadata or {})
@@ -82,33 +80,35 @@ class Adapter(LayerTree):
         self.active = False
         self.outside_slots = False
         for path, layer in self.layers.items():
-            self._graft(path, layer)
+            self._insert(path, layer)
         self._scales = torch.tensor([layer.scale for layer in self.layers.values()], dtype=torch.float64)
         device = next((p.device for p in self.parameters() if p.device.type != "meta"), torch.device("cpu"))
-        self._deal(torch.zeros(len(self.layers), device=device))
+        self._assign_gates(torch.zeros(len(self.layers), device=device))
         self.set_strengths(1.0)
 
     def set_strengths(self, strengths: float | Sequence[float] | Sequence[Sequence[float]]) -> None:
-        """A strength, or one per layer in the order of `layers`, or for every sample one per layer.
+        """Set the gates to the scales times `strengths`, in a single write.
 
-        A single write to the tensor the layers read.
+        Args:
+            strengths: one strength for all layers, or one per layer in the order of `layers`, or such a list for every
+                sample.
         """
         factor = strengths if isinstance(strengths, float) else torch.tensor(strengths, dtype=torch.float64)
         self.set_gates(self._scales * factor)
 
     def set_gates(self, gates: Tensor) -> None:
-        """What `gates` has to be from now on."""
+        """Write `gates`, of shape (layers,) or (samples, layers)."""
         if gates.shape != self._gates.shape:
-            self._deal(gates.to(self._gates))
+            self._assign_gates(gates.to(self._gates))
         else:
             self._gates.copy_(gates)
 
     @property
     def gates(self) -> Tensor:
-        """What multiplies the change of each layer: (layers,), in the order of `layers`, or (samples, layers)."""
+        """The gates, of shape (layers,) or (samples, layers), in the order of `layers`."""
         return self._gates
 
-    def _deal(self, gates: Tensor) -> None:
+    def _assign_gates(self, gates: Tensor) -> None:
         self._gates = gates
         for layer, gate in zip(self.layers.values(), gates.unbind(-1), strict=True):
             layer.__dict__["gate"] = gate

@@ -1,4 +1,9 @@
-"""The adapter layer: the part of an adapter that belongs to one layer of the model."""
+"""The part of an adapter that acts on one layer: its parameters (`AdapterLayer`), and what one call needs of them
+(`PreparedLayer`).
+
+An adapter layer computes in the dtype of its parameters: the input is cast to that dtype, and only the result is cast
+back. `compose.py` combines prepared layers into the output or the weight of the model's layer.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -8,23 +13,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffadapt.runtime.base_weights import resting_tensor, weight_of
+from diffadapt.runtime.base_weight import weight_of
 from diffadapt.runtime.call_state import CallState
 from diffadapt.types.adapter_type import AdapterType, Stage, Surroundings, Tensors
 from diffadapt.types.layer_spec import LayerSpec
 from diffadapt.types.layer_state import LayerState, scale_of
 from diffadapt.types.tensor_ops import add
+from diffadapt.weights.resting import resting_tensor
 
 BANK = "diffadapt"
 """Name of the child module that holds a model's adapters."""
 
 PATCH_DELTA = "patch_delta"
-"""Name of the prepared tensor that a type at the stage "patch" runs as: `W (R - I)`, in the shape of the weight."""
+"""Name of the prepared tensor that a type runs as at the stage "patch": `W (T - I)`, in the shape of the weight."""
 
 
 @dataclass(frozen=True)
 class Dropout:
-    """Probabilities while training, see `AdapterConfig` and `RankedConfig`."""
+    """Dropout probabilities of an adapter layer, which apply in training; see `AdapterConfig` and `RankedConfig`.
+
+    Attributes:
+        input: for an element of the input or, if the type has `AdapterType.blocks`, for a block of a rotation.
+        rank: for a component of the rank.
+        module: for the whole adapter layer, once per call.
+    """
 
     input: float = 0.0
     rank: float = 0.0
@@ -35,8 +47,14 @@ _NO_DROPOUT = Dropout()
 
 
 class PreparedLayer(NamedTuple):
-    """An adapter layer for one call: prepared tensors on the call's device, the number they are scaled with, and the
-    dtype to compute in.
+    """An adapter layer prepared for one call of its host, or for one weight: the formulas of its type, gate included.
+
+    Attributes:
+        layer: the adapter layer.
+        tensors: its prepared tensors, on the device to compute on.
+        gate: scale x strength x call scale: 0-d, or (rows,) for an input whose rows have gates of their own. With
+            `layer.gates_ranks` it is (rank,) or (rows, rank).
+        dtype: the dtype to compute in.
     """
 
     layer: "AdapterLayer"
@@ -44,53 +62,53 @@ class PreparedLayer(NamedTuple):
     gate: Tensor
     dtype: torch.dtype
 
-    def mapped(self, vectors: Tensor, axis: int, transposed: bool = False, onto: Tensor | None = None) -> Tensor:
-        """`onto + gate * (T - 1) vectors`, the latter in the adapter's dtype."""
-        layer, own = self.layer, vectors.to(self.dtype)
+    def apply_map(self, vectors: Tensor, axis: int, transposed: bool = False, onto: Tensor | None = None) -> Tensor:
+        """Return `onto + gate * (T - 1) vectors`, where the second term is computed in the adapter's dtype."""
+        layer, vectors = self.layer, vectors.to(self.dtype)
         if self.gate.ndim:
             change = layer.adapter_type.apply_map(
-                self.tensors, layer.spec, vectors=own, axis=axis, gate=_one(own), transposed=transposed
+                self.tensors, layer.spec, vectors=vectors, axis=axis, gate=_one(vectors), transposed=transposed
             )
-            change = change * _leading(self.gate, change)
+            change = change * _per_row(self.gate, change)
             return change if onto is None else onto + change
-        apart = onto is not None and onto.dtype != own.dtype
+        add_later = onto is not None and onto.dtype != vectors.dtype
         change = layer.adapter_type.apply_map(
             self.tensors,
             layer.spec,
-            vectors=own,
+            vectors=vectors,
             axis=axis,
             gate=self.gate,
             transposed=transposed,
-            onto=None if apart else onto,
+            onto=None if add_later else onto,
         )
-        return onto + change if apart and onto is not None else change
+        return onto + change if add_later and onto is not None else change
 
-    def gain_change(self) -> Tensor:
-        """`gate * (s - 1)` in float32 or wider: (out,), or (samples, out)."""
+    def gated_gain(self) -> Tensor:
+        """Return `gate * (s - 1)` in float32 or wider, of shape (out,) or (rows, out)."""
         gain = self.layer.adapter_type.gain(self.tensors)
         return gain.to(torch.promote_types(gain.dtype, torch.float32)) * self.gate.unsqueeze(-1)
 
-    def plus_change(self, output: Tensor, input: Tensor) -> Tensor:
-        """`output` plus the additive change for `input`. `output` may be overwritten."""
+    def add_change(self, output: Tensor, input: Tensor) -> Tensor:
+        """Return `output` plus the additive change for `input`. `output` may be overwritten."""
         layer = self.layer
-        input = self.seen_input(input)
+        input = self.adapter_input(input)
         if self.gate.ndim and not layer.gates_ranks:
-            change = self._change(input, _one(input), None)
-            return add(change * _leading(self.gate, change).to(change.dtype), output)
-        return self._change(input, self.gate, output)
+            change = self._delta_output(input, _one(input), None)
+            return add(change * _per_row(self.gate, change).to(change.dtype), output)
+        return self._delta_output(input, self.gate, output)
 
-    def _change(self, input: Tensor, gate: Tensor, onto: Tensor | None) -> Tensor:
+    def _delta_output(self, input: Tensor, gate: Tensor, onto: Tensor | None) -> Tensor:
         layer = self.layer
         if "patch" in layer.stages:
             return layer.spec.dense(input, self.tensors[PATCH_DELTA], gate, onto)
         return layer.adapter_type.delta_output(self.tensors, layer.spec, input=input, gate=gate, onto=onto)
 
     def rank_gates(self, rank: int) -> Tensor:
-        """The gate of each rank: (rank,), or (samples, rank)."""
+        """Return the gate of each rank, of shape (rank,) or (rows, rank)."""
         return self.gate if self.layer.gates_ranks else self.gate.unsqueeze(-1).expand(*self.gate.shape, rank)
 
-    def seen_input(self, input: Tensor) -> Tensor:
-        """The input as the additive change sees it."""
+    def adapter_input(self, input: Tensor) -> Tensor:
+        """Return the input of the additive change: in the adapter's dtype and, in training, with dropout."""
         layer = self.layer
         if input.is_floating_point():
             input = input.to(self.dtype)
@@ -99,7 +117,7 @@ class PreparedLayer(NamedTuple):
         return input
 
     def as_low_rank(self) -> tuple[Tensor, Tensor] | None:
-        """The additive change as factors, if it can share a product with others."""
+        """Return the factors (down, up) of the additive change, or `None` if it cannot share a product with others."""
         layer = self.layer
         if "add" not in layer.stages or (layer.training and layer.dropout.input):
             return None
@@ -109,15 +127,22 @@ class PreparedLayer(NamedTuple):
 
 
 class AdapterLayer(nn.Module):
-    """The part of an adapter that belongs to one layer: its tensors, and how they get ready for a call.
-
-    What the layer computes with them is in `compose.py`.
+    """The part of an adapter that acts on one layer of the model, its host. The parameters are the type's tensors.
 
     Attributes:
-        inputs: of the layer, as far as its tensors say something of them; fewer than `spec.in_features` where the layer
-            was made wider for another adapter (`widen.py`).
-        widens: whether that is more than the model's layer has by itself.
-        gates_ranks: the gate is one number for every rank.
+        adapter_type: the formula.
+        spec: the geometry of the host; `in_features` follows the host's when that changes (`input_width.py`).
+        alpha: the numerator of the scale; `None` if there is none.
+        dropout: dropout probabilities.
+        settings: the numbers of the type that are not tensors.
+        stages: where the type acts on the host.
+        inputs: the number of input features that the adapter's own tensors cover. It is less than `spec.in_features`
+            while another adapter needs more inputs.
+        widens: whether `inputs` is more than the host has without adapters.
+        gates_ranks: whether the gate has one element per rank; true for some slots only.
+        gate: scale x strength, 0-d or (samples,): a view of the adapter's float32 tensor, which the adapter sets.
+        call: the state of the current call of the model; set when the adapter is attached.
+        host: the layer of the model; set when the adapter is attached.
     """
 
     gates_ranks = False
@@ -129,10 +154,10 @@ class AdapterLayer(nn.Module):
     stages: tuple[Stage, ...]
     inputs: int
     widens: bool
-    gate: Tensor  # given by the adapter
-    call: CallState  # given when the adapter is attached
-    host: nn.Module  # given when the adapter is attached
-    _kept: "_Kept | None"
+    gate: Tensor
+    call: CallState
+    host: nn.Module
+    _cache: "_PreparedCache | None"
 
     def __init__(
         self,
@@ -145,37 +170,43 @@ class AdapterLayer(nn.Module):
         trainable: bool = False,
         dropout: Dropout = _NO_DROPOUT,
         widens: bool = False,
+        stages: tuple[Stage, ...] | None = None,
     ) -> None:
-        """
+        """Make an adapter layer for a host of geometry `spec`.
+
         Args:
-            tensors: what `fit` or `init` of the type returned; they become the parameters of this module as they are.
-            alpha: `None` means the rank, which makes the scale 1.
-            settings: numbers of the type that are no tensors; the others have the type's defaults.
+            tensors: the tensors that the type's `fit` or `init` returned. They become parameters without a copy.
+            alpha: `None` makes the scale 1.
+            settings: the numbers of the type that are not tensors; those left out have the type's defaults.
+            trainable: whether the parameters require gradients.
+            dropout: dropout probabilities; defaults to no dropout.
+            widens: whether the tensors have more inputs than the host has without adapters.
+            stages: where the layer acts; defaults to the stages of the type for these tensors.
         """
         super().__init__()
-        # Plain attributes, set without nn.Module's search for parameters: it is a fifth of the time of loading a file.
+        # Plain attributes, bypassing `nn.Module.__setattr__`, whose checks took a fifth of the time of loading a file.
         self.__dict__.update(
             adapter_type=adapter_type,
             spec=spec,
             alpha=alpha,
             dropout=dropout,
             settings={**adapter_type.settings, **(settings or {})},
-            stages=adapter_type.stages(tensors, spec),
+            stages=adapter_type.stages(tensors, spec) if stages is None else stages,
             inputs=spec.in_features,
             widens=widens,
-            _kept=None,
+            _cache=None,
         )
         for name, tensor in tensors.items():
             self._parameters[name] = nn.Parameter(tensor, requires_grad=trainable)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """This layer's parameters by the names its type uses."""
+        """The parameters, by the names that the type uses."""
         return {name: tensor for name, tensor in self._parameters.items() if tensor is not None}
 
     @property
     def own_tensors(self) -> dict[str, Tensor]:
-        """The same without the zeros that only make them as wide as the layer."""
+        """The parameters without the columns of zeros that were appended for a host with more inputs."""
         if self.inputs == self.spec.in_features:
             return self.tensors
         columns = self.adapter_type.columns
@@ -183,7 +214,7 @@ class AdapterLayer(nn.Module):
 
     @property
     def rank(self) -> int | None:
-        """Rank by the tensors' shapes, `None` if the type has none."""
+        """The rank according to the shapes of the tensors, or `None` if the type has none."""
         return self.adapter_type.rank(self.tensors)
 
     @property
@@ -192,13 +223,18 @@ class AdapterLayer(nn.Module):
         return scale_of(self.alpha, self.rank, self.settings)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the layer computes in."""
+        return next(iter(self._parameters.values())).dtype  # type: ignore[union-attr]
+
+    @property
     def is_additive(self) -> bool:
-        """Whether the layer's own result stays as it is and something is added to it."""
+        """Whether the layer only adds to the output of its host."""
         return "add" in self.stages and len(self.stages) == 1
 
     @property
     def state(self) -> LayerState:
-        """What a file would say of this layer."""
+        """The content that a file stores for this layer."""
         return LayerState(
             type=self.adapter_type.name,
             tensors=self.own_tensors,
@@ -211,11 +247,11 @@ class AdapterLayer(nn.Module):
             widens=self.widens,
         )
 
-    def ready(self, device: torch.device, rows: int) -> PreparedLayer:
-        """Tensors and gate for one call on `device`, with an input of so many rows."""
-        tensors, gate = self._prepared(), self.gate
+    def prepare_for_call(self, device: torch.device, rows: int) -> PreparedLayer:
+        """Return the layer prepared for a call of its host on `device`, with an input of `rows` rows."""
+        tensors, gate = self._prepared_tensors(), self.gate
         if next(iter(tensors.values())).device != device:
-            # The layer's weights come and go by someone's offloading; ours follow for this call.
+            # The host's weights are offloaded between calls; copy the adapter's to where they are for this call.
             tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
         if gate.device != device:
             gate = gate.to(device)
@@ -224,79 +260,81 @@ class AdapterLayer(nn.Module):
         if self.call.value is not None:
             gate = gate * self.call.value.to(device)
         if self.training:
-            tensors, gate = self._dropped(tensors, gate)
+            tensors, gate = self._apply_dropout(tensors, gate)
         return PreparedLayer(self, tensors, gate, self.dtype)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype it computes in."""
-        return next(iter(self._parameters.values())).dtype  # type: ignore[union-attr]
-
-    def prepared(
+    def prepare(
         self, weight: Callable[[], Tensor], dtype: torch.dtype | None = None, device: torch.device | None = None
     ) -> Tensors:
-        """What the type prepares of the tensors, for a layer with this weight, in `dtype` and on `device`."""
+        """Return the prepared tensors for a host with the given weight.
+
+        Args:
+            weight: returns the canonical base weight; called only if the type needs it.
+            dtype: the dtype to convert the parameters to first; defaults to their own.
+            device: the device to move the parameters to first; defaults to their own.
+        """
         tensors: Tensors = self.tensors
         if dtype is not None or device is not None:
             tensors = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
         prepared = self.adapter_type.prepare(tensors, self.spec, Surroundings(self.settings, self.scale, weight))
         if "patch" not in self.stages:
             return prepared
-        # A rotation of whole patches cannot be applied to the input, where patches overlap.
+        # Patches overlap, so the input cannot be mapped before the convolution: map the weight instead.
         rows = weight().to(next(iter(tensors.values()))).flatten(1)
         one = torch.ones((), device=rows.device)
         delta = self.adapter_type.apply_map(prepared, self.spec, vectors=rows, axis=1, gate=one, transposed=True)
         return {**prepared, PATCH_DELTA: delta.view(self.spec.weight_shape)}
 
     def base_weight(self) -> Tensor:
-        """The layer's own weight, canonical and decoded."""
+        """Return the host's own weight, canonical and decoded."""
         return weight_of(self.host, self.spec)
 
-    def _prepared(self) -> Tensors:
+    def _prepared_tensors(self) -> Tensors:
         if not self.adapter_type.is_prepared and "patch" not in self.stages:
             return self.tensors
-        # In training, tensors may be written past autograd's version counters (`.data` of an averaged model); in a
-        # compiled graph there are no versions to compare.
+        # In training, tensors may be written without a new autograd version (`.data` of an averaged model), and in a
+        # compiled graph there are no versions to compare. So neither uses the cache.
         if torch.compiler.is_compiling() or any(t.requires_grad or t.is_inference() for t in self.tensors.values()):
-            return self.prepared(self.base_weight)
-        if self._kept is None or not self._kept.is_current(self):
+            return self.prepare(self.base_weight)
+        if self._cache is None or not self._cache.is_current(self):
             with torch.inference_mode(False), torch.no_grad():
-                self.__dict__["_kept"] = _Kept.of(self)
-        assert self._kept is not None
-        return self._kept.tensors
+                self.__dict__["_cache"] = _PreparedCache.of(self)
+        assert self._cache is not None
+        return self._cache.tensors
 
-    def _dropped(self, tensors: Tensors, gate: Tensor) -> tuple[Tensors, Tensor]:
+    def _apply_dropout(self, tensors: Tensors, gate: Tensor) -> tuple[Tensors, Tensor]:
         dropout, changed = self.dropout, dict(tensors)
         if dropout.rank:
             for name, axis in self.adapter_type.masked.items():
                 if name in changed:
-                    mask = _slices(changed[name], axis, dropout.rank) / (1 - dropout.rank)
+                    mask = _slice_mask(changed[name], axis, dropout.rank) / (1 - dropout.rank)
                     changed[name] = changed[name] * mask
         if dropout.input:
             for name, axis in self.adapter_type.blocks.items():
                 if name in changed:
-                    changed[name] = changed[name] * _slices(changed[name], axis, dropout.input)
+                    changed[name] = changed[name] * _slice_mask(changed[name], axis, dropout.input)
         if dropout.module:
             gate = gate * (torch.rand((), device=gate.device) >= dropout.module)
         return changed, gate
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        # A state dict of the adapted model is the base model's and says nothing of adapters.
+        # The state dict of an adapted model is the base model's, so loading one must not ask for adapter parameters.
         if BANK not in prefix.split("."):
             super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
+        """Return the type, shapes and scale for `repr`."""
         shapes = ", ".join(f"{name}={tuple(tensor.shape)}" for name, tensor in self.tensors.items())
         return f"{self.adapter_type.name}, {shapes}, scale={self.scale:g}"
 
 
 @dataclass(frozen=True)
-class _Kept:
-    """Prepared tensors, and what they were made from.
+class _PreparedCache:
+    """The prepared tensors of an adapter layer, and what they were computed from.
 
     Attributes:
-        sources: tensors, with version, storage and dtype at that time.
-        used_weight: the layer's own weight is among the sources.
+        sources: each source tensor, with its version, storage and dtype at that time.
+        used_weight: whether the host's weight is one of the sources.
     """
 
     tensors: Tensors
@@ -304,20 +342,22 @@ class _Kept:
     used_weight: bool
 
     @classmethod
-    def of(cls, layer: AdapterLayer) -> "_Kept":
+    def of(cls, layer: AdapterLayer) -> "_PreparedCache":
+        """Prepare the tensors of `layer` and return them with their sources."""
         read: list[Tensor] = []
 
         def weight() -> Tensor:
             read.append(layer.base_weight())
             return read[0]
 
-        tensors = layer.prepared(weight)
+        tensors = layer.prepare(weight)
         return cls(tensors, cls._sources(layer, bool(read)), bool(read))
 
     def is_current(self, layer: AdapterLayer) -> bool:
+        """Return whether the sources of `layer` are unchanged."""
         now = self._sources(layer, self.used_weight)
         return len(now) == len(self.sources) and all(
-            tensor is kept and state == was for (tensor, state), (kept, was) in zip(now, self.sources, strict=True)
+            tensor is source and state == was for (tensor, state), (source, was) in zip(now, self.sources, strict=True)
         )
 
     @staticmethod
@@ -327,7 +367,7 @@ class _Kept:
         ]
         if with_weight:
             weight = resting_tensor(layer.host, "weight")
-            # Not its storage: casting and offloading hooks give it a new one in every forward.
+            # Without its storage, since casting and offloading hooks give the weight a new one in every forward.
             if weight is not None:
                 sources.append((weight, None if weight.is_inference() else (weight._version, weight.dtype)))
         return tuple(sources)
@@ -337,13 +377,13 @@ def _one(like: Tensor) -> Tensor:
     return torch.ones((), device=like.device)
 
 
-def _leading(gates: Tensor, values: Tensor) -> Tensor:
-    """One number per row of `values`."""
+def _per_row(gates: Tensor, values: Tensor) -> Tensor:
+    """Reshape (rows,) gates so that they broadcast over `values`, of shape (rows, ...)."""
     return gates.view(-1, *(1,) * (values.ndim - 1))
 
 
-def _slices(tensor: Tensor, axis: int, probability: float) -> Tensor:
-    """Ones, and zeros for the slices along `axis` that are dropped; they broadcast over `tensor`."""
+def _slice_mask(tensor: Tensor, axis: int, probability: float) -> Tensor:
+    """Return ones, with zeros for slices dropped along `axis`, in a shape that broadcasts over `tensor`."""
     shape = [1] * tensor.ndim
     shape[axis] = tensor.shape[axis]
     return (torch.rand(shape, device=tensor.device) >= probability).to(tensor.dtype)

@@ -1,15 +1,28 @@
-"""Attach adapters to a model and detach them again. The only file that changes a foreign module.
+"""Attach adapters and slots to a model and detach them: which code runs when the model and its layers are called.
 
-What attaching changes, and detaching puts back:
+Attaching changes the following, and detaching puts it back:
 
-* the root model gets one child, the bank, that owns all its adapters, and two forward hooks for per-call scales;
-* `layer.__class__` of an adapted layer becomes a cached subclass `(Adapted, type(layer))`. The layer keeps its
-  identity: `isinstance`, `.weight`, its path and its state-dict keys are unchanged;
-* the layer's `__dict__` gets one tuple, the adapter layers that are active on it;
-* the layer that reads latents may get more inputs (`widen.py`).
+* The model gets one child, the bank, which owns all its adapters, and two forward hooks of the bank.
+* The class of an adapted layer becomes a cached subclass `(Adapted, type(layer))`. The layer keeps its identity:
+  `isinstance`, `.weight`, its path and its state-dict keys are unchanged.
+* The layer's `__dict__` gets one tuple, the adapter layers that are active on it.
+* A token embedding with learned tokens gets `Extended` in place of `Adapted`, and a second tuple, the learned tokens.
 
-`__call__` is overridden and not `forward`: whatever diffusers and accelerate install as the instance's `forward`
-(casting, offloading) runs inside, in whichever order it was installed.
+`__call__` is overridden and not `forward`. Whatever diffusers and accelerate install as the instance's `forward`
+(casting, offloading) therefore runs inside, in whichever order it was installed.
+
+No other module changes the class, the children or the hooks of a model's module. The rest of what diffadapt changes in
+objects of other libraries has one place each:
+
+| object | what is changed | where |
+|---|---|---|
+| the layer that reads latents, and the model's config | weight, `in_features`, config entries | `input_width` |
+| modules with gradient checkpointing | the checkpointing function in their `__dict__`, during a call | `bank` |
+| weights and biases | their content, in place | `merging/` |
+| tokenizers | their added tokens and their class | `tokens/vocabulary` |
+| schedulers | stand-ins for methods, in their `__dict__` | `strengths/scheduler_clock` |
+| pipelines | stand-ins for `encode_prompt` and `progress_bar`, in their `__dict__` | `pipelines/call_hooks` |
+| pipeline classes | `load_adapter` and `adapters` | `pipelines/installation` |
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -29,11 +42,11 @@ from diffadapt.runtime.slots.reservation import Reservation
 def attach_(
     model: nn.Module, name: str, adapter: Adapter, hosts: Mapping[str, nn.Module], *, replacing: bool = False
 ) -> None:
-    """Register `adapter` at the root of `model` and make its layers call it from the next `refresh_` on.
+    """Register `adapter` in the bank of `model` and prepare its layers. It acts from the next `refresh_` on.
 
     Args:
         hosts: module path -> layer of the model, for every path of `adapter.layers`.
-        replacing: the adapter of this name, if there is one, goes; else the name must be free.
+        replacing: whether an adapter of this name is replaced. Otherwise the name must be free.
 
     Raises:
         AdapterError: the name is taken, or the class or the inputs of a layer cannot be changed. Nothing is changed
@@ -43,11 +56,11 @@ def attach_(
     if bank is not None and name in bank._modules and not replacing:
         raise AdapterError(f"adapter {name!r} exists already; remove it first or pass another name")
     present: dict[str, Adapter] = {} if bank is None else bank.adapters
-    _level_(model, {**present, name: adapter}.values(), bank)
+    _fit_input_width_(model, {**present, name: adapter}.values(), bank)
     try:
         bank = _adapt_(model, {path: hosts[path] for path in adapter.layers})
     except AdapterError:
-        _level_(model, present.values(), bank)
+        _fit_input_width_(model, present.values(), bank)
         raise
     for path, layer in adapter.layers.items():
         layer.__dict__["call"] = bank.call
@@ -58,15 +71,16 @@ def attach_(
 
 
 def detach_(model: nn.Module, name: str) -> None:
-    """Remove adapter `name`. With the last one the model is what it was before the first, unless it has slots.
+    """Remove adapter `name`, if it exists. Without adapters and slots, the model is as it was before the first adapter.
 
     Raises:
-        AdapterError: a layer that was made wider for it cannot be changed back now. Nothing is changed then.
+        AdapterError: the adapter needs more inputs than the layer has by itself, and the layer cannot be changed back
+            now. Nothing is changed then.
     """
     bank = bank_of(model)
     if bank is None or name not in bank._modules:
         return
-    _level_(model, [adapter for other, adapter in bank.adapters.items() if other != name], bank)
+    _fit_input_width_(model, [adapter for other, adapter in bank.adapters.items() if other != name], bank)
     del bank._modules[name]
     if bank.reservation is not None:
         bank.reservation.vacate(name)
@@ -75,7 +89,7 @@ def detach_(model: nn.Module, name: str) -> None:
 
 
 def reserve_(model: nn.Module, reservation: Reservation, hosts: Mapping[str, nn.Module]) -> None:
-    """Make the layers of `model` run the slots of `reservation`, in the place of those it had.
+    """Make the layers of `model` run the slots of `reservation`, which replaces an earlier one.
 
     Args:
         hosts: module path -> layer of the model, for every path of `reservation.slots`.
@@ -94,11 +108,11 @@ def reserve_(model: nn.Module, reservation: Reservation, hosts: Mapping[str, nn.
 
 
 def unreserve_(model: nn.Module) -> None:
-    """Remove the slots; the adapters in them run as parameters of their own again, which a compiled model notices."""
+    """Remove the slots of `model`. Their adapters run as adapter layers again, so a compiled model recompiles."""
     bank = bank_of(model)
     if bank is None or bank.reservation is None:
         return
-    _level_(model, bank.adapters.values(), bank, reserved=False)
+    _fit_input_width_(model, bank.adapters.values(), bank, with_slots=False)
     del bank._modules[RESERVED]
     bank._outside = None
     refresh_(model)
@@ -106,8 +120,10 @@ def unreserve_(model: nn.Module) -> None:
 
 
 def refresh_(model: nn.Module) -> None:
-    """Make exactly the adapters act that are active and not merged: those with a seat through their slots, others as
-    adapter layers that every layer calls in the order in which they were attached.
+    """Make exactly those adapters act that are active and not merged.
+
+    Adapters with a seat act through their slots. All others act as adapter layers, which every host runs in the order
+    in which the adapters were attached.
     """
     bank = bank_of(model)
     if bank is None:
@@ -116,80 +132,29 @@ def refresh_(model: nn.Module) -> None:
     acting = {name: adapter for name, adapter in bank.adapters.items() if adapter.active and name not in bank.merged}
     seated = {} if reservation is None else reservation.seated
     if reservation is not None:
-        reservation.open({name: adapter.gates for name, adapter in acting.items() if name in seated})
-    beside = tuple(adapter for name, adapter in acting.items() if name not in seated)
-    if bank._outside is not None and len(beside) == len(bank._outside):
-        if all(adapter is before for adapter, before in zip(beside, bank._outside, strict=True)):
+        reservation.set_gates({name: adapter.gates for name, adapter in acting.items() if name in seated})
+    outside = tuple(adapter for name, adapter in acting.items() if name not in seated)
+    if bank._outside is not None and len(outside) == len(bank._outside):
+        if all(adapter is before for adapter, before in zip(outside, bank._outside, strict=True)):
             return
     slots = {} if reservation is None else reservation.slots
     active: dict[str, tuple[AdapterLayer, ...]] = {path: slots.get(path, ()) for path in bank.hosts}
-    for adapter in beside:
+    for adapter in outside:
         for path, layer in adapter.layers.items():
             active[path] = (*active[path], layer)
     for path, layers in active.items():
         host = bank.hosts[path]
         if host.__dict__[ACTIVE] != layers:
             host.__dict__[ACTIVE] = layers
-    bank._outside = beside
-
-
-def _adapt_(model: nn.Module, hosts: Mapping[str, nn.Module]) -> Bank:
-    """Prepare layers for carrying adapter layers: all of them, or none if one refuses."""
-    classes: list[tuple[nn.Module, type[nn.Module]]] = []
-    for path, host in hosts.items():
-        if ACTIVE not in host.__dict__:
-            base = type(host)
-            try:
-                if not isinstance(host, Adapted):
-                    host.__class__ = mixed(base, Adapted)
-            except TypeError as error:
-                for changed, before in classes:
-                    changed.__class__ = before
-                    changed.__dict__.pop(ACTIVE, None)
-                raise AdapterError(f"{path}: its class cannot carry an adapter ({error})") from error
-            classes.append((host, base))
-            host.__dict__[ACTIVE] = ()
-    bank = bank_of(model)
-    if bank is None:
-        bank = Bank()
-        bank.train(model.training)
-        model._modules[BANK] = bank
-        model.register_forward_pre_hook(bank.before_call, with_kwargs=True)
-        model.register_forward_hook(bank.after_call, with_kwargs=True)
-    new = {path: host for path, host in hosts.items() if path not in bank.hosts}
-    bank.hosts.update(new)
-    bank.attentions.update(_attentions(model, new))
-    return bank
-
-
-def _level_(model: nn.Module, adapters: Collection[Adapter], bank: Bank | None, *, reserved: bool = True) -> None:
-    """Make the model's input layer as wide as these adapters, and with `reserved` its slots, need it."""
-    slots = bank.reservation.slots if bank is not None and bank.reservation is not None and reserved else {}
-    fit_input_width_(model, [*(adapter.layers for adapter in adapters), slots], [] if bank is None else bank.undo)
-
-
-def _release_unused_(model: nn.Module, bank: Bank) -> None:
-    """Give back layers that nothing is left on and, when nothing at all is left, the bank and its hooks."""
-    unused = set(bank.hosts) if bank.reservation is None else bank.hosts.keys() - bank.reservation.slots.keys()
-    for adapter in bank.adapters.values() if unused else ():
-        unused.difference_update(adapter.layers)
-    for path in unused:
-        _release_(bank.hosts.pop(path))
-        bank.attentions.pop(path, None)
-    if not bank._modules:
-        del model._modules[BANK]
-        for hooks in (model._forward_pre_hooks, model._forward_hooks):
-            for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is bank]:
-                del hooks[key]
-                model._forward_pre_hooks_with_kwargs.pop(key, None)
-                model._forward_hooks_with_kwargs.pop(key, None)
+    bank._outside = outside
 
 
 def extend_(host: nn.Module, tokens: tuple[nn.Module, ...]) -> None:
-    """Make the token embedding `host` look up further ids elsewhere; without `tokens` it is as before.
+    """Make the token embedding `host` look up the ids of learned tokens elsewhere.
 
     Args:
-        tokens: each with `holds(ids)`, and called with ids and the embeddings so far.
+        tokens: modules that have `holds(ids)` and are called with ids and the embeddings so far. An empty tuple undoes
+            an earlier call.
 
     Raises:
         AdapterError: the class of the layer cannot be changed.
@@ -208,7 +173,68 @@ def extend_(host: nn.Module, tokens: tuple[nn.Module, ...]) -> None:
         del host.__dict__[TOKENS]
 
 
-def _attentions(model: nn.Module, paths: Iterable[str]) -> Iterator[tuple[str, nn.Module]]:
+def _adapt_(model: nn.Module, hosts: Mapping[str, nn.Module]) -> Bank:
+    """Make `hosts` able to carry adapter layers, all of them or none, and return the bank of `model`."""
+    changed: list[tuple[nn.Module, type[nn.Module]]] = []
+    for path, host in hosts.items():
+        if ACTIVE not in host.__dict__:
+            base = type(host)
+            try:
+                if not isinstance(host, Adapted):
+                    host.__class__ = mixed(base, Adapted)
+            except TypeError as error:
+                for earlier, before in changed:
+                    earlier.__class__ = before
+                    earlier.__dict__.pop(ACTIVE, None)
+                raise AdapterError(f"{path}: its class cannot carry an adapter ({error})") from error
+            changed.append((host, base))
+            host.__dict__[ACTIVE] = ()
+    bank = bank_of(model)
+    if bank is None:
+        bank = Bank()
+        bank.train(model.training)
+        model._modules[BANK] = bank
+        model.register_forward_pre_hook(bank.before_call, with_kwargs=True)
+        model.register_forward_hook(bank.after_call, with_kwargs=True)
+    new = {path: host for path, host in hosts.items() if path not in bank.hosts}
+    bank.hosts.update(new)
+    bank.attentions.update(_fusible_attentions(model, new))
+    return bank
+
+
+def _fit_input_width_(
+    model: nn.Module, adapters: Collection[Adapter], bank: Bank | None, *, with_slots: bool = True
+) -> None:
+    """Give the layer that reads latents as many inputs as these adapters, and `with_slots` the slots, need."""
+    slots = bank.reservation.slots if bank is not None and bank.reservation is not None and with_slots else {}
+    fit_input_width_(model, [*(adapter.layers for adapter in adapters), slots], [] if bank is None else bank.undo)
+
+
+def _release_unused_(model: nn.Module, bank: Bank) -> None:
+    """Restore layers that carry nothing any more, and remove the bank and its hooks if it is empty."""
+    unused = set(bank.hosts) if bank.reservation is None else bank.hosts.keys() - bank.reservation.slots.keys()
+    for adapter in bank.adapters.values() if unused else ():
+        unused.difference_update(adapter.layers)
+    for path in unused:
+        _release_(bank.hosts.pop(path))
+        bank.attentions.pop(path, None)
+    if not bank._modules:
+        del model._modules[BANK]
+        for hooks in (model._forward_pre_hooks, model._forward_hooks):
+            for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is bank]:
+                del hooks[key]
+                model._forward_pre_hooks_with_kwargs.pop(key, None)
+                model._forward_hooks_with_kwargs.pop(key, None)
+
+
+def _release_(host: nn.Module) -> None:
+    host.__dict__.pop(ACTIVE, None)
+    if isinstance(host, Adapted) and not isinstance(host, Extended):
+        host.__class__ = own_class(host)
+
+
+def _fusible_attentions(model: nn.Module, paths: Iterable[str]) -> Iterator[tuple[str, nn.Module]]:
+    """Yield each path with its parent module, if diffusers can fuse the projections of that parent."""
     parents: dict[str, nn.Module] = {}
     for path in paths:
         parent_path = path.rpartition(".")[0]
@@ -219,9 +245,3 @@ def _attentions(model: nn.Module, paths: Iterable[str]) -> Iterator[tuple[str, n
             parents[parent_path] = parent
         if hasattr(parents[parent_path], "fused_projections"):
             yield path, parents[parent_path]
-
-
-def _release_(host: nn.Module) -> None:
-    host.__dict__.pop(ACTIVE, None)
-    if isinstance(host, Adapted) and not isinstance(host, Extended):
-        host.__class__ = own_class(host)

@@ -1,4 +1,7 @@
-"""The bank: the one child of a model that owns its adapters, and what happens before and after a call of the model."""
+"""The bank: the one child of a model that owns its adapters and slots, with the hooks that run before and after a call.
+
+While a call runs with gradients, the bank also replaces the checkpointing functions of the model's blocks.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -16,21 +19,26 @@ from diffadapt.runtime.locks import refuse_other_threads
 from diffadapt.runtime.slots.reservation import Reservation
 from diffadapt.runtime.undo import Undo
 
-# With a dot, which no adapter's name has.
 RESERVED = "reserved.slots"
-_INPUTS = ("sample", "hidden_states", "x", "input_ids", "inputs_embeds")
+"""Name of the bank's child that holds the slots. It has a dot, which no adapter's name has."""
+
+_INPUT_NAMES = ("sample", "hidden_states", "x", "input_ids", "inputs_embeds")
 _SCALE_KWARGS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
 
 
 class Bank(nn.Module):
-    """A model's adapters by name, in the order they were attached; a child of the model that no state dict shows.
+    """The adapters of one model by name, in the order in which they were attached, and its slots.
+
+    The bank is a child of the model that the model's state dict does not contain.
 
     Attributes:
-        hosts: module path -> the layer of the model that carries adapter layers.
-        attentions: module path of a host -> its parent, where diffusers can fuse that and then bypass the host.
-        merged: names of the adapters that are merged into the weights.
-        undo: for every base tensor that they changed, the way back.
-        replacing: learned tokens for which the model's output is replaced, each with `replaced(ids, output)`.
+        call: the per-call state, which all adapter layers of the model share.
+        hosts: module path -> layer of the model that carries adapter layers.
+        attentions: module path of a host -> its parent, if diffusers can fuse the parent's projections and then no
+            longer calls the host.
+        merged: the names of the adapters that are merged into the weights.
+        undo: a way back for every base tensor that the merged adapters changed.
+        replacing: learned tokens that replace parts of the model's output, each with `replaced(ids, output)`.
     """
 
     def __init__(self) -> None:
@@ -41,52 +49,58 @@ class Bank(nn.Module):
         self.merged: tuple[str, ...] = ()
         self.undo: list[Undo] = []
         self.replacing: tuple[nn.Module, ...] = ()
-        self._carriers: list[tuple[nn.Module, Any]] = []
+        # Modules whose checkpointing function is replaced during this call, with their own function.
+        self._checkpointed: list[tuple[nn.Module, Any]] = []
+        # The adapters outside the slots that the last `refresh_` made active; `None` makes the next one set all layers.
         self._outside: tuple[Adapter, ...] | None = ()
 
     @property
     def reservation(self) -> Reservation | None:
-        """The slots of this model, if any are reserved."""
+        """The slots of this model, or `None` if none are reserved."""
         found = self._modules.get(RESERVED)
         return found if isinstance(found, Reservation) else None
 
     @property
     def ways(self) -> dict[int, Undo]:
-        """The ways back by `id` of the base tensor."""
+        """`id` of a base tensor -> the way back to its original content."""
         return {id(way.tensor): way for way in self.undo}
 
     @property
     def adapters(self) -> dict[str, Adapter]:
-        """Adapters by name, in the order they were attached."""
+        """The adapters by name, in the order in which they were attached."""
         return {name: child for name, child in self._modules.items() if isinstance(child, Adapter)}
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """Nothing: accelerate's per-layer offloading walks these and looks their weights up in the model's state dict.
+        """Return nothing, to keep accelerate's per-layer offloading out of the bank.
 
-        Adapters are not in there; they stay where they are, and an adapter layer follows its input.
+        It walks the named children and looks their weights up in the model's state dict, which does not contain
+        adapters. So adapters stay where they are, and an adapter layer follows its input.
         """
         return iter(())
 
     def children(self) -> Iterator[nn.Module]:
-        """The adapters, for everything that moves, casts or switches a model as a whole."""
+        """Return the adapters and slots, for everything that moves, casts or switches a model as a whole."""
         return (child for child in self._modules.values() if child is not None)
 
     def forward(self, input: Any) -> Any:
-        """The input as it is: a root that calls all its children in turn (`nn.Sequential`) calls the bank too."""
+        """Return the input. A root that calls all its children in turn (`nn.Sequential`) also calls the bank."""
         return input
 
     def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
-        """Nothing, when asked as part of a model: the model's state dict is the base model's."""
+        """Return the state dict of the bank, or add nothing to `destination` when collecting that of a whole model."""
         if destination is not None:
             return destination
         return super().state_dict(*args, **kwargs)
 
     def before_call(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Forward pre-hook of the model: pick up the scale that diffusers' pipelines pass with a call.
+        """Read the per-call scale and the batch size of a call. This is a forward pre-hook of the model.
+
+        diffusers' pipelines pass the scale as `scale` in one of three keyword arguments; without peft it is taken out
+        of them, since diffusers would warn that it has no effect.
 
         Raises:
-            AdapterError: a layer would not be called, because its projections were fused after loading; or another
-                thread holds the model.
+            AdapterError: a layer with an adapter would not be called because its projections were fused after loading,
+                or another thread holds the model.
         """
         refuse_other_threads(model)
         for path, attention in self.attentions.items():
@@ -107,65 +121,70 @@ class Bank(nn.Module):
         self.call.value = value
         self.call.batch = _batch_of(args, kwargs)
         if value is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self._carry_through_checkpointing(model, value)
+            self._bind_checkpointing(model, value)
         return args, kwargs
 
     def after_call(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> Any:
-        """Forward hook of the model: the scale was for this call only. Learned tokens may have outputs of their own."""
+        """Reset the per-call state, and put the outputs of learned tokens into `output`. This is a forward hook."""
         self._restore_checkpointing()
         self.call.value = self.call.outer
         self.call.batch = 0
         if not self.replacing:
-            # A compiler that looks at the hook by itself need not look at the output then.
+            # The output is not touched, so that a compiler which traces this hook separately need not trace it.
             return None
         ids = args[0] if args else kwargs.get("input_ids")
         for tokens in self.replacing if isinstance(ids, Tensor) else ():
             output = tokens.replaced(ids, output)  # type: ignore[operator]
         return output
 
-    def _carry_through_checkpointing(self, model: nn.Module, value: Tensor) -> None:
-        """Make blocks that are recomputed during backward see the scale of the call they belong to.
+    def _bind_checkpointing(self, model: nn.Module, value: Tensor) -> None:
+        """Make blocks that are recomputed during backward see the scale of the call that they belong to.
 
-        Backward runs after this call has ended, perhaps after another one with another scale, so the value has to
-        travel with the checkpointed function and not in a place that is reset.
+        Backward runs after this call has ended, and perhaps after another call with another scale. So the scale must
+        travel with the checkpointed function, not in state that is reset.
         """
         for module in model.modules():
             checkpoint = module.__dict__.get("_gradient_checkpointing_func")
             if checkpoint is not None:
-                self._carriers.append((module, checkpoint))
-                module.__dict__["_gradient_checkpointing_func"] = _carrying(checkpoint, self.call, value)
+                self._checkpointed.append((module, checkpoint))
+                module.__dict__["_gradient_checkpointing_func"] = _with_scale(checkpoint, self.call, value)
 
     def _restore_checkpointing(self) -> None:
-        # Also before a call: after an exception in forward the hook that follows it does not run.
-        while self._carriers:
-            module, checkpoint = self._carriers.pop()
+        # Called before a call too, since the forward hook does not run after an exception in forward.
+        while self._checkpointed:
+            module, checkpoint = self._checkpointed.pop()
             module.__dict__["_gradient_checkpointing_func"] = checkpoint
 
 
 def bank_of(model: nn.Module) -> Bank | None:
-    """The bank of `model`, or `None` if it carries no adapter."""
+    """Return the bank of `model`, or `None` if it has neither adapters nor slots."""
     bank = model._modules.get(BANK)
     return bank if isinstance(bank, Bank) else None
 
 
 def _batch_of(args: Any, kwargs: Mapping[str, Any]) -> int:
-    """Rows of the batch that a model is called with; some models take it as a list."""
-    named = (kwargs.get(name) for name in _INPUTS)
+    """Return the number of rows in the batch that a model is called with, or 0 if no argument has rows.
+
+    Some models take the batch as a list.
+    """
+    named = (kwargs.get(name) for name in _INPUT_NAMES)
     for value in (*args, *named, *kwargs.values()):
         if isinstance(value, list) or (isinstance(value, Tensor) and value.ndim):
             return len(value)
     return 0
 
 
-def _carrying(checkpoint: Callable[..., Any], call: CallState, value: Tensor) -> Callable[..., Any]:
-    def carry(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        def scoped(*inner: Any, **options: Any) -> Any:
+def _with_scale(checkpoint: Callable[..., Any], call: CallState, value: Tensor) -> Callable[..., Any]:
+    """Return `checkpoint` such that the function it is given always runs at the per-call scale `value`."""
+
+    def wrapped(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def at_scale(*inner: Any, **options: Any) -> Any:
             before, call.value = call.value, value
             try:
                 return function(*inner, **options)
             finally:
                 call.value = before
 
-        return checkpoint(scoped, *args, **kwargs)
+        return checkpoint(at_scale, *args, **kwargs)
 
-    return carry
+    return wrapped

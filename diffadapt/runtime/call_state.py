@@ -1,4 +1,4 @@
-"""What the adapter layers of one model have to know of a call of that model."""
+"""The state of a call of a model that its adapter layers need: the per-call scale, and the samples of the batch."""
 
 from torch import Tensor
 
@@ -6,15 +6,16 @@ from diffadapt.errors import AdapterError
 
 
 class CallState:
-    """What the adapter layers of one model have to know of a call.
+    """The per-call state that all adapter layers of one model share.
 
     Attributes:
-        value: the per-call scale, a 0-d tensor, or `None` when no caller asked for one.
-        outer: what `value` falls back to between two calls of the model (set while a pipeline encodes its prompt).
-        samples: how many samples have a mix of adapters of their own; 0 if all have the same.
-        images: of every sample, next to one another in the batch (`num_images_per_prompt`).
-        asks_images: that number is what the pipeline says when it encodes its prompts.
-        batch: rows of the model's input in this call; guidance makes it a multiple of `samples * images`.
+        value: the per-call scale, 0-d, or `None` if the caller passed none.
+        outer: the value that `value` is reset to after a call of the model; set while a pipeline encodes its prompt.
+        samples: the number of samples with a mix of adapters of their own; 0 if all samples have the same mix.
+        images: the number of images per sample, which follow one another in the batch (`num_images_per_prompt`).
+        asks_images: whether `images` is read from the pipeline when it encodes its prompts.
+        batch: the number of rows of the model's input in this call; guidance makes it a multiple of
+            `samples * images`. 0 if it is not known.
     """
 
     def __init__(self) -> None:
@@ -26,26 +27,35 @@ class CallState:
         self.batch = 0
 
     def spread(self, gate: Tensor, rows: int) -> Tensor:
-        """One gate, or one row of gates, for every row of a layer's input, from one for every sample.
+        """Return the gates of all rows of a layer's input, given those of all samples.
 
-        A batch is made of copies of all samples (for guidance), each sample of its images, and a layer may split every
-        row of the batch into several (frames, windows).
+        A batch consists of copies of all samples (for guidance), and each sample of its images. A layer may split
+        every row of the batch into several (frames, windows).
+
+        Args:
+            gate: (samples,) or (samples, rank).
+            rows: the number of rows of the layer's input.
+
+        Returns:
+            (rows,) or (rows, rank). If no sample has a mix of its own and the rows cannot be assigned to samples, the
+            gate of the first sample: 0-d or (rank,).
 
         Raises:
-            AdapterError: so many rows cannot be told apart by samples.
+            AdapterError: samples have mixes of their own and the rows cannot be assigned to them.
         """
         count, batch = len(gate), self.batch or rows
         if rows % batch or batch % (count * self.images):
             if not self.samples:
-                # Room for samples is reserved, and they are all alike.
+                # Slots are reserved with gates per sample, but all samples have the same gates now.
                 return gate[0]
             problem = (
-                f"a layer gets {rows} rows of a batch of {batch}, and whose they are is not known; run them one by one"
+                f"a layer gets {rows} rows of a batch of {batch}, and it is not known which sample each row belongs "
+                "to; run the samples one by one"
                 if rows % batch
                 else f"a batch of {batch} is no multiple of {count} x {self.images} images; pass as many prompts and "
                 "negative prompts as samples"
             )
             raise AdapterError(f"{count} samples have adapters of their own, but {problem}")
         copies = batch // (count * self.images)
-        each = gate.unsqueeze(1).unsqueeze(0).expand(copies, -1, rows // batch * self.images, *gate.shape[1:])
-        return each.flatten(0, 2)
+        per_row = gate.unsqueeze(1).unsqueeze(0).expand(copies, -1, rows // batch * self.images, *gate.shape[1:])
+        return per_row.flatten(0, 2)

@@ -1,4 +1,4 @@
-"""Foreign objects with something mixed into their class: they keep their identity, and pickle knows their own class."""
+"""Mixing behaviour into the class of an existing object, which keeps its identity and pickles under its own class."""
 
 import copyreg
 from functools import cache
@@ -6,10 +6,11 @@ from typing import Any
 
 
 class Mixin:
-    """What can be mixed into the class of a foreign object."""
+    """A base for classes that are mixed into the class of an existing object; see `mixed`."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # Pickle finds classes by name, and the dynamic class has none: name the object's own class instead.
+        """Return what pickle needs to rebuild the object, with its own class in place of the mixed one."""
+        # Pickle finds classes by name, and the mixed class is not found under any.
         function, args, *rest = super().__reduce_ex__(protocol)  # type: ignore[misc]
         cls: Any = type(self)
         if function is copyreg.__newobj__ and args[0] is cls:  # type: ignore[attr-defined]
@@ -19,7 +20,7 @@ class Mixin:
 
 @cache
 def mixed(base: type[Any], mixin: type[Mixin]) -> type[Any]:
-    """The class `(mixin, base)`, under the name of `base`."""
+    """Return the class `(mixin, base)` under the name of `base`; always the same class for the same arguments."""
     names = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
@@ -30,7 +31,7 @@ def mixed(base: type[Any], mixin: type[Mixin]) -> type[Any]:
 
 
 def own_class(instance: Any) -> type[Any]:
-    """The class of an object without what is mixed into it."""
+    """Return the class of an object without anything that was mixed into it."""
     return getattr(type(instance), "_diffadapt_base", type(instance))
 
 

@@ -1,7 +1,7 @@
-"""What we know of the hooks diffusers and accelerate put on a model: where it computes, and in which dtype.
+"""Reading the hooks and flags that diffusers and accelerate set on a model: device, dtype, fused projections.
 
-Nothing here installs or removes a foreign hook. Both libraries keep their hooks on the module as attributes, so
-nothing needs to be imported to read them.
+Nothing here installs or removes a hook. Both libraries keep their hooks as attributes of the module, so nothing needs
+to be imported to read them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,12 +11,17 @@ import torch
 from torch import nn
 
 from diffadapt.types.tensor_ops import FLOAT8
+from diffadapt.weights.resting import accelerate_hooks
 
 _FUSIBLE = frozenset({"to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"})
 
 
 def compute_dtype(modules: Sequence[nn.Module]) -> torch.dtype:
-    """The dtype a model, given as all its modules, computes in; layerwise casting stores its weights in another."""
+    """Return the dtype that a model computes in, which under layerwise casting is not the dtype of its weights.
+
+    Args:
+        modules: all modules of the model.
+    """
     for module in _hooked(modules):
         casting = _diffusers_hook(module, "layerwise_casting")
         if casting is not None:
@@ -28,10 +33,13 @@ def compute_dtype(modules: Sequence[nn.Module]) -> torch.dtype:
 
 
 def execution_device(modules: Sequence[nn.Module]) -> torch.device:
-    """Where the parameters of a new adapter have to be for the next forward of a model, from all its modules.
+    """Return the device on which a model computes, where the parameters of a new adapter belong.
 
-    Weights that a hook brings in layer by layer rest elsewhere (the meta device, CPU), so adapters loaded later go to
-    the device the layers run on and stay there.
+    Between calls, weights that a hook loads layer by layer are elsewhere (on the meta device or the CPU). Adapters go
+    to the device on which the layers run, and stay there.
+
+    Args:
+        modules: all modules of the model.
     """
     for module in _hooked(modules):
         for name in ("group_offloading", "lazy_prefetch_group_offloading"):
@@ -49,17 +57,19 @@ def execution_device(modules: Sequence[nn.Module]) -> torch.device:
 
 
 def is_bypassed(attention: nn.Module, name: str) -> bool:
-    """Whether projection `name` of `attention` is not called any more, because diffusers fused it with its siblings."""
+    """Return whether projection `name` of `attention` is no longer called because diffusers fused it with others."""
     if name not in _FUSIBLE or getattr(attention, "fused_projections", False) is not True:
         return False
-    # The older attention class has no way back for the flag; there, unfusing only puts the plain processor back.
+    # The older attention class never resets the flag: unfusing only restores the plain processor there.
     processor = type(getattr(attention, "processor", None)).__name__
     return hasattr(attention, "unfuse_projections") or processor.startswith("Fused")
 
 
 def copies_weights(modules: Sequence[nn.Module]) -> bool:
-    """Whether offloading of a model, given as all its modules, keeps weights in a place of its own: with a stream in
-    pinned memory, or on disk.
+    """Return whether group offloading keeps a copy of a model's weights: in pinned memory (with a stream) or on disk.
+
+    Args:
+        modules: all modules of the model.
     """
     for module in _hooked(modules):
         for name in ("group_offloading", "lazy_prefetch_group_offloading"):
@@ -70,7 +80,7 @@ def copies_weights(modules: Sequence[nn.Module]) -> bool:
 
 
 def diffusers_scales_with_peft() -> bool:
-    """Whether diffusers hands per-call scales to peft. If not, it warns that they have no effect."""
+    """Return whether diffusers hands per-call scales to peft. If not, it warns that they have no effect."""
     from diffusers import utils
 
     return bool(getattr(utils, "USE_PEFT_BACKEND", False))
@@ -81,7 +91,7 @@ def _parameters(modules: Sequence[nn.Module]) -> Iterator[nn.Parameter]:
 
 
 def _hooked(modules: Sequence[nn.Module]) -> list[nn.Module]:
-    """Those that diffusers or accelerate have hooks on."""
+    """Return the modules that have hooks of diffusers or accelerate."""
     return [module for module in modules if "_diffusers_hook" in module.__dict__ or "_hf_hook" in module.__dict__]
 
 
@@ -90,12 +100,6 @@ def _diffusers_hook(module: nn.Module, name: str) -> Any:
     return None if registry is None else registry.hooks.get(name)
 
 
-def accelerate_hooks(module: nn.Module) -> Iterator[Any]:
-    hook = module.__dict__.get("_hf_hook")
-    if hook is not None:
-        yield from getattr(hook, "hooks", (hook,))
-
-
 def _device(device: Any) -> torch.device:
-    # accelerate stores a bare index for "the accelerator number n", as torch does.
+    # accelerate may store a bare index, which means the accelerator of that number, as in torch.
     return torch.device(device)

@@ -1,11 +1,13 @@
-"""Input layers made wider for adapters that read more: Flux.1's control LoRAs take an image beside the latents.
+"""The number of inputs of the layer that reads latents, which some adapters need to be larger than the model's own.
 
-The layer gets columns of zeros, with which it computes what it did, and the model's config says so, since pipelines ask
-it how many channels to make. Adapter layers with fewer inputs than the layer get columns of zeros, too. What is there
-at any time follows from the adapters that are attached: their order does not matter, and without the last of them the
-layer is what it was. While it is wide, the model's state dict and config are those of the wide model.
+Flux.1's control LoRAs read a control image in addition to the latents. For such an adapter, columns of zeros are
+appended to the weight of the layer, which leave its output unchanged, and to adapter layers with fewer inputs. The
+model's config states the new number, since pipelines ask it how many channels to make.
 
-Parameters stay the same objects, since optimisers and hooks hold them; only their content is exchanged.
+The number of inputs is always what the attached adapters need. It does not depend on their order, and after the last of
+them the layer is as it was. While the layer has more inputs, so do the model's state dict and config.
+
+Parameters remain the same objects, since optimisers and hooks refer to them; only their content is replaced.
 """
 
 from collections.abc import Collection, Mapping
@@ -17,45 +19,55 @@ from torch import Tensor, nn
 
 from diffadapt.errors import AdapterError
 from diffadapt.runtime.adapter_layer import AdapterLayer
-from diffadapt.runtime.base_weights import resting_tensor
 from diffadapt.runtime.foreign_hooks import copies_weights
 from diffadapt.runtime.undo import Undo, UndoByCopy
 from diffadapt.types.layer_spec import LayerSpec
+from diffadapt.weights.resting import resting_tensor
 
-_INPUTS = {"FluxTransformer2DModel": ("x_embedder", "proj_out")}
-"""Class of a model -> its layer that reads the latents, and the one that writes them."""
+_LATENT_LAYERS = {"FluxTransformer2DModel": ("x_embedder", "proj_out")}
+"""Class of a model -> the names of its layer that reads latents and of its layer that writes them."""
 
-_MOST = 8
+_MAX_LATENTS = 8
+"""The largest number of latents, side by side, that the reading layer may take."""
+
 _ORIGINAL = "_diffadapt_original"
 
 
 @dataclass(frozen=True)
 class _Original:
-    """Of a layer that was made wider: the inputs it had, and entries that the model's config had."""
+    """What a layer with additional inputs had without them.
+
+    Attributes:
+        inputs: the number of inputs.
+        config: the changed entries of the model's config.
+    """
 
     inputs: int
     config: Mapping[str, Any]
 
 
 def spec_for(model: nn.Module, path: str, spec: LayerSpec, columns: Mapping[str, int], tensors: Any) -> LayerSpec:
-    """Geometry of a layer as an adapter's tensors have it: with their number of inputs, where the layer can get it.
+    """Return the geometry that the layer at `path` will have with an adapter from a file.
+
+    This is `spec`, with the number of inputs of the adapter's tensors if the layer can get that many.
 
     Args:
-        columns: see `AdapterType.columns`.
-        tensors: of a file, by name.
+        spec: the present geometry of the layer.
+        columns: tensor name -> its axis of the inputs; see `AdapterType.columns`.
+        tensors: the tensors in the file for this layer, by name.
     """
     host, outputs = _host(model, path)
     if host is None or spec.kind != "linear":
         return spec
     found = {tensors[name].shape[axis] for name, axis in columns.items() if name in tensors and tensors[name].ndim == 2}
-    # Nothing else is a plausible number, and no other layer may hide behind a wrong one.
+    # Only a few whole latents are plausible. Any other number means a file for another layer, which must be refused.
     inputs = next(iter(found), 0) if len(found) == 1 else 0
-    fits = 0 < inputs <= _MOST * outputs and inputs % outputs == 0
+    fits = 0 < inputs <= _MAX_LATENTS * outputs and inputs % outputs == 0
     return replace(spec, in_features=inputs) if fits else spec
 
 
 def own_inputs(model: nn.Module, path: str) -> int | None:
-    """Inputs that the model's layer at `path` has by itself, `None` for layers that are never made wider."""
+    """Return the number of inputs of the layer at `path` without adapters; `None` if that number never changes."""
     host, _ = _host(model, path)
     return None if host is None else _original(host).inputs
 
@@ -65,16 +77,16 @@ def fit_input_width_(
     adapters: Collection[Mapping[str, AdapterLayer | tuple[AdapterLayer, ...]]],
     undo: list[Undo],
 ) -> None:
-    """Give the input layer the inputs that the widest of `adapters` needs, and all of them as many.
+    """Give the layer that reads latents, and all adapter layers on it, as many inputs as the largest of them needs.
 
     Args:
-        adapters: of each its layers by module path; the slots of a model are one of them.
-        undo: see `Bank`; replaced for the layer's weight.
+        adapters: module path -> adapter layer or slots, for every adapter and for the slots of the model.
+        undo: the ways back in the model's bank. The one of the layer's weight is replaced.
 
     Raises:
-        AdapterError: the layer or one of the adapters cannot be changed. Nothing has changed then.
+        AdapterError: the layer or an adapter layer cannot be changed. Nothing is changed then.
     """
-    path, _ = _INPUTS.get(type(model).__name__, ("", ""))
+    path, _ = _LATENT_LAYERS.get(type(model).__name__, ("", ""))
     found = [adapter[path] for adapter in adapters if path in adapter]
     layers = [layer for each in found for layer in (each if isinstance(each, tuple) else (each,))]
     host, _ = _host(model, path)
@@ -95,8 +107,8 @@ def fit_input_width_(
 
 
 def _host(model: nn.Module, path: str) -> tuple[nn.Linear | None, int]:
-    """The model's layer at `path` if it is the one that reads latents, and how many numbers a latent has."""
-    reader, writer = _INPUTS.get(type(model).__name__, ("", ""))
+    """Return the layer at `path` if it is the one that reads latents, else `None`, and the size of a latent."""
+    reader, writer = _LATENT_LAYERS.get(type(model).__name__, ("", ""))
     if path != reader:
         return None, 0
     host, written = model._modules.get(reader), model._modules.get(writer)
@@ -112,14 +124,14 @@ def _original(host: nn.Linear) -> _Original:
 def _refuse_inputs(path: str, layer: AdapterLayer, inputs: int) -> None:
     if layer.inputs == inputs or {"output", "gain"}.issuperset(layer.stages):
         return
-    narrow, columns = layer.own_tensors, layer.adapter_type.columns
-    wide = {name: _resized(t, columns[name], inputs) if name in columns else t for name, t in narrow.items()}
+    columns = layer.adapter_type.columns
+    tensors = {n: _resized(t, columns[n], inputs) if n in columns else t for n, t in layer.own_tensors.items()}
     try:
-        layer.adapter_type.fit(wide, replace(layer.spec, in_features=inputs))
+        layer.adapter_type.fit(tensors, replace(layer.spec, in_features=inputs))
     except AdapterError as error:
         raise AdapterError(
             f"{path}: an adapter there ({layer.adapter_type.name}) has {layer.inputs} inputs and another needs "
-            f"{inputs}, which the first cannot get ({error}); use them one at a time"
+            f"{inputs}, which the first cannot be given ({error}); use them one at a time"
         ) from error
 
 
@@ -127,17 +139,18 @@ def _refuse_layer(model: nn.Module, path: str, host: nn.Linear) -> None:
     weight = resting_tensor(host, "weight")
     if weight is None or type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
         raise AdapterError(
-            f"{path}: its weight is quantised ({type(weight).__name__}) and cannot get other inputs; leave the layer "
-            "out when quantising the model"
+            f"{path}: its weight is quantised ({type(weight).__name__}), so its number of inputs cannot be changed; "
+            "leave the layer out when quantising the model"
         )
     if copies_weights(list(model.modules())):
         raise AdapterError(
-            f"{path}: group offloading keeps a copy of its weight, which cannot get other inputs; load and remove the "
-            "adapter without it"
+            f"{path}: group offloading keeps a copy of its weight, so its number of inputs cannot be changed; load and "
+            "remove the adapter without group offloading"
         )
 
 
 def _resize_(model: nn.Module, host: nn.Linear, inputs: int, undo: list[Undo]) -> None:
+    """Give `host` this number of inputs, in its weight, its way back, `in_features` and the model's config."""
     was, original = host.in_features, _original(host)
     resting = resting_tensor(host, "weight")
     for number, way in enumerate(undo):
@@ -153,7 +166,7 @@ def _resize_(model: nn.Module, host: nn.Linear, inputs: int, undo: list[Undo]) -
     if inputs != original.inputs and config is not None and config.get("in_channels") == was:
         entries = {"in_channels": inputs}
         if config.get("out_channels", was) is None:
-            # It means as many as are read.
+            # `None` means as many as `in_channels`.
             entries["out_channels"] = was
         original = original if original.config else replace(original, config={k: config[k] for k in entries})
     if entries:
@@ -165,9 +178,9 @@ def _resize_(model: nn.Module, host: nn.Linear, inputs: int, undo: list[Undo]) -
 
 
 def _resized(tensor: Tensor, axis: int, size: int) -> Tensor:
-    """A copy, cut or filled up with zeros along `axis`."""
+    """Return a copy of `tensor` with `size` elements along `axis`, cut or padded with zeros."""
     if tensor.shape[axis] >= size:
         return tensor.narrow(axis, 0, size).clone(memory_format=torch.contiguous_format)
-    wide = tensor.new_zeros([*tensor.shape[:axis], size, *tensor.shape[axis + 1 :]])
-    wide.narrow(axis, 0, tensor.shape[axis]).copy_(tensor)
-    return wide
+    padded = tensor.new_zeros([*tensor.shape[:axis], size, *tensor.shape[axis + 1 :]])
+    padded.narrow(axis, 0, tensor.shape[axis]).copy_(tensor)
+    return padded

@@ -1,9 +1,10 @@
-"""One request at a time: which thread has a model's adapters to itself.
+"""Locks on models, so that one thread at a time can set which adapters act.
 
-Which adapters act is a state of the model, and a request needs it to stay the same from its first step to its last. A
-request that says so (`pipe.adapters.activated` and its relatives) therefore holds its models; what other threads do
-with their adapters waits, and a call of such a model from another thread is refused, since it would get adapters that
-were not meant for it. (Not inside a compiled graph, where there are no threads to see.)
+Which adapters act is state of the model, and it must not change between the first and the last step of a request. So
+`pipe.adapters.activated` and similar context managers lock the models of a request. Meanwhile another thread that
+wants to change their adapters waits, and a call of such a model from another thread is refused, since it would run with
+adapters that were not meant for it. Calls inside a compiled graph are not checked, since a graph does not know its
+thread.
 """
 
 import threading
@@ -18,7 +19,11 @@ from diffadapt.errors import AdapterError
 
 
 class _Lock:
-    """A re-entrant lock that can tell who holds it."""
+    """A re-entrant lock that knows the thread that holds it.
+
+    Attributes:
+        owner: the id of the thread that holds the lock; `None` if none does.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -37,18 +42,18 @@ class _Lock:
         self._lock.release()
 
 
-# Beside the models, since a lock can neither be copied nor pickled with one.
+# Not in the models, since a lock can be neither copied nor pickled.
 _locks: WeakKeyDictionary[nn.Module, _Lock] = WeakKeyDictionary()
-_making = threading.Lock()
+_registry_lock = threading.Lock()
 
 
 @contextmanager
 def exclusive(models: Iterable[nn.Module]) -> Generator[None, None, None]:
-    """Have these models to oneself; waits until no other thread holds one of them."""
-    with _making:
+    """Lock `models` for this thread, waiting until no other thread holds one of them."""
+    with _registry_lock:
         locks = {id(model): _locks.setdefault(model, _Lock()) for model in models}
     with ExitStack() as stack:
-        # In one order for all, or two threads could wait for each other.
+        # Always in the same order, or two threads could wait for each other.
         for key in sorted(locks):
             stack.enter_context(locks[key])
         yield

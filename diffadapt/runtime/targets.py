@@ -1,4 +1,4 @@
-"""Module paths of a model: which of them a name in a file means, and which can carry an adapter."""
+"""The module paths of a model: which of them a name in a file refers to, and which can carry an adapter."""
 
 import re
 from collections.abc import Collection, Iterator, Sequence
@@ -11,12 +11,12 @@ from diffadapt.runtime.adapter_layer import BANK
 from diffadapt.runtime.foreign_hooks import is_bypassed
 from diffadapt.types.layer_spec import LayerKind, LayerSpec
 
-_CLIP_LEVEL = "text_model."
+_CLIP_PREFIX = "text_model."
 _CARRIERS: tuple[LayerKind, ...] = ("linear", "conv", "embedding", "norm")
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module of `model` with its path, adapters left out; a module at two paths is given twice."""
+    """Yield every module of `model` with its path, without adapters. A module at two paths is yielded twice."""
     stack = [("", model)]
     while stack:
         prefix, module = stack.pop()
@@ -28,10 +28,11 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 class Targets:
-    """The module paths of one model, as the truth that every spelling in a file is resolved against.
+    """The module paths of one model, against which the names in a file are resolved.
 
     Attributes:
-        modules: path -> module.
+        model: the model.
+        modules: path -> module, for every path of the model.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -43,45 +44,49 @@ class Targets:
 
     @property
     def all(self) -> list[nn.Module]:
-        """The model and every module in it, adapters left out."""
+        """The model and every module in it, without adapters."""
         return [self.model, *self.modules.values()]
 
     @cached_property
     def flattened(self) -> dict[str, str]:
-        """`down_blocks_0_attentions_0_proj_in` -> `down_blocks.0.attentions.0.proj_in`, for every leaf module."""
+        """Path with underscores for dots -> path, for every leaf module.
+
+        For example, `down_blocks_0_attentions_0_proj_in` -> `down_blocks.0.attentions.0.proj_in`.
+        """
         leaves = ((path, module) for path, module in self.modules.items() if not module._modules)
         return {path.replace(".", "_"): self._paths[id(module)] for path, module in leaves}
 
     def resolve(self, path: str) -> str | None:
-        """The model's own path for a dotted path of a file.
+        """Return the model's own path for a dotted path in a file, or `None` if the model has no such module.
 
-        CLIP text encoders have a `text_model.` level in transformers 4 and mostly not in 5; files have either.
+        The paths in CLIP text encoders start with `text_model.` in transformers 4 and mostly do not in 5. Files have
+        either.
         """
         module = self.modules.get(path)
         if module is None:
-            other = path.removeprefix(_CLIP_LEVEL) if path.startswith(_CLIP_LEVEL) else _CLIP_LEVEL + path
+            other = path.removeprefix(_CLIP_PREFIX) if path.startswith(_CLIP_PREFIX) else _CLIP_PREFIX + path
             module = self.modules.get(other)
-        # A module at two paths (the convolutions of old downsamplers) is one layer, whatever a file calls it.
+        # A module at two paths (the convolution of old downsamplers) is one layer, whichever path a file uses.
         return None if module is None else self._paths[id(module)]
 
     def resolve_flat(self, flat: str) -> str | None:
-        """The model's own path for a flattened one."""
+        """Return the model's own path for a path with underscores for dots, or `None` if there is no such leaf."""
         path = self.flattened.get(flat)
         if path is None:
-            level = _CLIP_LEVEL.replace(".", "_")
-            path = self.flattened.get(flat.removeprefix(level) if flat.startswith(level) else level + flat)
+            prefix = _CLIP_PREFIX.replace(".", "_")
+            path = self.flattened.get(flat.removeprefix(prefix) if flat.startswith(prefix) else prefix + flat)
         return path
 
     def has_weight(self, path: str) -> bool:
-        """Whether the module there is a layer with a weight."""
+        """Return whether the module at `path` has a weight."""
         module = self.modules[path]
         return module._parameters.get("weight") is not None or getattr(module, "weight", None) is not None
 
     def spec(self, path: str, kinds: Collection[LayerKind] = _CARRIERS) -> LayerSpec:
-        """Geometry of the layer at `path`, for an adapter that can sit on layers of these `kinds`.
+        """Return the geometry of the layer at `path`, for an adapter whose type can sit on layers of these `kinds`.
 
         Raises:
-            AdapterError: no adapter can sit there, and why.
+            AdapterError: no such adapter can sit there. The message says why, without the path.
         """
         module = self.modules[path]
         parent_path, _, name = path.rpartition(".")
@@ -101,15 +106,16 @@ class Targets:
         excluded: str | Sequence[str] = (),
         kinds: Collection[LayerKind] = _CARRIERS,
     ) -> dict[str, nn.Module]:
-        """Layers by pattern, for new adapters; only layers of these `kinds` are looked at.
+        """Return the layers for a new adapter, by path.
 
         Args:
             wanted: "all-linear", "all-conv", a regular expression for the whole path, or a list of path endings
                 that match whole path components.
-            excluded: a regular expression or a list of endings.
+            excluded: a regular expression or a list of path endings; the layers that match are left out.
+            kinds: the kinds of layers to choose from.
 
         Raises:
-            AdapterError: a pattern that matches nothing, or a layer that cannot carry an adapter.
+            AdapterError: a pattern in `wanted` matches no layer, or no layer is left.
         """
         chosen: dict[str, nn.Module] = {}
         for pattern in [wanted] if isinstance(wanted, str) else wanted:

@@ -1,6 +1,6 @@
-"""Ways back to what was in a base tensor before adapters were merged into it, bit for bit.
+"""Ways back to the content of a base tensor before adapters were merged into it, bit for bit.
 
-A copy is one; `compact` and `base_files` have others.
+The way here is a copy. `merging/` has others that need less memory.
 """
 
 from dataclasses import dataclass
@@ -10,37 +10,39 @@ from torch import Tensor
 
 
 class Undo(Protocol):
-    """How to get the original of one base tensor."""
+    """A way back to the original content of one base tensor."""
 
     @property
     def tensor(self) -> Tensor:
-        """The base tensor, with adapters in it now."""
+        """The base tensor, which adapters are merged into."""
         ...
 
     @property
     def nbytes(self) -> int:
-        """Memory that is kept for this."""
+        """The memory that this way back occupies, in bytes."""
         ...
 
     def restored(self) -> Tensor:
-        """The original, in other memory than the base tensor's, to be read only.
+        """Return the original content, to be read only. It never shares memory with the base tensor.
 
         Raises:
-            AdapterError: it cannot be known any more.
+            AdapterError: the original can no longer be determined.
         """
         ...
 
 
 @dataclass(frozen=True)
 class UndoByCopy:
-    """A copy of the original."""
+    """A way back by a copy of the original content."""
 
     tensor: Tensor
     content: Tensor
 
     @property
     def nbytes(self) -> int:
+        """The size of the copy in bytes."""
         return self.content.nbytes
 
     def restored(self) -> Tensor:
+        """Return the copy."""
         return self.content

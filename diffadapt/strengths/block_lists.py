@@ -1,10 +1,13 @@
-"""Lists of block weights, as people share them, as strengths by module path.
+"""Lists of block weights, as people share them, converted to strengths by module path.
 
-The positions are those of hako-mikan/sd-webui-lora-block-weight 04b986c, `scripts/lora_block_weight.py` (`BLOCKID12`,
-`17`, `20`, `26`, `BLOCKIDFLUX`; blocks that a list leaves out have the weight 0, layers in no block the weight 1); of
-58 values, of ltdrdata/ComfyUI-Inspire-Pack 25ae8d5, `inspire/lora_block_weight.py`. `IN`, `M` and `OUT` count the
-blocks of the original latent-diffusion UNet: each level of a diffusers UNet has a block per resnet, with the attention
-after it, and one for the downsampler; an upsampler is in the block before it.
+The positions in a list are those of hako-mikan/sd-webui-lora-block-weight 04b986c, `scripts/lora_block_weight.py`
+(`BLOCKID12`, `17`, `20`, `26`, `BLOCKIDFLUX`). Blocks that a list leaves out have the weight 0; layers outside all
+blocks have the weight 1. Lists of 58 values are as in ltdrdata/ComfyUI-Inspire-Pack 25ae8d5,
+`inspire/lora_block_weight.py`.
+
+`IN`, `M` and `OUT` number the blocks of the original latent-diffusion UNet. In a diffusers UNet, each resnet together
+with the attention after it is one such block. A downsampler is a block of its own; an upsampler belongs to the block
+before it.
 """
 
 import math
@@ -14,18 +17,18 @@ from diffadapt.errors import AdapterError
 from diffadapt.strengths.by_prefix import SharedStrengths
 
 
-def _unet(levels: int) -> dict[str, list[str]]:
-    """Prefixes by block, for two layers in every level."""
+def _unet(depth: int) -> dict[str, list[str]]:
+    """Return the prefixes of every block of a UNet with `depth` down blocks of two resnets each."""
     blocks = {"BASE": ["text_encoder", "text_encoder_2"], "M00": ["unet.mid_block"], "IN00": ["unet.conv_in"]}
-    for level in range(levels):
-        down, up = f"unet.down_blocks.{level}", f"unet.up_blocks.{level}"
-        for layer in range(2):
-            blocks[f"IN{3 * level + layer + 1:02}"] = [f"{down}.resnets.{layer}", f"{down}.attentions.{layer}"]
-        for layer in range(3):
-            blocks[f"OUT{3 * level + layer:02}"] = [f"{up}.resnets.{layer}", f"{up}.attentions.{layer}"]
-        if level < levels - 1:
-            blocks[f"IN{3 * level + 3:02}"] = [f"{down}.downsamplers"]
-            blocks[f"OUT{3 * level + 2:02}"].append(f"{up}.upsamplers")
+    for index in range(depth):
+        down, up = f"unet.down_blocks.{index}", f"unet.up_blocks.{index}"
+        for resnet in range(2):
+            blocks[f"IN{3 * index + resnet + 1:02}"] = [f"{down}.resnets.{resnet}", f"{down}.attentions.{resnet}"]
+        for resnet in range(3):
+            blocks[f"OUT{3 * index + resnet:02}"] = [f"{up}.resnets.{resnet}", f"{up}.attentions.{resnet}"]
+        if index < depth - 1:
+            blocks[f"IN{3 * index + 3:02}"] = [f"{down}.downsamplers"]
+            blocks[f"OUT{3 * index + 2:02}"].append(f"{up}.upsamplers")
     return blocks
 
 
@@ -46,9 +49,8 @@ _FLUX = {
     **{name: [f"transformer.transformer_blocks.{index}"] for index, name in enumerate(_DOUBLE)},
     **{name: [f"transformer.single_transformer_blocks.{index}"] for index, name in enumerate(_SINGLE)},
 }
-_SD, _SDXL = _unet(4), _unet(3)
 
-# Family -> length of the list -> its positions.
+# Family -> length of the list -> the block at each position.
 _POSITIONS: Mapping[str, Mapping[int, list[str]]] = {
     "sd": {
         17: ["BASE", *_numbered("IN", [1, 2, 4, 5, 7, 8]), "M00", *_numbered("OUT", range(3, 12))],
@@ -64,23 +66,25 @@ _POSITIONS: Mapping[str, Mapping[int, list[str]]] = {
         61: ["CLIP", "T5", "IN", *_DOUBLE, *_SINGLE, "OUT"],
     },
 }
-_BLOCKS = {"sd": _SD, "sdxl": _SDXL, "flux": _FLUX}
+# Family -> block -> the prefixes of its layers.
+_BLOCKS = {"sd": _unet(4), "sdxl": _unet(3), "flux": _FLUX}
 
 
 def block_weights(values: str | Sequence[float], family: str | None = None) -> SharedStrengths[float]:
-    """Strengths for `pipe.adapters.activate` and `scale=` from a list of block weights.
+    """Convert a list of block weights to strengths for `pipe.adapters.activate` and `scale=`.
 
     Args:
-        values: numbers, or a string of them with commas. For Stable Diffusion 1.x and 2.x 17 (LoRA) or 26 (LyCORIS,
-            LoCon), for SDXL 12 or 20, for Flux 61 (CLIP, T5, in, 19 double blocks, 38 single blocks, out), 58 (what is
-            in no block, blocks) or 57 (blocks).
-        family: "sd", "sd2", "sdxl" or "flux"; the number of values tells it too.
+        values: the weights, as numbers or as a string of numbers separated by commas. Stable Diffusion 1.x and 2.x have
+            lists of 17 (LoRA) or 26 (LyCORIS, LoCon) values, SDXL of 12 or 20. Flux has lists of 61 (CLIP, T5, input
+            layers, 19 double blocks, 38 single blocks, output layers), 58 (one value for everything outside the blocks,
+            then the blocks) or 57 (only the blocks) values.
+        family: "sd", "sd2", "sdxl" or "flux". Defaults to the family that has lists of this length.
 
     Returns:
-        Strength by prefix. Prefixes under which an adapter has no layer are no error.
+        The strengths by prefix. An adapter need not have layers under every prefix.
 
     Raises:
-        AdapterError: it is no such list, or one of another family.
+        AdapterError: a value is not a finite number, the family is unknown, or no list of the family has this length.
     """
     numbers = _numbers(values)
     by_length = {length: name for name, lists in _POSITIONS.items() for length in lists}
@@ -100,7 +104,8 @@ def block_weights(values: str | Sequence[float], family: str | None = None) -> S
 
 
 def _numbers(values: str | Sequence[float]) -> list[float]:
-    found: list[float] = []
+    """Return the values as numbers. Raise `AdapterError` if one of them is not a finite number."""
+    numbers: list[float] = []
     for position, value in enumerate(values.split(",") if isinstance(values, str) else values):
         try:
             number = float(value)
@@ -108,5 +113,5 @@ def _numbers(values: str | Sequence[float]) -> list[float]:
             number = math.nan
         if not math.isfinite(number):
             raise AdapterError(f"block weights: value {position + 1} is {value!r}, expected a number")
-        found.append(number)
-    return found
+        numbers.append(number)
+    return numbers

@@ -1,4 +1,4 @@
-"""Which strength an adapter layer gets from what the user wrote: a number or a schedule, or these by path prefix."""
+"""Strengths as users write them: a number, a schedule, or a mapping from path prefixes to numbers and schedules."""
 
 import math
 from bisect import bisect_left
@@ -11,18 +11,26 @@ from diffadapt.strengths.schedules import Moment, Schedule
 Amount: TypeAlias = float | Schedule
 Strength: TypeAlias = Amount | Mapping[str, Amount]
 NumericStrength: TypeAlias = float | Mapping[str, float]
-A = TypeVar("A", bound=Amount)
+AmountT = TypeVar("AmountT", bound=Amount)
 
 
-class SharedStrengths(dict[str, A]):
-    """Strengths by prefix that were not written for one adapter, such as lists of block weights that people share.
+class SharedStrengths(dict[str, AmountT]):
+    """Strengths by prefix that were not written for a particular adapter, such as the block weights that people share.
 
-    It is no error that an adapter has no layer under some of the prefixes; it is if it has none under any of them.
+    An adapter need not have layers under every prefix. It is an error only if it has no layer under any of them.
     """
 
 
 def check_strength(name: str, strength: object) -> None:
-    """Refuse what is no strength for adapter `name`: a finite number, a schedule, or a mapping of prefixes to these."""
+    """Check that `strength` is a finite number, a schedule, or a mapping from prefixes to these.
+
+    Args:
+        name: the name of the adapter, for the message.
+        strength: the object to check.
+
+    Raises:
+        AdapterError: it is none of these.
+    """
     values = list(strength.values()) if isinstance(strength, Mapping) else [strength]
     for value in values:
         if isinstance(value, Schedule):
@@ -32,13 +40,13 @@ def check_strength(name: str, strength: object) -> None:
 
 
 def is_scheduled(strength: Strength) -> bool:
-    """Whether it changes during a run."""
+    """Return whether a strength changes during a run."""
     values = strength.values() if isinstance(strength, Mapping) else (strength,)
     return any(isinstance(value, Schedule) for value in values)
 
 
 def numbers_at(strength: Strength, moment: Moment) -> NumericStrength:
-    """The numbers at a moment of a run."""
+    """Return the strength with every schedule replaced by its value at `moment`."""
 
     def number(amount: Amount) -> float:
         return amount.at(moment) if isinstance(amount, Schedule) else float(amount)
@@ -49,26 +57,30 @@ def numbers_at(strength: Strength, moment: Moment) -> NumericStrength:
 
 
 def resolve_prefixes(strength: NumericStrength, paths: Sequence[str]) -> tuple[list[float], set[str]]:
-    """One strength per path, and the prefixes that had an effect.
+    """Resolve a strength to one number per path.
 
-    The longest matching prefix wins; a path that no prefix names has the strength 1. A prefix matches whole path
-    components: "unet.up_blocks.1" covers "unet.up_blocks.1.resnets.0.conv1" and not "unet.up_blocks.10". The prefix ""
-    is for what no other one covers, and is not among those that had an effect.
+    The longest matching prefix applies; a path that no prefix matches has the strength 1. A prefix matches whole path
+    components: "unet.up_blocks.1" matches "unet.up_blocks.1.resnets.0.conv1" but not "unet.up_blocks.10". The prefix ""
+    applies to the paths that no other prefix matches.
 
     Args:
-        paths: sorted.
+        strength: a number, or numbers by prefix.
+        paths: the paths of the adapter layers, sorted.
+
+    Returns:
+        The strengths in the order of `paths`, and the set of prefixes that match a path. The prefix "" is never in it.
     """
     if not isinstance(strength, Mapping):
         return [float(strength)] * len(paths), set()
     values = [float(strength.get("", 1.0))] * len(paths)
     matched: set[str] = set()
-    # Longer prefixes come later and overwrite. What a prefix covers stands together in sorted paths: itself, and what
-    # begins with it and a dot, up to the character after the dot.
+    # Longer prefixes come later and overwrite shorter ones. Sorted paths under a prefix are contiguous: they start with
+    # the prefix and a dot, and "/" is the character after the dot. The path equal to the prefix may stand apart.
     for prefix in sorted(strength, key=len):
         own, start, stop = (bisect_left(paths, prefix + end) for end in ("", ".", "/"))
-        here = [own, *range(start, stop)] if own < len(paths) and paths[own] == prefix else range(start, stop)
-        for index in here:
+        covered = [own, *range(start, stop)] if own < len(paths) and paths[own] == prefix else range(start, stop)
+        for index in covered:
             values[index] = float(strength[prefix])
-        if here:
+        if covered:
             matched.add(prefix)
     return values, matched

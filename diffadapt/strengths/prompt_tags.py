@@ -1,7 +1,7 @@
-"""Adapters named in a prompt: `<lora:name:0.8>` and its relatives, taken out and turned into what `activate` takes.
+"""Prompt tags such as `<lora:name:0.8>`, removed from the prompt and converted to an argument for `activate`.
 
-The syntax is that of AUTOMATIC1111/stable-diffusion-webui and KohakuBlueleaf/a1111-sd-webui-lycoris (first the strength
-of the text encoders, then that of the denoiser), cheald/sd-webui-loractl (values at positions) and
+The syntax is a combination of AUTOMATIC1111/stable-diffusion-webui and KohakuBlueleaf/a1111-sd-webui-lycoris (the
+strength of the text encoders, then the strength of the denoiser), cheald/sd-webui-loractl (values at positions) and
 hako-mikan/sd-webui-lora-block-weight (block weights, ranges of steps).
 """
 
@@ -36,50 +36,53 @@ def parse_prompt(prompt: list[str] | tuple[str, ...]) -> tuple[list[str], list[A
 def parse_prompt(
     prompt: str | list[str] | tuple[str, ...],
 ) -> tuple[str, Activation] | tuple[list[str], list[Activation]]:
-    """Take the adapters out of a prompt.
+    """Remove the adapter tags from a prompt and convert them to strengths.
 
     | tag | strength |
     |---|---|
-    | `<lora:ink>`, `<lora:ink:0.8>`, `<lyco:ink:0.8>` | 1, 0.8 |
-    | `<lora:ink:0.5:0.8>`, `<lora:ink:te=0.5:unet=0.8>` | of text encoders 0.5, of everything else 0.8 |
-    | `<lora:ink:0.8:0.2-0.7>`, `step=0.2-0.7`, or `start=0.2`, `end=0.7` (`stop=`) | 0.8 in this part of a run |
-    | `<lora:ink:0@0,1@0.5>` | values at positions, and straight lines between them |
-    | `<lora:ink:0.8:lbw=1,0,0,...>` | 0.8 times `block_weights` |
+    | `<lora:ink>` | 1 |
+    | `<lora:ink:0.8>`, `<lyco:ink:0.8>` | 0.8 |
+    | `<lora:ink:0.5:0.8>`, `<lora:ink:te=0.5:unet=0.8>` | 0.5 for text encoders, 0.8 for everything else |
+    | `<lora:ink:0.8:0.2-0.7>`, `<lora:ink:0.8:start=0.2:end=0.7>` | 0.8 in this part of a run, 0 in the rest |
+    | `<lora:ink:0@0,1@0.5>` | values at positions, with straight lines between them |
+    | `<lora:ink:0.8:lbw=1,0,0,...>` | 0.8 times the `block_weights` |
 
-    Positions up to 1 are fractions of a run; if one of them is above 1, they are numbers of steps, from 0. A range ends
-    before the step at its end; one that ends at 1 has the last step too. A range is for the denoiser: text encoders,
-    which run before, keep their strength.
+    A range may also be written `step=0.2-0.7`, and `end=` as `stop=`. A range does not include the step at its end,
+    except that a range up to the fraction 1 includes the last step. Ranges apply only to the denoiser; text encoders
+    run before it and keep their strength. Positions up to 1 are fractions of a run; if any of them is above 1, they are
+    all step numbers, from 0.
 
-    A tag with a backslash in front stays in the prompt without it; other tags (`<hypernet:...>`) stay as they are.
+    A tag after a backslash stays in the prompt, without the backslash. Other tags (`<hypernet:...>`) stay unchanged.
 
     Args:
-        prompt: or several.
+        prompt: one prompt or several.
 
     Returns:
-        The prompt without tags, and name -> strength for `pipe.adapters.activate`. Of several prompts, a list of each.
+        The prompt without tags, and a mapping from adapter names to strengths for `pipe.adapters.activate`. For several
+        prompts, a list of each.
 
     Raises:
-        AdapterError: a tag that cannot be read, or an adapter that appears twice.
+        AdapterError: a tag cannot be parsed, or an adapter appears twice in a prompt.
     """
     if not isinstance(prompt, str):
         parsed = [parse_prompt(one) for one in prompt]
         return [text for text, _ in parsed], [activation for _, activation in parsed]
     activation: Activation = {}
 
-    def gap(match: re.Match[str]) -> str:
-        for tag in re.finditer(_TAG, match[0]):
+    def without_tags(gap: re.Match[str]) -> str:
+        for tag in re.finditer(_TAG, gap[0]):
             with naming(tag[0]):
-                name, strength = _read(tag[1])
+                name, strength = _parse_tag(tag[1])
                 if name in activation:
                     raise AdapterError(f"{name!r} appears twice in the prompt; name each adapter once")
                 activation[name] = strength
-        return _between(match)
+        return _filler(gap)
 
-    return _ESCAPED.sub(r"\1", _GAP.sub(gap, prompt)), activation
+    return _ESCAPED.sub(r"\1", _GAP.sub(without_tags, prompt)), activation
 
 
-def _between(gap: re.Match[str]) -> str:
-    """What stays where tags, with the spaces and commas around them, have been."""
+def _filler(gap: re.Match[str]) -> str:
+    """Return the text that replaces adjacent tags and the spaces and commas around them."""
     before, after = gap.string[: gap.start()][-1:], gap.string[gap.end() :][:1]
     if not before or before in "([{" or not after or after in ")]},.;:!?":
         return ""
@@ -87,8 +90,8 @@ def _between(gap: re.Match[str]) -> str:
     return ", " if "," in around else " " if around else ""
 
 
-def _read(tag: str) -> tuple[str, Strength]:
-    """Name and strength of the adapter, of what is between `<lora:` and `>`."""
+def _parse_tag(tag: str) -> tuple[str, Strength]:
+    """Return the name and strength of the adapter in a tag, given the text between `<lora:` and `>`."""
     name, *items = (item.strip() for item in tag.split(":"))
     if not name:
         raise AdapterError("no name, expected <lora:name:strength>")
@@ -96,7 +99,7 @@ def _read(tag: str) -> tuple[str, Strength]:
     for item in items:
         key, equals, value = (part.strip() for part in item.partition("="))
         if not equals:
-            key, value = _positional(item, found), item
+            key, value = _key_of(item, found), item
         elif key in ("stop", "end"):
             key = "end"
         if key not in ("te", "unet", "lbw", "start", "end", "step"):
@@ -107,7 +110,8 @@ def _read(tag: str) -> tuple[str, Strength]:
     return name, _strength(found)
 
 
-def _positional(item: str, found: Iterable[str]) -> str:
+def _key_of(item: str, found: Iterable[str]) -> str:
+    """Return the key of an item without one, judged by its form and by the keys that were found before it."""
     if _RANGE.fullmatch(item):
         return "step"
     if item.count(",") > 10 and "@" not in item:
@@ -116,6 +120,7 @@ def _positional(item: str, found: Iterable[str]) -> str:
 
 
 def _strength(found: dict[str, str]) -> Strength:
+    """Return the strength that the items of a tag, by key, describe."""
     te = _amount(found.get("te", "1"))
     unet = _amount(found["unet"]) if "unet" in found else te
     ranged = _ranged(unet, found)
@@ -128,7 +133,7 @@ def _strength(found: dict[str, str]) -> Strength:
 
 
 def _amount(text: str) -> float | Piecewise:
-    """A number, or values at positions."""
+    """Parse a number, or values at positions."""
     if "@" not in text:
         return _number(text)
     points = sorted(_point(part) for part in re.split("[,;]", text))
@@ -136,6 +141,7 @@ def _amount(text: str) -> float | Piecewise:
 
 
 def _point(text: str) -> tuple[float, float]:
+    """Parse `value@position`; return the position and the value."""
     value, at, position = text.partition("@")
     if not at:
         raise AdapterError(f"{text!r}: value@position expected")
@@ -143,7 +149,7 @@ def _point(text: str) -> tuple[float, float]:
 
 
 def _ranged(amount: float | Piecewise, found: dict[str, str]) -> float | Piecewise:
-    """The amount in a part of the run and 0 outside of it."""
+    """Return the amount limited to the range in `found`, if there is one, and 0 in the rest of the run."""
     start, end = found.get("start"), found.get("end")
     if "step" in found:
         match = _RANGE.fullmatch(found["step"])
@@ -156,9 +162,11 @@ def _ranged(amount: float | Piecewise, found: dict[str, str]) -> float | Piecewi
     finite = [position for position in (first, last) if position < math.inf]
     axis = _axis(finite)
     if isinstance(amount, Piecewise):
-        raise AdapterError("values at positions and a range; write the zeros as values at positions")
+        raise AdapterError("values at positions and a range cannot be combined; write the zeros as values at positions")
     if not 0 <= first < last or (axis == "step" and any(not position.is_integer() for position in finite)):
-        raise AdapterError(f"range from {start or 0} to {end}, expected two fractions of a run or two numbers of steps")
+        raise AdapterError(
+            f"range from {start or 0} to {end or 'the end'}, expected two fractions of a run or two numbers of steps"
+        )
     points = [(0.0, 0.0), (first, amount)] if first else [(0.0, amount)]
     if last < math.inf and (last, axis) != (1.0, "fraction"):
         points.append((last, 0.0))
@@ -166,6 +174,7 @@ def _ranged(amount: float | Piecewise, found: dict[str, str]) -> float | Piecewi
 
 
 def _axis(positions: Sequence[float]) -> Axis:
+    """Return the axis of positions in a tag: fractions of a run, or steps if one is above 1."""
     return "step" if max(positions) > 1 else "fraction"
 
 

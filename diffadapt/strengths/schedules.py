@@ -1,12 +1,14 @@
-"""Strengths that change during a run: pure functions of where a denoising loop is.
+"""Schedules: strengths that are pure functions of the position in a denoising run.
 
-A schedule goes wherever `pipe.adapters.activate` takes a number. The position it reads is one of
+`pipe.adapters.activate` accepts a schedule wherever it accepts a number. A schedule reads its position on one of three
+axes:
 
-* "fraction": 0 at the first step of a run, 1 at its last, `i / (n - 1)` at step i of n;
-* "step": i, from 0;
-* "sigma": the noise level of the step as the scheduler counts it, from large to small.
+* "fraction": 0 at the first step of a run and 1 at the last, so `i / (n - 1)` at step i of n;
+* "step": the number i of the step, from 0;
+* "sigma": the noise level of the step in the scheduler's units, which decreases during the run.
 
-A step is one of the scheduler's: the two evaluations that a second-order scheduler (Heun) needs for it are one step.
+Steps are those of the scheduler. The two evaluations of the denoiser that a second-order scheduler (Heun) makes for a
+step count as one step.
 """
 
 import math
@@ -22,12 +24,12 @@ Axis: TypeAlias = Literal["fraction", "step", "sigma"]
 
 @dataclass(frozen=True)
 class Moment:
-    """Where a run is.
+    """A position in a run.
 
     Attributes:
-        step: from 0.
-        steps: how many the run has, from the one it begins with.
-        noise: gives sigma; a call, because reading it may wait for a GPU.
+        step: the number of the current step, from 0.
+        steps: the number of steps in the run, without any that it skips at the start.
+        noise: returns sigma. It is a function because reading sigma may have to wait for the GPU.
     """
 
     step: int
@@ -35,14 +37,14 @@ class Moment:
     noise: Callable[[], float] = field(compare=False)
 
     def on(self, axis: Axis) -> float:
-        """Position on an axis."""
+        """Return the position on an axis."""
         if axis == "sigma":
             return self.noise()
         return self.step / max(1, self.steps - 1) if axis == "fraction" else self.step
 
 
 START = Moment(0, 1, lambda: math.inf)
-"""Before a run: what text encoders see, and what is set when a schedule is activated."""
+"""The moment before a run. Text encoders get the strength at this moment, and so does a newly activated schedule."""
 
 
 @dataclass(frozen=True)
@@ -50,18 +52,23 @@ class Schedule:
     """A strength as a function of the position in a run."""
 
     def at(self, moment: Moment) -> float:
-        """The strength at `moment`."""
+        """Return the strength at `moment`."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Linear(Schedule):
-    """A straight ramp from `start` to `end`; before and after it the value stays.
+    """A straight ramp from `start` to `end`, constant before and after it.
 
     Attributes:
-        between: the positions of `start` and `end`; default the whole run. Required on the other axes, and descending
-            where positions are: `Linear(1.0, 0.2, between=(14.6, 0.5), over="sigma")`.
+        start: the strength at the first position and before it.
+        end: the strength at the second position and after it.
+        between: the positions of `start` and `end`. Defaults to the whole run, which is possible only over "fraction".
+            Sigma decreases during a run: `Linear(1.0, 0.2, between=(14.6, 0.5), over="sigma")`.
         over: the axis of the positions.
+
+    Raises:
+        AdapterError: a number is not finite, the axis is unknown, or the positions are equal or missing.
     """
 
     start: float
@@ -73,42 +80,45 @@ class Linear(Schedule):
         _check_axis(self.over)
         if self.between is None and self.over != "fraction":
             raise AdapterError(f"{type(self).__name__}: between=(first, last) expected with over={self.over!r}")
-        ends = self._between
-        _check_finite(type(self).__name__, (self.start, self.end, *ends))
-        if len(ends) != 2 or ends[0] == ends[1]:
-            raise AdapterError(f"{type(self).__name__}: between is {ends}, expected two different positions")
+        positions = self._positions
+        _check_finite(type(self).__name__, (self.start, self.end, *positions))
+        if len(positions) != 2 or positions[0] == positions[1]:
+            raise AdapterError(f"{type(self).__name__}: between is {positions}, expected two different positions")
 
     @property
-    def _between(self) -> tuple[float, float]:
+    def _positions(self) -> tuple[float, float]:
         return (0.0, 1.0) if self.between is None else self.between
 
     def at(self, moment: Moment) -> float:
-        first, last = self._between
-        share = self._eased(min(1.0, max(0.0, (moment.on(self.over) - first) / (last - first))))
-        return self.start * (1 - share) + self.end * share
+        first, last = self._positions
+        progress = self._eased(min(1.0, max(0.0, (moment.on(self.over) - first) / (last - first))))
+        return self.start * (1 - progress) + self.end * progress
 
-    def _eased(self, share: float) -> float:
-        return share
+    def _eased(self, progress: float) -> float:
+        return progress
 
 
 @dataclass(frozen=True)
 class Cosine(Linear):
-    """Like `Linear`, but slow at both ends: half a period of a cosine."""
+    """A ramp like `Linear`, but shaped as half a period of a cosine, so that it is slow at both ends."""
 
-    def _eased(self, share: float) -> float:
-        return (1 - math.cos(math.pi * share)) / 2
+    def _eased(self, progress: float) -> float:
+        return (1 - math.cos(math.pi * progress)) / 2
 
 
 @dataclass(frozen=True)
 class Piecewise(Schedule):
-    """Values at positions, and straight lines between them; before the first and after the last the value stays.
+    """Values at positions, with straight lines between them, constant before the first and after the last position.
 
-    Two values at one position are a jump: the second one counts from there on.
+    Two values at the same position are a jump: the second one applies from that position on.
 
     Attributes:
-        points: `(position, value)`, positions ascending on every axis.
-        hold: keep each value up to the next position instead.
+        points: pairs `(position, value)`, with ascending positions on every axis, also on "sigma".
+        hold: whether each value stays constant up to the next position, instead of the straight line.
         over: the axis of the positions.
+
+    Raises:
+        AdapterError: a number is not finite, the axis is unknown, or the points are missing or not in order.
     """
 
     points: Sequence[tuple[float, float]]
@@ -129,17 +139,19 @@ class Piecewise(Schedule):
         index = bisect_right(points, position, key=lambda point: point[0])
         if index == 0 or index == len(points) or self.hold:
             return points[max(0, index - 1)][1]
-        (left, value), (right, following) = points[index - 1], points[index]
-        share = (position - left) / (right - left)
-        return value * (1 - share) + following * share
+        (left, left_value), (right, right_value) = points[index - 1], points[index]
+        progress = (position - left) / (right - left)
+        return left_value * (1 - progress) + right_value * progress
 
 
 def _check_axis(axis: str) -> None:
+    """Raise `AdapterError` if there is no such axis."""
     if axis not in get_args(Axis):
         raise AdapterError(f"over is {axis!r}, expected one of {', '.join(get_args(Axis))}")
 
 
-def _check_finite(what: str, numbers: Sequence[object]) -> None:
+def _check_finite(schedule: str, numbers: Sequence[object]) -> None:
+    """Raise `AdapterError` for an argument of `schedule` that is not a finite number."""
     for number in numbers:
         if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
-            raise AdapterError(f"{what}: {number!r} is no finite number")
+            raise AdapterError(f"{schedule}: {number!r} is no finite number")

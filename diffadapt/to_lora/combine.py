@@ -1,25 +1,25 @@
 """Weighted merging of several adapters into one LoRA.
 
-With changes D of the layer's weight at strength 1, weights w, and LoRA factors D = B A:
+With the changes D of a layer's weight at strength 1, weights w, and LoRA factors D = B A:
 
 | method | weight change of the result | paper |
 |---|---|---|
-| cat | sum w D, exactly: the factors side by side | |
-| svd | sum w D, cut to a rank | |
-| linear | (sum sqrt(w) B) (sum sqrt(w) A): the factors' rank stays, and terms B_i A_j come in | |
+| cat | sum w D, exactly: the factors are concatenated | |
+| svd | sum w D, truncated to a rank | |
+| linear | (sum sqrt(w) B) (sum sqrt(w) A): keeps the rank of the factors, and adds cross terms B_i A_j | |
 | magnitude_prune | sum w P(D), where P keeps the largest elements | |
 | ties | mean of w P(D) over those P(D) that have the elected sign, element by element | arXiv 2306.01708 |
 | dare_linear | sum w R(D), where R keeps random elements and divides them by the density | arXiv 2311.03099 |
-| dare_ties | as ties, with R in place of P | both |
+| dare_ties | like ties, with R instead of P | both |
 
-The last four act on the factors themselves, as `linear` does, where all adapters are LoRA, of equal rank on the layers
-they share, and neither `rank` nor `energy` is given. Otherwise they act on the changes, which are then cut to `rank`;
-by default, as for svd, to the largest rank that an adapter has on the layer.
+If all adapters are LoRA of equal rank on the layers they share, and neither `rank` nor `energy` is given, the last four
+act on the factors themselves, as `linear` does. Otherwise they act on the changes, and the result is truncated to
+`rank`. As for svd, `rank` defaults to the largest rank that an adapter has on the layer.
 
-Semantics are those of PEFT 0.21 (`add_weighted_adapter`): signs are elected before weighting, a negative weight takes
-its square root from the absolute value and goes to A with its sign, and a layer that some adapters lack is made of the
-others. An adapter whose weight on a layer is 0 takes no part there. A change of the bias is one more tensor, merged
-like the change of the weight.
+The semantics are those of PEFT 0.21 (`add_weighted_adapter`): signs are elected before weighting; of a negative weight
+the root of the absolute value is taken, and A gets its sign; a layer that some adapters lack is made from the others.
+An adapter whose weight on a layer is 0 takes no part there. A change of the bias is one more tensor, merged like the
+change of the weight.
 """
 
 import math
@@ -33,9 +33,9 @@ from torch import Tensor
 
 from diffadapt.errors import AdapterError
 from diffadapt.to_lora.change import Change, Sources, WeightedLayer, change_of
-from diffadapt.to_lora.cut import Cut, truncate
-from diffadapt.to_lora.derive import Maker, check_limits
+from diffadapt.to_lora.derive import Maker
 from diffadapt.to_lora.factors import Factors, joined
+from diffadapt.to_lora.truncation import Approximation, check_limits, truncate
 from diffadapt.types.lora import LORA
 
 Method: TypeAlias = Literal["linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
@@ -49,14 +49,18 @@ _FIXED_RANK = ("linear", "cat")
 
 @dataclass(frozen=True)
 class Combination:
-    """How to combine; what has no effect with the method is refused.
+    """A method of merging adapters into one LoRA, with its options. Options without effect on the method are refused.
 
     Attributes:
-        density: share of the elements that is kept, above 0 and at most 1.
-        rank: the most a layer of the result gets.
-        energy: share of the squared Frobenius norm that is kept, see `lowrank.conversion`.
-        generator: draws what is kept, layer by layer; default a fresh one seeded with 0.
-        sign: the elected sign is that of the sum ("total"), or the one that more adapters have ("frequency").
+        method: "linear", "cat", "svd", "ties", "dare_linear", "dare_ties" or "magnitude_prune".
+        density: share of the elements to keep, in (0, 1].
+        rank: the largest rank of a layer of the result.
+        energy: share of the squared Frobenius norm to keep, in (0, 1]; each layer gets the smallest rank that does.
+        generator: draws the elements to keep, layer by layer; defaults to a new generator with the seed 0.
+        sign: how signs are elected: by the sum of the values ("total"), or by the majority of adapters ("frequency").
+
+    Raises:
+        AdapterError: an option is out of range, missing, or without effect on the method.
     """
 
     method: Method = "svd"
@@ -86,84 +90,83 @@ class Combination:
         if method not in _SPARSE:
             return
         if density is None:
-            raise AdapterError(f"method={method!r} needs density=, the share of the elements that is kept")
+            raise AdapterError(f"method={method!r} needs density=, the share of the elements to keep")
         if isinstance(density, bool) or not 0 < density <= 1:
             raise AdapterError(f"density is {density!r}, expected 0 < density <= 1")
 
     def maker(self, sources: Sources) -> Maker:
-        """What makes one layer of the combination of `sources`."""
+        """Return the function that combines the adapter layers on one layer of `sources`."""
         generator = self.generator or torch.Generator().manual_seed(0)
-        layers = [parts for paths in sources.values() for parts in paths.values()]
+        all_layers = [layers for paths in sources.values() for layers in paths.values()]
         on_factors = self.method == "linear" or (
-            self.method in _SPARSE and self.rank is None and self.energy is None and all(map(_shares_rank, layers))
+            self.method in _SPARSE and self.rank is None and self.energy is None and all(map(_share_rank, all_layers))
         )
 
-        def make(parts: Sequence[WeightedLayer]) -> tuple[Change, Cut]:
-            changes = [change_of([replace(part, strength=1.0)]) for part in parts]
-            weights = [part.strength for part in parts]
+        def make(layers: Sequence[WeightedLayer]) -> tuple[Change, Approximation]:
+            changes = [change_of([replace(layer, strength=1.0)]) for layer in layers]
+            weights = [layer.strength for layer in layers]
             biases = {i: change.bias for i, change in enumerate(changes) if change.bias is not None}
             if on_factors:
-                factors = self._factors(parts, changes, generator)
-                whole = _sum(changes, weights) if self.method == "linear" else factors
+                factors = self._combined_factors(layers, changes, generator)
+                value = _sum(changes, weights) if self.method == "linear" else factors
             else:
                 factors = None
-                whole = self._whole(parts, changes, generator)
+                value = self._combined_change(layers, changes, generator)
             change = Change(
                 changes[0].spec,
-                whole,
+                value,
                 self._merged([*biases.values()], [weights[i] for i in biases], generator) if biases else None,
                 reduce(torch.promote_types, (change.dtype for change in changes)),
                 sum(abs(weight) * (c.reference + c.norm) for c, weight in zip(changes, weights, strict=True)),
             )
             if factors is not None:
-                # Nothing is cut, but a product that is zero has to be seen.
-                made = truncate(replace(change, whole=factors), None, None).factors
-                return change, Cut(made, self.method != "linear" or len(parts) == 1)
+                # Without limits nothing is lost, but a product that is zero is recognised.
+                kept = truncate(replace(change, value=factors), None, None).factors
+                return change, Approximation(kept, self.method != "linear" or len(layers) == 1)
             if self.method == "cat":
                 return change, truncate(change, None, None)
             return change, truncate(change, self._rank(changes), self.energy)
 
         return make
 
-    def _whole(
-        self, parts: Sequence[WeightedLayer], changes: Sequence[Change], generator: torch.Generator
+    def _combined_change(
+        self, layers: Sequence[WeightedLayer], changes: Sequence[Change], generator: torch.Generator
     ) -> Factors | Tensor:
-        """The combined change of one layer."""
-        weights = [part.strength for part in parts]
+        """Return the combined change of one layer."""
+        weights = [layer.strength for layer in layers]
         if self.method in _SPARSE:
             return self._merged([change.dense for change in changes], weights, generator)
-        for part, change in zip(parts, changes, strict=True):
+        for layer, change in zip(layers, changes, strict=True):
             if self.method == "cat" and change.factors is None:
-                raise AdapterError(
-                    f"this {part.layer.adapter_type.name} has no factors to put side by side; use method='svd'"
-                )
+                name = layer.adapter_layer.adapter_type.name
+                raise AdapterError(f"this {name} has no factors to concatenate; use method='svd'")
         return _sum(changes, weights)
 
-    def _factors(
-        self, parts: Sequence[WeightedLayer], changes: Sequence[Change], generator: torch.Generator
+    def _combined_factors(
+        self, layers: Sequence[WeightedLayer], changes: Sequence[Change], generator: torch.Generator
     ) -> Factors:
-        """Factors that are combined one by one, with the square root of the weight on each side."""
-        pairs = [_lora_factors(part, change) for part, change in zip(parts, changes, strict=True)]
-        if not _shares_rank(parts):
+        """Return the combined `up` and `down` factors, each weighted with the square root of the weight."""
+        pairs = [_lora_factors(layer, change) for layer, change in zip(layers, changes, strict=True)]
+        if not _share_rank(layers):
             ranks = ", ".join(str(pair.rank) for pair in pairs)
             raise AdapterError(f"method={self.method!r} needs equal ranks, found {ranks}; use 'cat' or 'svd'")
-        weights = [part.strength * part.layer.scale for part in parts]
+        weights = [layer.strength * layer.adapter_layer.scale for layer in layers]
         roots = [abs(weight) ** 0.5 for weight in weights]
         signed = [math.copysign(root, weight) for root, weight in zip(roots, weights, strict=True)]
         down = self._merged([pair.down for pair in pairs], signed, generator)
         return Factors(self._merged([pair.up for pair in pairs], roots, generator), down)
 
     def _rank(self, changes: Sequence[Change]) -> int | None:
-        """What the result is cut to: as asked for, or the largest there is."""
+        """Return the largest rank of the result: the one requested, or the largest among the changes."""
         if self.rank is not None or self.energy is not None:
             return self.rank
         ranks = [change.factors.rank for change in changes if change.factors is not None]
         if len(ranks) < len(changes):
-            raise AdapterError("an adapter has no low-rank form here that could say the rank; pass rank= or energy=")
+            raise AdapterError("an adapter has no low-rank form here to take the rank from; pass rank= or energy=")
         return max(ranks)
 
     def _merged(self, tensors: Sequence[Tensor], weights: Sequence[float], generator: torch.Generator) -> Tensor:
-        """One tensor from one per adapter, of the same shape."""
+        """Merge tensors of the same shape, one per adapter, into one."""
         density = self.density or 1.0
         if self.method in _RANDOM:
             tensors = [_thinned(tensor, density, generator) for tensor in tensors]
@@ -178,30 +181,33 @@ class Combination:
         return (weighted * agrees).sum(0) / agrees.sum(0).clamp_min(1)
 
 
-def _shares_rank(parts: Sequence[WeightedLayer]) -> bool:
-    """Whether the adapters on one layer are LoRA of equal rank."""
+def _share_rank(layers: Sequence[WeightedLayer]) -> bool:
+    """Return whether the adapters on one layer are LoRA of equal rank."""
+    adapter_layers = [layer.adapter_layer for layer in layers]
     return (
-        all(p.layer.adapter_type is LORA for p in parts) and len({p.layer.tensors["lora_up"].shape for p in parts}) == 1
+        all(layer.adapter_type is LORA for layer in adapter_layers)
+        and len({layer.tensors["lora_up"].shape for layer in adapter_layers}) == 1
     )
 
 
 def _sum(changes: Sequence[Change], weights: Sequence[float]) -> Factors | Tensor:
-    """The weighted sum of changes, as factors if all are."""
+    """Return the weighted sum of changes, as factors if all of them are factors."""
     pairs = [change.factors for change in changes if change.factors is not None]
     if len(pairs) == len(changes):
         return joined([Factors(pair.up * weight, pair.down) for pair, weight in zip(pairs, weights, strict=True)])
     return torch.stack([change.dense * weight for change, weight in zip(changes, weights, strict=True)]).sum(0)
 
 
-def _lora_factors(part: WeightedLayer, change: Change) -> Factors:
-    """A LoRA's own factors, without its scale."""
-    if part.layer.adapter_type is not LORA or change.factors is None:
-        raise AdapterError(f"the method needs LoRA, found {part.layer.adapter_type.name}; use method='svd'")
-    return Factors(change.factors.up / part.layer.scale, change.factors.down)
+def _lora_factors(layer: WeightedLayer, change: Change) -> Factors:
+    """Return the factors of a LoRA without its scale."""
+    adapter_layer = layer.adapter_layer
+    if adapter_layer.adapter_type is not LORA or change.factors is None:
+        raise AdapterError(f"the method needs LoRA, found {adapter_layer.adapter_type.name}; use method='svd'")
+    return Factors(change.factors.up / adapter_layer.scale, change.factors.down)
 
 
 def _pruned(tensor: Tensor, density: float) -> Tensor:
-    """The largest elements by magnitude, the rest zero."""
+    """Return the tensor with only its largest elements by magnitude; the others are zero."""
     if density == 1:
         return tensor
     kept = max(1, int(density * tensor.numel()))
@@ -211,6 +217,6 @@ def _pruned(tensor: Tensor, density: float) -> Tensor:
 
 
 def _thinned(tensor: Tensor, density: float, generator: torch.Generator) -> Tensor:
-    """Random elements, scaled so that the expectation stays; the rest zero."""
+    """Return the tensor with only random elements, scaled to keep its expectation; the others are zero."""
     chances = torch.full(tensor.shape, density, dtype=torch.float32, device=generator.device)
     return tensor * torch.bernoulli(chances, generator=generator).to(tensor) / density

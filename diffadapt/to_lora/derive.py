@@ -1,19 +1,20 @@
-"""Any adapters as one plain LoRA: exactly where their change has low rank, else as near as a rank allows.
+"""Conversion of any adapters into one plain LoRA, exact if their change has low rank, otherwise as close as possible.
 
-The change of a layer is `W' - W` of `compose.weight`, as a matrix of shape (out, in / groups x kernel). Of all matrices
-of rank r its truncated singular value decomposition is the nearest in the Frobenius norm (Eckart and Young, 1936).
+The change of a layer is `W' - W` of `compose.weight`, as a matrix of shape (out, in / groups x kernel). Among all
+matrices of rank r, its truncated singular value decomposition is the closest in the Frobenius norm (Eckart and Young,
+1936).
 
 | change | decomposition |
 |---|---|
-| given as factors (LoRA, LoHa, some LoKr, sums of such) | the factors as they are; to cut them, QR and a small SVD |
+| known as factors (LoRA, LoHa, some LoKr, sums of these) | the factors as given, or truncated by QR and a small SVD |
 | small, or grouped | SVD |
 | large | randomised SVD with power iterations: Halko, Martinsson and Tropp, arXiv 0909.4061, 4.4 and 5.1 |
 
-A grouped convolution is a batch of such matrices, one per group, all cut to the same rank. That is the layout PEFT has
-for LoRA on it, and here "rank" means that of one group; the LoRA has `rank x groups` rows.
+A grouped convolution is a batch of such matrices, one per group, all truncated to the same rank. This is PEFT's layout
+of a LoRA on such a layer. "Rank" here means the rank of one group; the LoRA has `rank x groups` rows.
 
-On a CPU everything is computed in float64, elsewhere in float32 (float64 for float64 adapters). Random numbers come
-from a generator of their own: the same adapters always give the same LoRA.
+Everything is computed in float64 on a CPU, elsewhere in float32 (float64 for float64 adapters). Random numbers come
+from a separate generator, so the same adapters always yield the same LoRA.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,35 +29,32 @@ from diffadapt.runtime.adapter_layer import AdapterLayer
 from diffadapt.runtime.attach import attach_, detach_
 from diffadapt.runtime.bank import bank_of
 from diffadapt.to_lora.change import Change, Sources, WeightedLayer, change_of
-from diffadapt.to_lora.cut import Cut, truncate
 from diffadapt.to_lora.factors import Factors
 from diffadapt.to_lora.report import Conversion, ConvertedLayer
+from diffadapt.to_lora.truncation import Approximation, check_limits, truncate
 from diffadapt.types.lora import LORA
 
-Maker: TypeAlias = Callable[[Sequence[WeightedLayer]], tuple[Change, Cut]]
-"""Of the adapters on one layer: the change that is wanted, and the factors that stand for it."""
-
-
-def check_limits(rank: object, energy: object) -> None:
-    """Refuse what is no rank (at least 1) and no share of the energy (above 0, at most 1); `None` is no limit."""
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise AdapterError(f"rank is {rank!r}, expected a number of at least 1")
-    if energy is not None and (isinstance(energy, bool) or not isinstance(energy, (int, float)) or not 0 < energy <= 1):
-        raise AdapterError(f"energy is {energy!r}, expected 0 < energy <= 1")
+Maker: TypeAlias = Callable[[Sequence[WeightedLayer]], tuple[Change, Approximation]]
+"""A function of the adapter layers on one layer: returns the requested change, and the factors that stand for it."""
 
 
 def conversion(rank: int | None, energy: float | None) -> Maker:
-    """What all adapters on a layer do together, as `compose.weight` has it, as one LoRA.
+    """Return the maker of a LoRA that does what the adapters do together according to `compose.weight`.
+
+    Without `rank` and `energy` the LoRA is exact, and the maker raises `AdapterError` for a layer where no exact LoRA
+    is smaller than the weight.
 
     Args:
-        rank: the most a layer gets.
-        energy: every layer gets the smallest rank that keeps this share of the squared Frobenius norm. Without
-            either, the LoRA is exact, or `AdapterError` is raised where none is smaller than the weight.
+        rank: the largest rank of a layer; `None` for no limit.
+        energy: share of the squared Frobenius norm, in (0, 1]. Each layer gets the smallest rank that keeps it.
+
+    Raises:
+        AdapterError: `rank` or `energy` is out of range.
     """
     check_limits(rank, energy)
 
-    def make(parts: Sequence[WeightedLayer]) -> tuple[Change, Cut]:
-        change = change_of(parts)
+    def make(layers: Sequence[WeightedLayer]) -> tuple[Change, Approximation]:
+        change = change_of(layers)
         return change, truncate(change, rank, energy)
 
     return make
@@ -69,30 +67,36 @@ def derive_(
     strengths: Mapping[str, Mapping[str, float | Sequence[float]]],
     maker: Callable[[Sources], Maker],
 ) -> Conversion:
-    """Make a LoRA of adapters, layer by layer, and attach it to the models, inactive.
+    """Make a LoRA from adapters, layer by layer, and attach it to the models, inactive.
 
     Args:
-        strengths: adapter -> component -> a strength, or one per layer; a layer with 0 does not take part.
-        maker: gives what makes one layer.
+        models: component -> model.
+        name: name of the new adapter.
+        strengths: adapter -> component -> a strength, or one per layer; a layer with strength 0 does not take part.
+        maker: returns the function that makes the layers.
+
+    Returns:
+        The report on the LoRA.
 
     Raises:
-        AdapterError: a layer cannot be turned into a LoRA (the error names it). Nothing is attached then.
+        AdapterError: a layer cannot be converted (the error names it), or no layer is changed. Nothing is attached
+            then.
     """
     adapters: dict[str, Adapter] = {}
     rows: list[ConvertedLayer] = []
     sources = _sources(models, strengths)
     make = maker(sources)
     for component, paths in sources.items():
-        layers: dict[str, AdapterLayer] = {}
-        for path, parts in paths.items():
+        loras: dict[str, AdapterLayer] = {}
+        for path, layers in paths.items():
             where = f"{component}.{path}"
             with naming(where):
-                layer, row = _built(where, parts, make)
+                lora, row = _converted(where, layers, make)
             rows.append(row)
-            if layer is not None:
-                layers[path] = layer
-        if layers:
-            adapters[component] = Adapter(layers)
+            if lora is not None:
+                loras[path] = lora
+        if loras:
+            adapters[component] = Adapter(loras)
     if not adapters:
         raise AdapterError(f"the adapters change no layer at these strengths, so there is no LoRA {name!r} to make")
     try:
@@ -110,6 +114,7 @@ def derive_(
 def _sources(
     models: Mapping[str, nn.Module], strengths: Mapping[str, Mapping[str, float | Sequence[float]]]
 ) -> Sources:
+    """Return the adapter layers with a strength other than 0."""
     sources: dict[str, dict[str, list[WeightedLayer]]] = {}
     for component, model in models.items():
         bank = bank_of(model)
@@ -128,17 +133,22 @@ def _sources(
     return sources
 
 
-def _built(where: str, parts: Sequence[WeightedLayer], make: Maker) -> tuple[AdapterLayer | None, ConvertedLayer]:
-    """The LoRA of one layer, its scale 1, and the account of it."""
-    change, (factors, exact) = make(parts)
-    spec, types = change.spec, tuple(sorted({part.layer.adapter_type.name for part in parts}))
+def _converted(where: str, layers: Sequence[WeightedLayer], make: Maker) -> tuple[AdapterLayer | None, ConvertedLayer]:
+    """Return the LoRA of one layer, with the scale 1, and the report on it; `None` if the change is zero.
+
+    Args:
+        where: component and module path, for the report.
+    """
+    change, (factors, exact) = make(layers)
+    spec, types = change.spec, tuple(sorted({layer.adapter_layer.adapter_type.name for layer in layers}))
     if change.bias is not None and spec.kind == "embedding":
-        raise AdapterError("the bias is changed, which a LoRA of an embedding cannot")
+        raise AdapterError("the bias changes, but a LoRA on an embedding has no bias")
     if not factors.rank and change.bias is None:
         return None, ConvertedLayer(
             where, types, 0, exact, change.distance(factors) / (change.norm or 1.0), change.norm
         )
     if not factors.rank:
+        # Only the bias changes, but a LoRA needs a rank.
         factors = Factors(
             factors.up.new_zeros(*factors.up.shape[:2], 1), factors.down.new_zeros(spec.groups, 1, spec.fan_in)
         )
@@ -150,7 +160,7 @@ def _built(where: str, parts: Sequence[WeightedLayer], make: Maker) -> tuple[Ada
     stored = {name: tensor.to(change.dtype).contiguous() for name, tensor in tensors.items()}
     if not all(tensor.isfinite().all() for tensor in stored.values()):
         raise AdapterError(f"the LoRA would have values that {change.dtype} cannot hold")
-    layer = AdapterLayer(LORA, spec, stored, alpha=float(stored["lora_down"].shape[0]))
+    lora = AdapterLayer(LORA, spec, stored, alpha=float(stored["lora_down"].shape[0]))
     rounded = Factors(*(stored[n].to(f).view_as(f) for n, f in zip(("lora_up", "lora_down"), factors, strict=True)))
     error = change.distance(rounded) / (change.norm or 1.0)
-    return layer, ConvertedLayer(where, types, factors.rank, exact, error, change.norm)
+    return lora, ConvertedLayer(where, types, factors.rank, exact, error, change.norm)

@@ -1,4 +1,4 @@
-"""Products of two factors, one for every group of a layer."""
+"""Low-rank products of two factors, one product for every group of a layer."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Factors(NamedTuple):
-    """A change as the product `up @ down` of every group.
+    """A change of a weight as one product `up @ down` per group.
 
     Attributes:
         up: (groups, out / groups, rank).
@@ -20,22 +20,22 @@ class Factors(NamedTuple):
 
     @property
     def rank(self) -> int:
-        """Rank of one group."""
+        """The rank of each group."""
         return self.up.shape[2]
 
     def decomposed(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Singular value decomposition `u, s, v'` at the cost of the factors."""
+        """Return the singular value decomposition `u, s, v'` of the products without computing them."""
         up, inner_up = torch.linalg.qr(self.up)
         down, inner_down = torch.linalg.qr(self.down.mT)
         u, s, vh = torch.linalg.svd(inner_up @ inner_down.mT, full_matrices=False)
         return up @ u, s, vh @ down.mT
 
     def norm(self) -> float:
-        """Frobenius norm of the product."""
+        """Return the Frobenius norm of the products without computing them."""
         inner_up, inner_down = torch.linalg.qr(self.up).R, torch.linalg.qr(self.down.mT).R
         return float(torch.linalg.vector_norm(inner_up @ inner_down.mT))
 
 
 def joined(pairs: Sequence[Factors]) -> Factors:
-    """The sum of several products as one."""
+    """Return the sum of several products as one, whose rank is the sum of their ranks."""
     return Factors(torch.cat([pair.up for pair in pairs], 2), torch.cat([pair.down for pair in pairs], 1))

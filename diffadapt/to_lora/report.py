@@ -1,4 +1,4 @@
-"""The account of a LoRA made from other adapters."""
+"""The report on a LoRA made from other adapters."""
 
 import math
 from dataclasses import dataclass
@@ -8,15 +8,16 @@ _SHOWN = 10
 
 @dataclass(frozen=True)
 class ConvertedLayer:
-    """The account of one layer.
+    """The report on one layer of a LoRA made from other adapters.
 
     Attributes:
-        path: with the component in front.
-        types: adapter types it was made from.
-        rank: of the LoRA (of one group); 0 where the change is zero, and the layer is left out.
-        exact: nothing but rounding is missing.
-        error: Frobenius norm of what is missing, in parts of `norm`; measured on the tensors as they are stored.
-        norm: Frobenius norm of the change that was asked for.
+        path: component and module path.
+        types: names of the adapter types that the layer was made from.
+        rank: rank of the LoRA (per group); 0 if the change is zero, in which case the LoRA leaves the layer out.
+        exact: whether only rounding separates the LoRA from the requested change.
+        error: Frobenius norm of what is missing from the requested change, divided by `norm`. It is measured on the
+            tensors as stored, after rounding to their dtype.
+        norm: Frobenius norm of the requested change of the weight.
     """
 
     path: str
@@ -29,11 +30,11 @@ class ConvertedLayer:
 
 @dataclass(frozen=True)
 class Conversion:
-    """The account of a LoRA made from other adapters; `print` gives a table, the worst layers first.
+    """The report on a LoRA made from other adapters. `str` makes a table of it, with the worst layers first.
 
     Attributes:
-        name: of the new adapter.
-        layers: one entry for each layer of the adapters it was made from.
+        name: name of the new adapter.
+        layers: one entry for each layer of the adapters that it was made from.
     """
 
     name: str
@@ -41,13 +42,13 @@ class Conversion:
 
     @property
     def error(self) -> float:
-        """Frobenius norm of all that is missing, in parts of that of the whole change."""
+        """The Frobenius norm of what is missing from all layers, divided by the norm of the requested change."""
         norm = math.hypot(*(layer.norm for layer in self.layers))
         return math.hypot(*(layer.error * layer.norm for layer in self.layers)) / norm if norm else 0.0
 
     @property
     def exact(self) -> bool:
-        """Whether every layer is exact."""
+        """Whether all layers are exact."""
         return all(layer.exact for layer in self.layers)
 
     def __str__(self) -> str:

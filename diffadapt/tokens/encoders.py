@@ -1,4 +1,4 @@
-"""The text encoders of a pipeline: which one a file means, and where it looks tokens up."""
+"""The text encoders of a pipeline: which of them a file means, and the layers that look up their tokens."""
 
 from collections.abc import Mapping
 
@@ -8,16 +8,26 @@ from diffadapt.errors import AdapterError
 from diffadapt.runtime.components import is_text_encoder
 
 _MODEL_TYPES = {"clip": "clip", "t5": "t5", "t5xxl": "t5", "llama": "llama", "gemma": "gemma", "qwen": "qwen"}
-"""First part of what files call a text encoder -> what transformers has in the `model_type` of its config."""
+"""First part of a text encoder's name in files -> part of the `model_type` in its transformers config."""
 
 
 def text_encoders(models: Mapping[str, nn.Module] | None) -> dict[str, nn.Module] | None:
-    """The text encoders among the models, by component."""
+    """Return the text encoders among `models`, sorted by component; `None` if `models` is `None`."""
     return None if models is None else {name: models[name] for name in sorted(models) if is_text_encoder(name)}
 
 
-def component_meant(written: str, vectors: Tensor, encoders: Mapping[str, nn.Module]) -> str:
-    """The text encoder that a file means: by its name there or, where it has none, by the width of the vectors."""
+def component_for(written: str, vectors: Tensor, encoders: Mapping[str, nn.Module]) -> str:
+    """Return the component of the text encoder that vectors of a file are for.
+
+    Args:
+        written: the name of the text encoder in the file, such as "clip_l". If it is unknown, the vectors are for the
+            first text encoder with embeddings of their width.
+        vectors: the vectors, of shape (count, width).
+        encoders: the text encoders of the pipeline, by component.
+
+    Raises:
+        AdapterError: the pipeline has no such text encoder, or its embeddings are of another width.
+    """
     width = vectors.shape[1]
     widths = {component: token_embedding(model).embedding_dim for component, model in encoders.items()}
     present = ", ".join(f"{c} ({_model_type(m)}, width {widths[c]})" for c, m in encoders.items()) or "none"
@@ -36,25 +46,22 @@ def component_meant(written: str, vectors: Tensor, encoders: Mapping[str, nn.Mod
     return component
 
 
-def _model_type(model: nn.Module) -> str:
-    return getattr(getattr(model, "config", None), "model_type", "")
-
-
 def token_embedding(model: nn.Module) -> nn.Embedding:
-    """The embedding of a text encoder's tokens."""
+    """Return the token embedding of a text encoder. Raise `AdapterError` if it has none that can be extended."""
     try:
         embedding = model.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
         embedding = None
     if not isinstance(embedding, nn.Embedding):
-        raise AdapterError(f"a {type(model).__name__} has no token embedding that could look up further tokens")
+        raise AdapterError(f"a {type(model).__name__} has no token embedding that can be extended by further tokens")
     return embedding
 
 
 def embedding_hosts(model: nn.Module) -> list[nn.Module]:
-    """The layers that look tokens up: the embedding, and those that share its weight (T5 calls one of them only).
+    """Return the layers that look up tokens: the token embedding, and those that share its weight.
 
-    Told by their size, as offloading unties weights.
+    T5 has two such layers and calls only one of them. They are recognised by their size, since offloading unties
+    weights.
     """
     embedding = token_embedding(model)
     size = (embedding.num_embeddings, embedding.embedding_dim)
@@ -63,3 +70,7 @@ def embedding_hosts(model: nn.Module) -> list[nn.Module]:
         for module in model.modules()
         if isinstance(module, nn.Embedding) and (module.num_embeddings, module.embedding_dim) == size
     ]
+
+
+def _model_type(model: nn.Module) -> str:
+    return getattr(getattr(model, "config", None), "model_type", "")

@@ -1,10 +1,10 @@
-"""Tokens added to a tokenizer of transformers, and taken out again, which transformers itself cannot do.
+"""Adding tokens to a tokenizer of transformers, spelling them out, and removing them, which transformers cannot do.
 
-An added token's id is its place behind the vocabulary, so taking one out moves those behind it.
+The id of an added token is its position after the vocabulary, so removing one changes the ids of those after it.
 
-A token of several vectors is one word of a prompt and several ids. Of diffusers' pipelines most spell prompts out
-themselves (`maybe_convert_prompt`) and others, as Stable Diffusion 3's, do not, so the tokenizer does: what is spelled
-out it leaves.
+A token of several vectors is one word in a prompt but several ids. Most of diffusers' pipelines spell out such a token
+before they call the tokenizer (`maybe_convert_prompt`): they replace it by the names of all its vectors. Some do not,
+such as Stable Diffusion 3's, so the tokenizer spells out every token that is not spelled out yet.
 """
 
 import json
@@ -13,11 +13,12 @@ from typing import Any
 
 from diffadapt.runtime.class_mixing import Mixin, mixed, own_class
 
-_REST = "_diffadapt_rest"
+_FURTHER_NAMES = "_diffadapt_rest"
+"""Name of the entry in a tokenizer's `__dict__`: token of several vectors -> its further names."""
 
 
 class _SpellsOut(Mixin):
-    """Mixed into the class of a tokenizer that knows tokens of several vectors."""
+    """A tokenizer that has tokens of several vectors, and spells them out in every text."""
 
     def __call__(self, text: Any = None, text_pair: Any = None, *args: Any, **kwargs: Any) -> Any:
         return super().__call__(self._spelled(text), self._spelled(text_pair), *args, **kwargs)  # type: ignore[misc]
@@ -29,23 +30,24 @@ class _SpellsOut(Mixin):
         return super().tokenize(self._spelled(text), *args, **kwargs)  # type: ignore[misc]
 
     def _spelled(self, text: Any) -> Any:
+        """Return a text, or a list of texts, with the further names of a token after its first name."""
         if isinstance(text, (list, tuple)):
             return type(text)(self._spelled(part) for part in text)  # type: ignore[arg-type]
-        rest: Mapping[str, tuple[str, ...]] = self.__dict__[_REST]
-        # Most prompts have none; tokenizers ignore case or not.
-        if not isinstance(text, str) or not any(name.lower() in text.lower() for name in rest):
+        further_names: Mapping[str, tuple[str, ...]] = self.__dict__[_FURTHER_NAMES]
+        # Most texts contain no such token. Case is ignored here because some tokenizers ignore it.
+        if not isinstance(text, str) or not any(name.lower() in text.lower() for name in further_names):
             return text
         segments = [(name, end) for name, end in self._segments(text) if name is None or name.strip()]
         spelled, start = "", 0
         for position, (name, end) in enumerate(segments):
-            names = rest.get(name or "", ())
+            names = further_names.get(name or "", ())
             if names and tuple(after for after, _ in segments[position + 1 : position + 1 + len(names)]) != names:
                 spelled += text[start:end] + "".join(names)
                 start = end
         return spelled + text[start:]
 
     def _segments(self, text: str) -> list[tuple[str | None, int]]:
-        """The added tokens in a text and what is between them (`None`, or white space), each with its end."""
+        """Return the segments of a text, each with its end: added tokens by name, white space, `None` for the rest."""
         by_id = {index: name for name, index in added(self).items()}
         if hasattr(self, "_tokenizer"):
             options = {
@@ -69,53 +71,58 @@ class _SpellsOut(Mixin):
 
 
 def names_of(token: str, count: int) -> tuple[str, ...]:
-    """The names of a token of several vectors, as diffusers spells a prompt out: `token`, `token_1`, `token_2`."""
+    """Return the names of a token's vectors, as diffusers spells out the token: `token`, `token_1`, `token_2`, ..."""
     return (token, *(f"{token}_{index}" for index in range(1, count)))
 
 
 def added(tokenizer: Any) -> dict[str, int]:
-    """The ids of all added tokens."""
+    """Return the added tokens of a tokenizer and their ids."""
     return dict(tokenizer.added_tokens_encoder)
 
 
 def add_(tokenizer: Any, names: Iterable[str]) -> None:
-    """Add tokens, one after the other, behind all others."""
+    """Add tokens to a tokenizer, in this order, after all that it has."""
     tokenizer.add_tokens(list(names))
 
 
 def spell_out_(tokenizer: Any, rest: Mapping[str, tuple[str, ...]]) -> None:
-    """Make these tokens stand for themselves and the rest of their names wherever they occur in a text."""
+    """Make a tokenizer spell out tokens of several vectors.
+
+    Args:
+        rest: token -> its further names, which follow it wherever it occurs in a text.
+    """
     if rest:
-        tokenizer.__dict__[_REST] = {**tokenizer.__dict__.get(_REST, {}), **rest}
+        tokenizer.__dict__[_FURTHER_NAMES] = {**tokenizer.__dict__.get(_FURTHER_NAMES, {}), **rest}
         tokenizer.__class__ = mixed(own_class(tokenizer), _SpellsOut)
 
 
 def remove_(tokenizer: Any, names: Collection[str]) -> None:
-    """Take added tokens out again; those behind them move up, so that ids have no gaps."""
+    """Remove added tokens from a tokenizer. Those after them move up, so that ids have no gaps."""
     if not names:
         return
-    if _REST in tokenizer.__dict__:
-        rest = tokenizer.__dict__[_REST]
-        tokenizer.__dict__[_REST] = left = {name: others for name, others in rest.items() if name not in names}
+    if _FURTHER_NAMES in tokenizer.__dict__:
+        further_names = tokenizer.__dict__[_FURTHER_NAMES]
+        left = {name: others for name, others in further_names.items() if name not in names}
+        tokenizer.__dict__[_FURTHER_NAMES] = left
         if not left:
-            del tokenizer.__dict__[_REST]
+            del tokenizer.__dict__[_FURTHER_NAMES]
             tokenizer.__class__ = own_class(tokenizer)
-    gone = sorted(index for name, index in added(tokenizer).items() if name in names)
+    removed = sorted(index for name, index in added(tokenizer).items() if name in names)
 
     def moved(index: int) -> int:
-        return index - sum(other < index for other in gone)
+        return index - sum(other < index for other in removed)
 
     if hasattr(tokenizer, "_tokenizer"):
         backend = tokenizer._tokenizer
         content = json.loads(backend.to_str())
-        kept = [token for token in content["added_tokens"] if token["id"] not in gone]
+        kept = [token for token in content["added_tokens"] if token["id"] not in removed]
         content["added_tokens"] = [{**token, "id": moved(token["id"])} for token in kept]
         tokenizer._tokenizer = type(backend).from_str(json.dumps(content))
         return
-    by_id = {moved(index): token for index, token in tokenizer._added_tokens_decoder.items() if index not in gone}
+    by_id = {moved(index): token for index, token in tokenizer._added_tokens_decoder.items() if index not in removed}
     tokenizer._added_tokens_decoder = by_id
     tokenizer._added_tokens_encoder = {token.content: index for index, token in by_id.items()}
-    # The trie that splits a prompt at added tokens can only grow.
+    # A trie, which splits texts at added tokens, can only grow, so a new one is built.
     tokenizer.tokens_trie = type(tokenizer.tokens_trie)()
     tokenizer._update_trie()
     tokenizer._update_total_vocab_size()

@@ -1,6 +1,6 @@
-"""The registry of adapter types. Adding a type is one file beside this one and one line here.
+"""The registry of adapter types. To add a type, add a module to this package and an entry to `TYPES`.
 
-The order is the order of detection; the tests iterate over `TYPES`, so a new type is covered at once.
+The tests iterate over `TYPES`, so they cover a new type at once.
 """
 
 import copyreg
@@ -19,30 +19,32 @@ from diffadapt.types.lora import LORA
 from diffadapt.types.oft import OFT
 
 TYPES: tuple[AdapterType, ...] = (*DORA, LORA, LOHA, LOKR, OFT, BOFT, *IA3, GLORA, FULL)
+"""All adapter types, in the order in which `identify` tries them."""
+
+
+def named(name: str) -> AdapterType:
+    """Return the adapter type called `name`. Raises `KeyError` if none is."""
+    return {adapter_type.name: adapter_type for adapter_type in TYPES}[name]
+
+
+# Some of the functions in an adapter type are closures or lambdas, which pickle cannot find by name. The adapter type
+# itself has a name, so that is what a pickle contains.
+copyreg.pickle(AdapterType, lambda adapter_type: (named, (adapter_type.name,)))
 
 
 def identify(tensors: Tensors) -> AdapterType | None:
-    """The type that these tensors are of, or `None`."""
+    """Return the adapter type that a layer with these tensors, by name, is of; `None` if no type recognises them."""
     for adapter_type in TYPES:
         if not adapter_type.identified_by.isdisjoint(tensors) and adapter_type.claims(tensors):
             return adapter_type
     return None
 
 
-def named(name: str) -> AdapterType:
-    """The type of this name. Raises `KeyError` for an unknown one."""
-    return {adapter_type.name: adapter_type for adapter_type in TYPES}[name]
-
-
-# A type is made of functions, some without a name that pickle could find; the type itself has one.
-copyreg.pickle(AdapterType, lambda adapter_type: (named, (adapter_type.name,)))
-
-
 def for_config(config: AdapterConfig) -> AdapterType:
-    """The type that these settings are of.
+    """Return the adapter type that these settings select.
 
     Raises:
-        AdapterError: of none.
+        AdapterError: No type uses settings of this class.
     """
     for adapter_type in TYPES:
         if adapter_type.config is type(config) and adapter_type.selects(config):

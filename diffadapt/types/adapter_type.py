@@ -1,7 +1,7 @@
-"""What an adapter type is: a frozen record of pure functions over named tensors.
+"""The definition of an adapter type: a frozen record of pure functions over named tensors.
 
-There is no class hierarchy. A type is one file beside this one that fills in one `AdapterType`; training, inference,
-merging, loading and saving are all derived from it.
+There is no class hierarchy. Each adapter type is a module of this package that fills in an `AdapterType`. Training,
+inference, merging, loading and saving are all derived from that record.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,12 +17,12 @@ from diffadapt.types.layer_spec import LayerKind, LayerSpec
 
 Tensors: TypeAlias = Mapping[str, Tensor]
 Stage: TypeAlias = Literal["input", "patch", "output", "gain", "add"]
-"""Where a type acts on a layer `y = W x + b`, and the function of `AdapterType` that says how.
+"""Where a type acts on a layer `y = W x + b`. One or more functions of `AdapterType` define the change at each stage.
 
-| stage | change of the weight | function |
+| stage | changed weight | function |
 |---|---|---|
-| "input" | `W T`, on the channels of the input | `apply_map` |
-| "patch" | `W T`, on the channels of a convolution's whole patch, `in x kernel` | `apply_map` |
+| "input" | `W T`, where T maps the channels of the input | `apply_map` |
+| "patch" | `W T`, where T maps the `in x kernel` channels of a convolution's whole patch | `apply_map` |
 | "output" | `T W` | `apply_map` |
 | "gain" | `diag(s) W` | `gain` |
 | "add" | `W + D` | `delta_weight`, `delta_output`, `delta_bias` |
@@ -31,12 +31,13 @@ Stage: TypeAlias = Literal["input", "patch", "output", "gain", "add"]
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What a type may know of its layer besides its own tensors.
+    """The data that `AdapterType.prepare` may use besides the tensors of the adapter layer.
 
     Attributes:
-        settings: the numbers of the type that are not tensors; `AdapterType.settings` has the defaults.
+        settings: the adapter layer's numbers that are not tensors; see `AdapterType.settings`.
         scale: `alpha / rank`.
-        weight: returns the base weight, canonical and decoded, in float32 (float64 if the layer has that).
+        weight: function that returns the base weight, canonical and decoded, in float32 (float64 if the layer's weight
+            is float64).
     """
 
     settings: Mapping[str, float]
@@ -45,7 +46,7 @@ class Surroundings:
 
 
 class Init(Protocol):
-    """Returns the float32 tensors of a new adapter; see `AdapterType.init`."""
+    """The signature of `AdapterType.init`."""
 
     def __call__(
         self, spec: LayerSpec, config: Any, /, *, generator: torch.Generator, weight: Callable[[], Tensor]
@@ -53,7 +54,7 @@ class Init(Protocol):
 
 
 class DeltaOutput(Protocol):
-    """Adds the change of a layer's output; see `AdapterType.delta_output`."""
+    """The signature of `AdapterType.delta_output`."""
 
     def __call__(
         self, tensors: Tensors, spec: LayerSpec, /, *, input: Tensor, gate: Tensor, onto: Tensor | None = None
@@ -61,7 +62,7 @@ class DeltaOutput(Protocol):
 
 
 class ApplyMap(Protocol):
-    """Adds the change that a map makes to vectors; see `AdapterType.apply_map`."""
+    """The signature of `AdapterType.apply_map`."""
 
     def __call__(
         self,
@@ -94,58 +95,62 @@ def _adds(tensors: Tensors, spec: LayerSpec) -> tuple[Stage, ...]:
 
 
 def _missing(*_: Any, **__: Any) -> Any:
-    raise NotImplementedError("this type does not act there")
+    raise NotImplementedError("this adapter type does not act at this stage")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterType:
-    """One adapter type. Fields without a default are those that every type has.
+    """One adapter type. Every type has to provide the fields without a default.
 
-    "Fitted" tensors are what `fit` or `init` returned, "prepared" tensors what `prepare` made of them. Functions take
-    tensors by name and the geometry of the layer first.
+    "Fitted" tensors are those that `fit` or `init` returned; "prepared" tensors are those that `prepare` computed from
+    them. The first arguments of a function are the tensors by name and the geometry of the layer.
 
-    Identity: what the type is called, and how its files are told from others.
+    Identity: the name of the type, and how its files are recognised.
 
     Attributes:
         name: the name in reports ("lora").
-        tensors: every tensor name that a layer of this type may own; files spell them so unless `formats/` knows more.
-        identified_by: a layer with any of these tensors is of this type, if `claims` agrees.
-        claims: whether tensors with such names are of this type, where names alone do not tell.
-        config: the settings class of new adapters of this type; `selects` decides where several types share one.
-        layers: the kinds of layers that it can sit on.
-        settings: numbers that a file's metadata may give, with their defaults.
-        marks: the settings that are 1 where a file has a tensor of their name, whatever its value.
-        alpha_is: the setting that an alpha in a file means, where that is not `alpha / rank`.
+        tensors: every tensor name that an adapter layer of this type may have. Files use the same names, apart from
+            the other spellings that `formats/` knows.
+        identified_by: tensor names, any one of which identifies the type if `claims` agrees.
+        claims: returns whether tensors with such names are of this type, for names that several types share.
+        config: the settings class of new adapters of this type.
+        selects: returns whether the given settings mean this type, for settings classes that several types share.
+        layers: the kinds of layer that this type supports.
+        settings: numbers that are not tensors and that a file's metadata may give, with their defaults.
+        marks: settings that are 1 if a file has a tensor of that name, whatever the tensor's value.
+        alpha_is: the setting that the alpha of a file stands for, if it does not stand for `alpha / rank`.
 
-    Formula: what the type does to a layer. Everything at run time and in merging is derived from it.
+    Formula: what the type does to a layer. Run time and merging are both derived from it.
 
     Attributes:
-        fit: turns the tensors of a file into the shapes that the formulas use for this layer. Raises `AdapterError`
-            with what was expected and found if they cannot belong to the layer.
-        geometry: the layer that the tensors of a file fit, for when there is no model to ask. Raises `AdapterError` if
-            the tensors say too little.
-        rank: the rank by the shapes of the tensors; `None` where alpha does not apply to the type.
-        stages: where the type acts, from its fitted tensors.
-        prepare: computes the part of the formula that does not depend on the input, as named tensors, which all
-            functions below take. It runs anew under autograd; in inference its result is kept until something changes.
-        delta_weight: the canonical change of the weight at scale 1, in the dtype of the tensors.
-        delta_output: `onto + gate * op(input, delta_weight)`, plus the change of the bias, at the cost of the factors.
-            `gate` is a 0-d float32 tensor; `onto` may be overwritten when gradients are disabled.
-        delta_bias: the change of the bias at scale 1, or `None`; most types have none.
-        as_low_rank: `down` (rank, in / groups, *kernel) and `up` (out, rank) with the same `delta_weight`, or `None`
-            where that saves nothing; see `LayerSpec.low_rank`.
-        apply_map: `onto + gate * (T - 1) vectors` along an axis of `vectors`, or the same with `T` transposed, as a
-            new tensor. `gate` is a 0-d float32 tensor.
-        gain: `s - 1`, of shape (out,).
+        fit: checks the tensors of a file and returns them in the shapes that the formulas use for this layer. Raises
+            `AdapterError` with the expected and the found shapes if the tensors cannot belong to the layer.
+        geometry: returns the spec of a layer that the tensors of a file fit, for use without a model. Raises
+            `AdapterError` if the tensors do not determine it.
+        rank: returns the rank, read from the shapes of the tensors; `None` if alpha does not apply.
+        stages: returns the stages at which the type acts with these fitted tensors.
+        prepare: returns the part of the formula that does not depend on the input, as named tensors. All functions
+            below take them. Under autograd and in compiled graphs, it runs in every call; in other inference, its
+            result is cached until a tensor that it depends on changes.
+        delta_weight: returns the canonical change of the weight at scale 1, in the dtype of the tensors.
+        delta_output: returns `onto + gate * op(input, delta_weight)`, plus the change of the bias, at the cost of the
+            factors. `gate` is a 0-d float32 tensor; `onto` may be overwritten when gradients are disabled.
+        delta_bias: returns the change of the bias at scale 1; `None`, as for most types, if there is none.
+        as_low_rank: returns `down` (rank, in / groups, *kernel) and `up` (out, rank) with the same `delta_weight`, or
+            `None` if using them would save nothing; see `LayerSpec.low_rank`.
+        apply_map: returns `onto + gate * (T - 1) vectors` along an axis of `vectors`, or the same with `T` transposed,
+            as a new tensor. `gate` is a 0-d float32 tensor.
+        gain: returns `s - 1`, of shape (out,).
         gains_bias: whether `s` multiplies the bias too.
         orthogonal: whether `T` is a rotation, whose inverse is its transpose.
 
-    Surgery: how a layer's tensors are cut or widened.
+    Surgery: how an adapter layer's tensors are cut or extended.
 
     Attributes:
-        rows: the tensors of a layer that has only the given rows of the weight, in this order; `None` if the fitted
-            tensors cannot be cut so. A sum then becomes a LoRA or a whole change, anything else is refused.
-        columns: tensor -> its axis of the inputs of a linear layer. With zeros appended along these axes the tensors
+        rows: returns the tensors of an adapter layer for a layer that has only the given rows of the weight, in the
+            given order; `None` if the fitted tensors cannot be cut there. An additive change is then loaded as a LoRA
+            or a full difference; any other change is refused.
+        columns: tensor -> its axis over the inputs of a linear layer. With zeros appended along that axis, the tensors
             fit a layer with more inputs and ignore the additional ones.
 
     Training: how a new adapter starts, and what dropout means for it.
@@ -156,7 +161,7 @@ class AdapterType:
             layer does not allow.
         masked: tensor -> the axis along which rank dropout zeroes slices.
         blocks: prepared tensor -> the axis along which dropout zeroes slices, for types whose dropout works on blocks
-            (a rotation becomes the identity there). Other types drop elements of the input.
+            (a zeroed block of a rotation becomes the identity). For other types, dropout zeroes elements of the input.
     """
 
     # Identity

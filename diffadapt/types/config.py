@@ -1,4 +1,4 @@
-"""What the settings of all adapter types have in common. Each type's own are in its file in `types/`."""
+"""The settings that adapter types have in common. Each type's own settings are in the module of the type."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,15 +13,20 @@ from diffadapt.types.layer_spec import LayerSpec
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """Settings of every type.
+    """Settings of a new adapter that all adapter types have.
 
     Attributes:
-        target_modules: "all-linear", "all-conv", a regular expression for whole paths, or a list of path endings.
-        exclude_modules: the same, taken out again.
-        init: whether the adapter starts as one that changes nothing; `False` gives random tensors, for tests.
-        dropout: probability, while training: elements of the adapter's input (of rotations: whole blocks) are zeroed.
-        module_dropout: probability, while training, that a layer's adapter does nothing for one call.
-        generator: draws the initial tensors; default a fresh one seeded with 0, never the global one.
+        target_modules: the layers to adapt: "all-linear", "all-conv", a regular expression for whole module paths, or
+            a list of path endings.
+        exclude_modules: layers to leave out of `target_modules`, specified in the same way.
+        init: whether the adapter starts without an effect. With `False` all its tensors are random, for tests.
+        dropout: probability that training zeroes an element of the adapter's input (for rotations: a whole block).
+        module_dropout: probability that training skips an adapter layer for one call.
+        generator: the random generator for the initial tensors. Defaults to a new one with seed 0; the global generator
+            is never used.
+
+    Raises:
+        AdapterError: a value is out of range or has no effect.
     """
 
     target_modules: str | Sequence[str]
@@ -45,36 +50,38 @@ class AdapterConfig:
 
     @property
     def settings(self) -> dict[str, float]:
-        """The type's numbers that are no tensors, see `AdapterType.settings`."""
+        """The numbers of the adapter type that are not tensors; see `AdapterType.settings`."""
         return {}
 
     def alpha_of(self) -> float | None:
-        """Alpha of a layer; `None` for types without one."""
+        """Return the alpha of every adapter layer, or `None` if the type has no alpha."""
         return None
 
     def at(self, path: str) -> "AdapterConfig":
-        """The settings of the layer at `path`, with what patterns say of it filled in."""
+        """Return the settings of the layer at `path`, with the values that patterns give it."""
         return self
 
     def refuse_idle(self, specs: Mapping[str, LayerSpec]) -> None:
-        """Raise `AdapterError` for a setting that has no effect on any of the layers, given by path."""
+        """Raise `AdapterError` if a setting has no effect on any of the layers, given as path -> spec."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankedConfig(AdapterConfig):
-    """Settings of types with a rank and an alpha.
+    """Settings of adapter types with a rank and an alpha.
 
     Attributes:
-        rank: of the factors, at least 1.
-        alpha: scale is `alpha / rank`; default the rank. Not zero: that adapter could not learn.
-        rank_stabilized: scale `alpha / sqrt(rank)` (Kalajdzievski, arXiv 2312.03732).
-        rank_pattern: other ranks, by layer: names or regular expressions for whole path components at the end of the
-            path, with `^` for the whole path; the first that matches counts.
-        alpha_pattern: other alphas, likewise.
-        rank_dropout: probability, while training, that a component of the rank is left out.
-        use_dora: also train the length of every row or column of the weight (Liu et al., arXiv 2402.09353).
-        dora_axis: "output" for one length per output (the paper, PEFT, LyCORIS since 3.2); "input" for one per input
-            (LyCORIS before, OneTrainer).
+        rank: the rank of the factors, at least 1.
+        alpha: the numerator of the scale `alpha / rank`. Defaults to the rank. It must not be 0, because such an
+            adapter could not learn.
+        rank_stabilized: whether the scale is `alpha / sqrt(rank)` instead (Kalajdzievski, arXiv 2312.03732).
+        rank_pattern: the ranks of layers that differ from `rank`. A key is a name or a regular expression that matches
+            whole path components at the end of a path or, with a leading `^`, the whole path. The first match counts.
+        alpha_pattern: the alphas of layers that differ from `alpha`, with keys as in `rank_pattern`.
+        rank_dropout: probability that training leaves out a component of the rank.
+        use_dora: whether to train the magnitude of every row or column of the weight, too (Liu et al., "DoRA",
+            arXiv 2402.09353).
+        dora_axis: "output" for one magnitude per output, as in the paper, in PEFT and in LyCORIS since 3.2; "input" for
+            one per input, as in LyCORIS before 3.2 and in OneTrainer.
     """
 
     rank: int
@@ -100,12 +107,12 @@ class RankedConfig(AdapterConfig):
             raise AdapterError("dora_axis has no effect without use_dora=True")
 
     def alpha_of(self) -> float | None:
-        """Alpha such that `alpha / rank` is the scale."""
+        """Return the alpha for which `alpha / rank` is the scale."""
         alpha = self.rank if self.alpha is None else self.alpha
         return alpha * self.rank**0.5 if self.rank_stabilized else float(alpha)
 
     def at(self, path: str) -> "RankedConfig":
-        """The settings of the layer at `path`."""
+        """Return the settings of the layer at `path`, with the rank and alpha that patterns give it."""
         rank, alpha = patterns.value(self.rank_pattern, path), patterns.value(self.alpha_pattern, path)
         if rank is None and alpha is None:
             return self
@@ -118,10 +125,10 @@ class RankedConfig(AdapterConfig):
         )
 
     def refuse_idle(self, specs: Mapping[str, LayerSpec]) -> None:
-        """Every pattern has to name a layer, and a Tucker core needs a kernel."""
+        """Raise `AdapterError` if a pattern names no layer, or if no layer has a kernel for a Tucker core."""
         for name in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(self, name):
                 if not any(patterns.matches(pattern, path) for path in specs):
                     raise AdapterError(f"{name}: {pattern!r} names none of the {len(specs)} adapted layers")
-        if getattr(self, "use_tucker", False) and not any(layer.has_kernel for layer in specs.values()):
+        if getattr(self, "use_tucker", False) and not any(spec.has_kernel for spec in specs.values()):
             raise AdapterError("use_tucker has no effect: none of the adapted layers has a kernel larger than one")

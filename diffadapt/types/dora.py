@@ -1,15 +1,15 @@
-"""DoRA: the length of every row (or column) of the weight, trained beside an additive type that turns it.
+"""DoRA: a trained magnitude for every row (or column) of the weight, next to an additive change of its direction.
 
-`W' = magnitude * (W + scale * delta) / norm(W + scale * delta)`, Liu et al., "DoRA", arXiv 2402.09353. A combinator: it
-takes an additive type and gives the type with one tensor more, `dora_scale`.
+`W' = magnitude * (W + scale * delta) / norm(W + scale * delta)`, Liu et al., "DoRA", arXiv 2402.09353. The function
+`dora` takes an additive adapter type and returns the same type with one more tensor, `dora_scale`.
 
-| axis | `dora_scale` | norm over | as in |
+| axis | `dora_scale` | norm of | as in |
 |---|---|---|---|
 | output | (out, 1) | each row | the paper; PEFT 0.21 `lora_magnitude_vector`; LyCORIS since 3.2 |
 | input | (1, in / groups) | each column, over outputs and kernel | LyCORIS before 3.2; OneTrainer |
 
-The norm is a constant to autograd (section 4.3 of the paper). With a strength m the weight is `W + m (W' - W)`, so the
-norm does not depend on it.
+Autograd treats the norm as a constant (section 4.3 of the paper). With strength m, the weight is `W + m (W' - W)`, so
+the norm does not depend on the strength.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,13 +25,13 @@ from diffadapt.types.layer_spec import LayerSpec
 from diffadapt.types.loha import LOHA
 from diffadapt.types.lokr import LOKR
 from diffadapt.types.lora import LORA
-from diffadapt.types.tensor_ops import add, pick, scaled, shape_of
+from diffadapt.types.tensor_ops import add, scaled, shape_of, take_rows
 
 _NAME, _PEFT_NAME, _FACTOR, _GAIN = "dora_scale", "lora_magnitude_vector", "dora_factor", "dora_gain"
 
 
 def dora(base: AdapterType) -> AdapterType:
-    """The type `base` with a trained magnitude."""
+    """Return the additive adapter type `base` with a trained magnitude."""
 
     def fit(tensors: Tensors, spec: LayerSpec) -> dict[str, Tensor]:
         rest = {name: tensor for name, tensor in tensors.items() if name not in (_NAME, _PEFT_NAME)}
@@ -52,14 +52,14 @@ def dora(base: AdapterType) -> AdapterType:
         magnitude = tensors[_NAME]
         with torch.no_grad():
             weight = surroundings.weight().to(magnitude.device)
-            wide = {name: tensor.to(weight.dtype) for name, tensor in tensors.items()}
-            norm = _norm(weight + surroundings.scale * base.delta_weight(wide, spec), _axis(magnitude, spec))
+            converted = {name: tensor.to(weight.dtype) for name, tensor in tensors.items()}
+            norm = _norm(weight + surroundings.scale * base.delta_weight(converted, spec), _axis(magnitude, spec))
         factor = magnitude.to(norm.dtype) / norm.clamp_min(torch.finfo(norm.dtype).tiny)
-        # The gate multiplies by `alpha / rank` too, which is not for the part of W.
+        # The gate includes `alpha / rank`, which must not apply to the change of W itself.
         return {**tensors, _FACTOR: factor, _GAIN: (factor - 1) / surroundings.scale}
 
     def delta_weight(tensors: Tensors, spec: LayerSpec) -> Tensor:
-        return base.delta_weight(tensors, spec) * _spread(tensors[_FACTOR], len(spec.weight_shape))
+        return base.delta_weight(tensors, spec) * _expanded(tensors[_FACTOR], len(spec.weight_shape))
 
     def delta_output(
         tensors: Tensors, spec: LayerSpec, *, input: Tensor, gate: Tensor, onto: Tensor | None = None
@@ -82,13 +82,13 @@ def dora(base: AdapterType) -> AdapterType:
             return None
         (down, up), factor = factors, tensors[_FACTOR]
         if _axis(factor, spec):
-            return (down * _spread(factor, down.ndim)).to(down.dtype), up
+            return (down * _expanded(factor, down.ndim)).to(down.dtype), up
         return down, (up * factor).to(up.dtype)
 
     def rows(tensors: Tensors, spec: LayerSpec, rows: Sequence[range]) -> dict[str, Tensor] | None:
         cut = base.rows(tensors, spec, rows)
         if _axis(tensors[_NAME], spec) == 0:
-            return None if cut is None else {**cut, _NAME: pick(tensors[_NAME], rows)}
+            return None if cut is None else {**cut, _NAME: take_rows(tensors[_NAME], rows)}
         if sum(map(len, rows)) < spec.out_features:
             raise AdapterError(
                 f"its {_NAME} has a length for every input, over outputs that are in different layers of the model"
@@ -129,7 +129,7 @@ def _apply_map(
     transposed: bool = False,
     onto: Tensor | None = None,
 ) -> Tensor:
-    """The factor as a diagonal map of the input's channels."""
+    """Return `onto` plus the change that the factors, as a diagonal map of the input's channels, make to `vectors`."""
     change = tensors[_GAIN].view(-1) * gate
     change = change.repeat(vectors.shape[axis] // change.numel())
     shape = [1] * vectors.ndim
@@ -148,14 +148,17 @@ def _scaled_input(input: Tensor, factor: Tensor, spec: LayerSpec) -> Tensor:
 
 
 def _fit_magnitude(tensors: Tensors, spec: LayerSpec) -> Tensor:
-    """`dora_scale` in two dimensions. PEFT's is one per output in every shape; LyCORIS' says its axis by its shape."""
+    """Return the magnitude as (out, 1) or (1, in / groups).
+
+    PEFT stores one number per output, in various shapes. In LyCORIS files, the shape shows the axis.
+    """
     rows, columns = spec.weight_shape[:2]
     name = _NAME if _NAME in tensors else _PEFT_NAME
     magnitude = tensors[name]
     shape = shape_of(magnitude)
-    lengths = tuple(size for size in shape if size != 1)
+    sizes = [size for size in shape if size != 1]
     per_output = name == _PEFT_NAME or len(shape) == 1 or shape[0] == rows
-    if magnitude.numel() == rows and per_output and len(lengths) <= 1:
+    if magnitude.numel() == rows and per_output and len(sizes) <= 1:
         return magnitude.reshape(rows, 1)
     if magnitude.numel() == columns and len(shape) > 1 and shape[:2] == (1, columns) and spec.kind != "embedding":
         return magnitude.reshape(1, columns)
@@ -163,18 +166,18 @@ def _fit_magnitude(tensors: Tensors, spec: LayerSpec) -> Tensor:
 
 
 def _axis(magnitude: Tensor, spec: LayerSpec) -> int:
-    """0 for one length per output, 1 for one per input."""
+    """Return 0 if there is one magnitude per output, 1 if there is one per input."""
     return 0 if shape_of(magnitude) == (spec.out_features, 1) else 1
 
 
 def _norm(weight: Tensor, axis: int) -> Tensor:
-    """Lengths along an axis of a canonical weight, in two dimensions."""
+    """Return the norms of the slices of a canonical weight along an axis, in two dimensions."""
     others = [dimension for dimension in range(weight.ndim) if dimension != axis]
     return torch.linalg.vector_norm(weight, dim=others).unsqueeze(1 - axis)
 
 
-def _spread(factor: Tensor, dimensions: int) -> Tensor:
-    """(out, 1) or (1, in) as a tensor of so many dimensions."""
+def _expanded(factor: Tensor, dimensions: int) -> Tensor:
+    """Append axes of size 1 to a tensor of shape (out, 1) or (1, in) until it has `dimensions` axes."""
     return factor.view(*factor.shape, *(1,) * (dimensions - 2))
 
 

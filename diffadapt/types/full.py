@@ -1,19 +1,20 @@
-"""Full difference: the change of a weight as it is, `W' = W + diff`, and of a bias, `b' = b + diff_b`.
+"""Full difference: the whole change of a weight, `W' = W + diff`, and of a bias, `b' = b + diff_b`.
 
-No factors, no alpha, scale 1; norm layers too. Files of that kind are what is left of a finetuned model after the base
-model is subtracted. Tensor layout: KohakuBlueleaf/LyCORIS f49d30d `lycoris/modules/full.py` and `norms.py`.
+There are no factors and no alpha, and the scale is 1. Norm layers are supported, too. Such files contain the difference
+between a finetuned model and its base model. The tensor layout is that in KohakuBlueleaf/LyCORIS f49d30d
+`lycoris/modules/full.py` and `norms.py`.
 
-Some files have the new weight instead of its change, `W' = V` (ComfyUI `comfy/lora.py`, and the norms of Black Forest
-Labs' control LoRAs). It is kept as it is: the layer's own output gives way, `W + m (0 - W) + m V`, so that no base
-weight is read and `V` comes out exactly, also of a file that is only written again.
+Some files contain the new weight instead of its change, `W' = V` (ComfyUI `comfy/lora.py`, and the norms of Black
+Forest Labs' control LoRAs). `V` is kept unchanged, and the layer's own output is scaled down: `W + m (0 - W) + m V`. So
+no base weight is read, and `V` is exact, also if the file is only converted.
 
-| tensor | shape | in files |
+| tensor | shape | name in files |
 |---|---|---|
-| `diff` | as the layer stores its weight | `diff`; of a norm also `w_norm` |
-| `set_weight` | as the layer stores its weight | `set_weight`; in place of `diff` |
-| `diff_b` | (out) | `diff_b`; of a norm also `b_norm` |
+| `diff` | the shape of the stored weight | `diff`; for norms also `w_norm` |
+| `set_weight` | the shape of the stored weight | `set_weight`, instead of `diff` |
+| `diff_b` | (out) | `diff_b`; for norms also `b_norm` |
 
-Any may be there alone.
+Each of them may be the only tensor.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,25 +26,28 @@ from torch import Tensor
 from diffadapt.errors import AdapterError
 from diffadapt.types.adapter_type import AdapterType, Stage, Tensors
 from diffadapt.types.config import AdapterConfig
-from diffadapt.types.layer_spec import LayerSpec, layer_of
-from diffadapt.types.tensor_ops import pick, scaled, shape_of
+from diffadapt.types.layer_spec import LayerSpec, plain_spec
+from diffadapt.types.tensor_ops import scaled, shape_of, take_rows
 
 _WEIGHTS = frozenset({"diff", "set_weight"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class FullConfig(AdapterConfig):
-    """A whole weight's change for new adapters; the only type for norm layers.
+    """Settings of a new full difference, the only adapter type for norm layers.
 
     Attributes:
-        bias: also train a change of the bias.
+        bias: whether to train a change of the bias, too.
     """
 
     bias: bool = False
 
 
 def fit(tensors: Tensors, spec: LayerSpec) -> dict[str, Tensor]:
-    """Tensors of a file, checked; 2-d and 4-d spellings of a 1 x 1 kernel both occur."""
+    """Check the tensors of a file and return them in the shapes of the table above.
+
+    A weight without a kernel may be 2-d or, with a 1 x 1 kernel, 4-d.
+    """
     fitted: dict[str, Tensor] = {}
     for name in sorted(tensors.keys() & _WEIGHTS):
         shape, expected = shape_of(tensors[name]), _stored_shape(spec)
@@ -62,10 +66,10 @@ def fit(tensors: Tensors, spec: LayerSpec) -> dict[str, Tensor]:
 
 
 def geometry(tensors: Tensors) -> LayerSpec:
-    """The layer with a weight of the shape of `diff`; with one axis that is a norm."""
+    """Return the spec of a layer whose weight has the shape of the tensors; a weight with one axis is a norm's."""
     weight = _weight(tensors)
     if weight is not None and weight.ndim > 1:
-        return layer_of(weight.shape[0], weight.shape[1], tuple(weight.shape[2:]))
+        return plain_spec(weight.shape[0], weight.shape[1], tuple(weight.shape[2:]))
     size = next(iter(tensors.values())).numel()
     return LayerSpec("norm", size, size)
 
@@ -73,7 +77,7 @@ def geometry(tensors: Tensors) -> LayerSpec:
 def init(
     spec: LayerSpec, config: FullConfig, *, generator: torch.Generator, weight: Callable[[], Tensor]
 ) -> dict[str, Tensor]:
-    """Zeros."""
+    """Return a zero `diff` and, if the settings ask for it, a zero `diff_b`."""
     deviation = 0.0 if config.init else 0.1
     tensors = {"diff": torch.randn(_stored_shape(spec), generator=generator) * deviation}
     if config.bias:
@@ -83,7 +87,7 @@ def init(
 
 
 def stages(tensors: Tensors, spec: LayerSpec) -> tuple[Stage, ...]:
-    """A new weight takes the place of the old one, which is an output map to nothing."""
+    """Return "add" and, for a new weight, "output": replacing a weight takes an output map to zero."""
     return ("output", "add") if "set_weight" in tensors else ("add",)
 
 
@@ -97,13 +101,13 @@ def apply_map(
     transposed: bool = False,
     onto: Tensor | None = None,
 ) -> Tensor:
-    """`onto + gate * (0 - 1) vectors`."""
+    """Return `onto + gate * (0 - 1) vectors`."""
     change = scaled(vectors, -gate)
     return change if onto is None else onto + change
 
 
 def delta_weight(tensors: Tensors, spec: LayerSpec) -> Tensor:
-    """`diff` or `set_weight`, or zeros where only the bias changes."""
+    """Return `diff` or `set_weight` in the canonical shape, or zeros if only the bias changes."""
     weight = _weight(tensors)
     if weight is None:
         return tensors["diff_b"].new_zeros(()).expand(spec.weight_shape)
@@ -111,14 +115,14 @@ def delta_weight(tensors: Tensors, spec: LayerSpec) -> Tensor:
 
 
 def delta_bias(tensors: Tensors) -> Tensor | None:
-    """`diff_b`, if there is one."""
+    """Return `diff_b`, or `None`."""
     return tensors.get("diff_b")
 
 
 def delta_output(
     tensors: Tensors, spec: LayerSpec, *, input: Tensor, gate: Tensor, onto: Tensor | None = None
 ) -> Tensor:
-    """`onto + gate * op(input, diff)`, and the bias."""
+    """Return `onto + gate * op(input, diff)`, plus the gated change of the bias."""
     output = onto
     if output is None or _weight(tensors) is not None:
         output = spec.dense(input, delta_weight(tensors, spec), gate, onto)
@@ -129,12 +133,12 @@ def delta_output(
 
 
 def rows(tensors: Tensors, spec: LayerSpec, rows: Sequence[range]) -> dict[str, Tensor]:
-    """Rows of `diff`, in the orientation in which the layer stores its weight, and of `diff_b`."""
+    """Return the given rows of the canonical weight, in the orientation that the layer stores, and of `diff_b`."""
     cut: dict[str, Tensor] = {}
     for name in tensors.keys() & _WEIGHTS:
-        cut[name] = spec.to_stored(pick(spec.to_stored(tensors[name]), rows))
+        cut[name] = spec.to_stored(take_rows(spec.to_stored(tensors[name]), rows))
     if "diff_b" in tensors:
-        cut["diff_b"] = pick(tensors["diff_b"], rows)
+        cut["diff_b"] = take_rows(tensors["diff_b"], rows)
     return cut
 
 

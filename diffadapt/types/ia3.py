@@ -1,16 +1,18 @@
-"""(IA)^3: one factor for every output, or for every input, of a layer: `W' = diag(s) W`, or `W' = W diag(s)`.
+"""(IA)^3: one factor per output or per input of a layer, `W' = diag(s) W` or `W' = W diag(s)`.
 
 Liu et al., "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning", arXiv 2205.05638.
-Two ecosystems, which differ at the bias: huggingface/peft 0.21.2 `tuners/ia3/layer.py` scales what the layer gives,
-bias included; KohakuBlueleaf/LyCORIS f49d30d `lycoris/modules/ia3.py` changes the weight alone.
+There are two implementations, which treat the bias differently: huggingface/peft 0.21.2 `tuners/ia3/layer.py` scales
+the output of the layer, including the bias; KohakuBlueleaf/LyCORIS f49d30d `lycoris/modules/ia3.py` scales only the
+weight.
 
-| type | tensor | here | in files | s | bias |
+| type | tensor | shape | in files | s | new bias |
 |---|---|---|---|---|---|
-| ia3 | `ia3_l` | (out, 1) or (1, in) | the same; of a convolution (1, channels, 1...) | itself | s b |
+| ia3 | `ia3_l` | (out, 1) or (1, in) | the same; for a convolution (1, channels, 1...) | l | s b |
 | ia3-lycoris | `ia3_w` | (out, 1) or (1, in) | `weight`, (channels) or as above, and `on_input` | 1 + w | b |
 
-PEFT calls layers whose inputs are scaled feed-forward layers. Its convolutions have them in the config only, so readers
-of that name the tensor `ia3_l_feedforward`; without a config as many numbers as outputs are taken to scale those.
+PEFT calls a layer with scaled inputs a feed-forward layer. For a convolution only PEFT's config shows which one it is.
+A reader that has the config therefore renames the tensor of such a layer to `ia3_l_feedforward`. Without a config, a
+tensor with as many numbers as the layer has outputs is taken to scale the outputs.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,21 +25,21 @@ from torch import Tensor
 from diffadapt.errors import AdapterError
 from diffadapt.types.adapter_type import AdapterType, Stage, Tensors
 from diffadapt.types.config import AdapterConfig
-from diffadapt.types.layer_spec import LayerSpec, layer_of
-from diffadapt.types.tensor_ops import pick, shape_of
+from diffadapt.types.layer_spec import LayerSpec, plain_spec
+from diffadapt.types.tensor_ops import promoted, shape_of, take_rows
 
 FEEDFORWARD = "ia3_l_feedforward"
-"""Name of `ia3_l` in a layer that PEFT's config calls a feed-forward one."""
+"""The name that readers give to `ia3_l` in a layer that PEFT's config lists as a feed-forward layer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class IA3Config(AdapterConfig):
-    """(IA)^3 for new adapters (Liu et al., arXiv 2205.05638).
+    """Settings of a new (IA)^3 (Liu et al., arXiv 2205.05638).
 
     Attributes:
-        side: "output" for a factor per output, "input" for one per input (PEFT's feed-forward layers).
-        scale_bias: the factors apply to the bias too, as in PEFT; without, only to the weight, as in LyCORIS. Output
-            side only.
+        side: "output" for one factor per output, "input" for one per input (as in PEFT's feed-forward layers).
+        scale_bias: whether the factors apply to the bias, too, as in PEFT. If not, they apply only to the weight, as in
+            LyCORIS. For the output side only.
     """
 
     side: Literal["output", "input"] = "output"
@@ -54,7 +56,15 @@ class IA3Config(AdapterConfig):
 
 
 def _ia3(name: str, tensor: str, identity: float, scales_bias: bool, file_names: tuple[str, ...]) -> AdapterType:
-    """One of the two types: `s` is `tensor` plus what makes `identity` one."""
+    """Return one of the two adapter types.
+
+    Args:
+        name: the name of the type.
+        tensor: the name of the tensor with the factors.
+        identity: the value in `tensor` that stands for a factor of 1.
+        scales_bias: whether the factors apply to the bias, too.
+        file_names: other names of tensors in files of this type.
+    """
 
     def fit(tensors: Tensors, spec: LayerSpec) -> dict[str, Tensor]:
         found = tensors.get(tensor, tensors.get(FEEDFORWARD))
@@ -81,7 +91,7 @@ def _ia3(name: str, tensor: str, identity: float, scales_bias: bool, file_names:
     def geometry(tensors: Tensors) -> LayerSpec:
         found = tensors.get(tensor, tensors.get(FEEDFORWARD))
         size = 0 if found is None else found.numel()
-        return layer_of(size, size)
+        return plain_spec(size, size)
 
     def init(
         spec: LayerSpec, config: IA3Config, *, generator: torch.Generator, weight: Callable[[], Tensor]
@@ -97,11 +107,10 @@ def _ia3(name: str, tensor: str, identity: float, scales_bias: bool, file_names:
     def rows(tensors: Tensors, spec: LayerSpec, rows: Sequence[range]) -> dict[str, Tensor] | None:
         if spec.groups > 1:
             return None
-        return {tensor: pick(tensors[tensor], rows)} if stages(tensors, spec) == ("gain",) else dict(tensors)
+        return {tensor: take_rows(tensors[tensor], rows)} if stages(tensors, spec) == ("gain",) else dict(tensors)
 
     def gain(tensors: Tensors) -> Tensor:
-        factors = tensors[tensor].view(-1)
-        return factors.to(torch.promote_types(factors.dtype, torch.float32)) - identity
+        return promoted(tensors[tensor].view(-1)) - identity
 
     def apply_map(
         tensors: Tensors,
@@ -116,7 +125,7 @@ def _ia3(name: str, tensor: str, identity: float, scales_bias: bool, file_names:
         change = gain(tensors) * gate
         axis %= vectors.ndim
         if vectors.shape[axis] != change.numel():
-            # The weight of a grouped convolution: every group of rows has its own columns.
+            # `vectors` is the weight of a grouped convolution, in which every group of rows has its own columns.
             change = change.view(spec.groups, 1, -1).expand(-1, spec.out_features // spec.groups, -1).flatten(0, 1)
         change = change.view(*change.shape, *(1,) * (vectors.ndim - axis - 1)).to(vectors.dtype)
         return vectors * change if onto is None else torch.addcmul(onto, vectors, change)

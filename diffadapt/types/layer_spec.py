@@ -1,8 +1,8 @@
-"""Geometry of the layers an adapter can sit on: Linear, Conv1d-3d, Embedding, norms.
+"""The geometry of a layer that an adapter can sit on: linear, 1-d to 3-d convolution, embedding or norm.
 
-A type's formula is written once against `LayerSpec`, whatever the layer. Weights here are *canonical*:
-`(out, in / groups, *kernel)`. Layers that store the transpose (`nn.Embedding`, transformers' `Conv1D`) are
-canonical too, and only `to_stored` knows the difference.
+Each adapter type writes its formula once, against `LayerSpec`, for all kinds of layers. Weights are *canonical* here:
+they have the shape `(out, in / groups, *kernel)`. Some layers store the transpose (`nn.Embedding`, transformers'
+`Conv1D`); only `LayerSpec.to_stored` deals with that.
 """
 
 import math
@@ -24,17 +24,22 @@ _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: 
 
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
-    """What a formula needs to know of one layer, and the two operations formulas are built from.
+    """The geometry of one layer, with the operations that formulas are built from.
 
     Attributes:
-        kind: "linear", "conv", "embedding" or "norm" (layer, group or RMS norm with a weight).
-        out_features: rows of the canonical weight (output channels; embedding dimension).
-        in_features: columns of the canonical weight before grouping (input channels; number of embeddings).
-        kernel: spatial kernel of a convolution, empty otherwise.
-        transposed: the layer stores its weight as `(in, out)`.
-        output_scale: constant the layer multiplies its own output with (scaled word embeddings).
-        norm_groups: of a group norm; 0 for a layer norm, -1 for an RMS norm.
-        eps: of a norm.
+        kind: "linear", "conv", "embedding" or "norm" (a layer, group or RMS norm with a weight).
+        out_features: rows of the canonical weight: the output channels, or the embedding dimension.
+        in_features: columns of the canonical weight before grouping: the input channels, or the number of embeddings.
+        kernel: spatial kernel size of a convolution; empty for other layers.
+        stride: stride of a convolution, per kernel dimension.
+        padding: padding of a convolution, per kernel dimension, or "same" or "valid".
+        dilation: dilation of a convolution, per kernel dimension.
+        groups: number of groups of a convolution.
+        padding_mode: how a convolution pads its input, as in `nn.Conv2d`.
+        transposed: whether the layer stores its weight as `(in, out)`.
+        output_scale: constant by which the layer multiplies its own output (scaled word embeddings).
+        norm_groups: number of groups of a group norm; 0 for a layer norm, -1 for an RMS norm.
+        eps: the constant a norm adds to the variance or mean square.
     """
 
     kind: LayerKind
@@ -53,9 +58,9 @@ class LayerSpec:
 
     @classmethod
     def of(cls, module: nn.Module) -> "LayerSpec | None":
-        """The geometry of `module`, or `None` if no adapter can sit on it."""
+        """Return the geometry of `module`, or `None` if no adapter can sit on it."""
         if isinstance(module, nn.Linear):
-            # Sizes come from the attributes and not from the weight, which quantised layers pack.
+            # The sizes come from the attributes, not from the weight, because quantised layers pack their weights.
             return _linear(module.out_features, module.in_features)
         if isinstance(module, nn.Embedding):
             return cls(
@@ -91,32 +96,32 @@ class LayerSpec:
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
-        """Canonical `(out, in / groups, *kernel)`; `(out,)` for a norm."""
+        """The canonical shape `(out, in / groups, *kernel)`, or `(out,)` for a norm."""
         if self.kind == "norm":
             return (self.out_features,)
         return (self.out_features, self.in_features // self.groups, *self.kernel)
 
     @property
     def has_kernel(self) -> bool:
-        """Whether the layer sees more than one position at once."""
+        """Whether the layer has a kernel larger than one, so that an output depends on several positions."""
         return any(size > 1 for size in self.kernel)
 
     @property
     def fan_in(self) -> int:
-        """Columns of the canonical weight flattened to two dimensions."""
+        """The number of columns of the canonical weight, flattened to two dimensions."""
         columns = self.in_features // self.groups
         for size in self.kernel:
             columns *= size
         return columns
 
     def to_stored(self, weight: Tensor) -> Tensor:
-        """A canonical weight in the orientation the layer stores."""
+        """Return a canonical weight in the orientation that the layer stores, or a stored one as canonical."""
         return weight.t() if self.transposed else weight
 
     def op(self, input: Tensor, weight: Tensor) -> Tensor:
-        """What the layer computes from `input`, with a canonical `weight` and without bias.
+        """Return what the layer computes from `input` with the canonical `weight` and without a bias.
 
-        `weight` may have any number of rows: a rank-sized factor is applied just like the layer's own weight.
+        `weight` may have any number of rows, so the `down` factor of a low-rank change can take its place.
         """
         if self.kind == "linear":
             return F.linear(input, weight)
@@ -133,16 +138,18 @@ class LayerSpec:
         return convolve(input, weight, None, self.stride, padding, self.dilation, self.groups)
 
     def expand(self, hidden: Tensor, weight: Tensor, onto: Tensor | None = None) -> Tensor:
-        """`onto + weight @ hidden` at every position: from rank space to the layer's output.
+        """Return `onto + weight @ hidden` at every position, going from rank space to the layer's output.
+
+        Under autograd the sum is accumulated into the product, a temporary tensor that no backward pass needs. Without
+        autograd the product is accumulated directly into `onto`, which saves one pass over the output.
 
         Args:
-            hidden: `(..., rank)`, or `(batch, rank, *space)` for a convolution.
-            weight: `(out, rank / groups)`, or `(out / blocks, rank)`: then `hidden` is `(..., blocks, rank)`, or
-                `(batch x blocks, rank, *space)`, and blocks are joined where there is an `onto`.
-            onto: `(..., out)`; it may be overwritten when gradients are disabled.
-
-        Under autograd the sum is accumulated into the product, which is ours and which no backward needs;
-        without it the product is accumulated straight into `onto`, which saves one pass over the output.
+            hidden: activations in rank space, `(..., rank)`, or `(batch, rank, *space)` for a convolution.
+            weight: the factor that leads to the output, `(out, rank / groups)`. It may also be `(out / blocks, rank)`,
+                to be applied to every block of `hidden`, which is then `(..., blocks, rank)` or
+                `(batch x blocks, rank, *space)`. The output joins the blocks if `onto` is given.
+            onto: the tensor to add to, `(..., out)`. It may be overwritten when gradients are disabled. Defaults to
+                zero.
         """
         convolves = self.kind == "conv"
         if onto is not None and can_accumulate(onto, hidden, weight) and self.groups == 1:
@@ -156,19 +163,21 @@ class LayerSpec:
             pointwise = weight.view(*weight.shape, *(1,) * len(self.kernel))
             product = _CONVOLUTIONS[len(self.kernel)](hidden, pointwise, groups=self.groups)
         else:
-            # Contiguous, as the product for the weight's gradient is slow the other way round.
+            # Contiguous, because the product for the weight's gradient is slow on a transposed view.
             product = torch.matmul(hidden, weight.t().contiguous())
         return product if onto is None else add(product, onto.reshape(product.shape)).reshape(onto.shape)
 
     def low_rank(self, input: Tensor, down: Tensor, up: Tensor, gate: Tensor, onto: Tensor | None = None) -> Tensor:
-        """`onto + gate * op(input, product(down, up))` without building the product.
+        """Return `onto + gate * op(input, product(down, up))` without computing the product.
 
         The gate is applied in rank space, where that is cheapest.
 
         Args:
-            down: `(rank, in / groups, *kernel)`.
-            up: `(out, rank)`, or `(out, rank / groups)` if every group has its own part of `down`.
-            gate: 0-d, or one number per rank, or (samples, rank) for as many samples as `input` has.
+            input: the input of the layer.
+            down: the first factor, `(rank, in / groups, *kernel)`.
+            up: the second factor, `(out, rank)`, or `(out, rank / groups)` if every group has its own rows of `down`.
+            gate: one number (0-d), one per component of the rank `(rank,)`, or one per row of the input and component
+                `(rows, rank)`.
             onto: see `expand`.
         """
         hidden = self.op(input, self._per_group(down, up))
@@ -176,12 +185,19 @@ class LayerSpec:
         return self.expand(scaled(hidden, gate), up, onto)
 
     def dense(self, input: Tensor, weight: Tensor, gate: Tensor, onto: Tensor | None = None) -> Tensor:
-        """`onto + gate * op(input, weight)`, for changes that are cheapest as a whole; arguments as for `low_rank`."""
+        """Return `onto + gate * op(input, weight)`, for a change that is cheapest as one matrix.
+
+        Args:
+            input: the input of the layer.
+            weight: the change of the weight, in the canonical shape.
+            gate: a 0-d tensor.
+            onto: a tensor in the shape of the output. It is not overwritten. Defaults to zero.
+        """
         product = scaled(self.op(input, weight), gate)
         return product if onto is None else add(product, onto)
 
     def product(self, down: Tensor, up: Tensor) -> Tensor:
-        """`up @ down`, group by group, in the canonical weight shape; arguments as for `low_rank`."""
+        """Return `up @ down`, group by group, in the canonical weight shape. See `low_rank` for the shapes."""
         down = self._per_group(down, up)
         blocks = torch.bmm(
             up.reshape(self.groups, self.out_features // self.groups, -1),
@@ -191,16 +207,18 @@ class LayerSpec:
 
     @property
     def channel_axis(self) -> int:
-        """Axis of the channels in what the layer takes and gives, counted from the end."""
+        """The axis of the channels in the layer's input and output, counted from the end."""
         return -1 - len(self.kernel)
 
     def along_channels(self, values: Tensor, dimensions: int = 0) -> Tensor:
-        """One value per channel, so that it broadcasts over what the layer takes or gives.
+        """Return one value per channel, reshaped to broadcast over the layer's input or output.
+
+        The channels of a group norm are on the second axis, those of other norms on the last.
 
         Args:
-            values: (channels,), or (samples, channels).
-            dimensions: of what the layer takes or gives, which has to be known for a norm and for samples. Channels are
-                the second of those that a group norm gives, and the last one that other norms give.
+            values: the values, `(channels,)`, or `(rows, channels)` if every row of the input has its own.
+            dimensions: number of dimensions of the layer's input or output; needed only for a norm and for values per
+                row.
         """
         after = (1,) * (dimensions - 2 if self.norm_groups > 0 else len(self.kernel))
         if values.ndim == 1:
@@ -213,16 +231,17 @@ class LayerSpec:
             return F.group_norm(input, self.norm_groups, weight, None, self.eps)
         if self.norm_groups == 0:
             return F.layer_norm(input, (self.out_features,), weight, None, self.eps)
-        wide = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
-        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(input.dtype) * weight
+        values = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
+        return (values * torch.rsqrt(values.pow(2).mean(-1, keepdim=True) + self.eps)).to(input.dtype) * weight
 
     def _per_group(self, down: Tensor, up: Tensor) -> Tensor:
+        """Repeat `down` for every group if the groups share it."""
         if self.groups == 1 or up.shape[1] != down.shape[0]:
             return down
         return down.repeat(self.groups, *(1,) * (down.ndim - 1))
 
     def _pad_widths(self) -> list[int]:
-        """`F.pad` widths, last dimension first, for padding modes that convolutions do not take themselves."""
+        """Return the widths for `F.pad`, last dimension first, for padding modes that `F.conv2d` does not support."""
         widths: list[int] = []
         for axis in reversed(range(len(self.kernel))):
             if self.padding == "same":
@@ -234,26 +253,29 @@ class LayerSpec:
         return widths
 
 
-def layer_of(out: int, columns: int, kernel: tuple[int, ...] = ()) -> LayerSpec:
-    """The plainest layer of this shape: linear, or a convolution with stride 1 where there is a kernel."""
+def plain_spec(out: int, columns: int, kernel: tuple[int, ...] = ()) -> LayerSpec:
+    """Return the spec of a linear layer, or of an unpadded convolution with stride 1 if a kernel is given."""
     ones = (1,) * len(kernel)
     return LayerSpec("conv" if kernel else "linear", out, columns, kernel, ones, (0,) * len(kernel), ones)
 
 
 @lru_cache
 def _linear(out_features: int, in_features: int) -> LayerSpec:
-    """One object for all layers of a size: a model has hundreds, and making one is slow."""
+    """Return one shared spec for all linear layers of a size: a model has hundreds, and creating a spec is slow."""
     return LayerSpec("linear", out_features, in_features)
 
 
 def _is_transposed_linear(module: nn.Module) -> bool:
-    """transformers' `Conv1D`, told by its attributes so that transformers need not be imported."""
+    """Return whether this is transformers' `Conv1D`, judged by its attributes so as not to import transformers."""
     weight = getattr(module, "weight", None)
     return hasattr(module, "nf") and isinstance(weight, Tensor) and weight.ndim == 2
 
 
 def _norm(module: nn.Module) -> tuple[int, int, float] | None:
-    """Size, groups and eps of a norm with a weight vector; RMS norms go by name: every library has its own."""
+    """Return the size, groups and eps of a norm with a weight vector; `None` for other modules.
+
+    RMS norms are recognised by their class name, since every library defines its own.
+    """
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != 1:
         return None
@@ -273,7 +295,7 @@ def _is_leaf(module: nn.Module) -> bool:
 
 
 def _embedding_scale(module: nn.Module) -> float:
-    """Factor that scaled word embeddings (Gemma, T5Gemma, ...) put on their own output."""
+    """Return the factor by which scaled word embeddings (Gemma, T5Gemma, ...) multiply their own output."""
     scale = getattr(module, "scalar_embed_scale", None)
     if scale is None:
         scale = getattr(module, "embed_scale", 1.0)

@@ -1,4 +1,4 @@
-"""The canonical content of one adapter layer, without a model: what readers produce and writers consume."""
+"""The canonical content of one adapter layer, independent of a model. Format readers produce it, writers consume it."""
 
 import math
 from collections.abc import Mapping
@@ -8,21 +8,32 @@ from torch import Tensor
 
 
 def scale_of(alpha: float | None, rank: int | None, settings: Mapping[str, float]) -> float:
-    """Return `alpha / rank`, the factor of an adapter layer's change.
+    """Return `alpha / rank`, the factor of an adapter layer's change, or 1 without an alpha or a rank.
 
-    It is 1 without an alpha or a rank. `settings["rank"]` stands in for the rank of tensors that do not show one.
+    Args:
+        alpha: the alpha of the adapter layer.
+        rank: the rank according to the shapes of its tensors, if they have one.
+        settings: the settings of the adapter layer. `settings["rank"]` takes the place of a missing `rank`.
     """
-    rank_given = rank or settings.get("rank")
-    return 1.0 if alpha is None or not rank_given else alpha / rank_given
+    divisor = rank or settings.get("rank")
+    return 1.0 if alpha is None or not divisor else alpha / divisor
 
 
 @dataclass(frozen=True, slots=True)
 class LayerState:
-    """What a file says of one layer: the type's tensors by name, and the alpha that makes `alpha / rank` its scale.
+    """The content of a file for one adapter layer.
 
     Attributes:
-        inputs: numbers that one output is made of; of a layer without a model, as far as the tensors tell.
-        widens: the tensors have more inputs than the model's layer by itself, see `widen.py`.
+        type: the name of the adapter type.
+        tensors: the tensors by the names of the adapter type.
+        alpha: the numerator of the scale `alpha / rank`; `None` means that the scale is 1.
+        rank: the rank according to the shapes of the tensors; `None` if the adapter type has none.
+        kernel: spatial kernel size of a convolution; empty for other layers.
+        is_embedding: whether the layer is an embedding.
+        settings: numbers that are not tensors; see `AdapterType.settings`.
+        inputs: the number of inputs that one output depends on (`LayerSpec.fan_in`). Without a model, as far as the
+            tensors show it.
+        widens: whether the tensors have more inputs than the model's layer has by itself; see `input_width.py`.
     """
 
     type: str
@@ -42,10 +53,10 @@ class LayerState:
 
     @property
     def kernel_dims(self) -> int:
-        """Number of dimensions of the kernel, 0 without one."""
+        """The number of dimensions of the kernel; 0 without a kernel."""
         return len(self.kernel)
 
     @property
     def taps(self) -> int:
-        """Positions of the kernel."""
+        """The number of positions in the kernel; 1 without a kernel."""
         return math.prod(self.kernel)

@@ -1,18 +1,18 @@
 """LoRA and LoCon: `W' = W + scale * up @ down`.
 
-Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685. Convolutions as in LoCon
-(a k x k `down`, a 1 x 1 `up`) with the optional Tucker core of LyCORIS (Yeh et al., arXiv 2309.14859). Tensor layout:
-kohya-ss/sd-scripts 48d368f `networks/lora.py`, KohakuBlueleaf/LyCORIS f49d30d `lycoris/modules/locon.py`.
+Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685. Convolutions are as in LoCon (a k x k
+`down` and a 1 x 1 `up`), with the optional Tucker core of LyCORIS (Yeh et al., arXiv 2309.14859). The tensor layout is
+that in kohya-ss/sd-scripts 48d368f `networks/lora.py` and KohakuBlueleaf/LyCORIS f49d30d `lycoris/modules/locon.py`.
 
-| tensor | Linear | Convolution | with a Tucker core |
+| tensor | linear layer | convolution | convolution with a Tucker core |
 |---|---|---|---|
 | `lora_down` | (rank, in) | (rank, in / groups, *kernel) | (rank, in, 1...) |
 | `lora_mid` | | | (rank, rank, *kernel) |
 | `lora_up` | (out, rank) | (out, rank) | (out, rank) |
 | `lora_bias` | (out) | (out) | (out) |
 
-A grouped convolution has either one `down` that every group shares (the flat product `up @ down` has the shape of the
-weight), or one per group, told by an `up` of `rank / groups` columns (the layout of PEFT).
+In a grouped convolution, either all groups share one `down`, and `up @ down` has the shape of the flattened weight; or
+every group has its own rows of `down`, and `up` has only `rank / groups` columns (the layout of PEFT).
 """
 
 import math
@@ -25,19 +25,20 @@ from torch import Tensor
 from diffadapt.errors import AdapterError
 from diffadapt.types.adapter_type import AdapterType, Tensors
 from diffadapt.types.config import RankedConfig
-from diffadapt.types.layer_spec import LayerSpec, layer_of
-from diffadapt.types.tensor_ops import pick, scaled, shape_of
+from diffadapt.types.layer_spec import LayerSpec, plain_spec
+from diffadapt.types.tensor_ops import scaled, shape_of, take_rows
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig(RankedConfig):
-    """LoRA for new adapters (Hu et al., arXiv 2106.09685).
+    """Settings of a new LoRA (Hu et al., arXiv 2106.09685).
 
     Attributes:
-        init: `True` draws `lora_down` Kaiming-uniform, as the paper's implementation does; "gaussian" with the standard
-            deviation `1 / rank`, as diffusers' scripts do; `lora_up` is zero. `False` draws both.
-        bias: also train a bias change in every adapted layer.
-        use_tucker: convolutions get a Tucker core, which saves parameters at the kernel.
+        init: the initial distribution of `lora_down`: with `True` Kaiming-uniform, as in the implementation of the
+            paper; with "gaussian" normal with a standard deviation of `1 / rank`, as in diffusers' training scripts.
+            `lora_up` starts at zero. With `False` both are random.
+        bias: whether to train a change of the bias in every adapted layer, too.
+        use_tucker: whether convolutions get a Tucker core, which saves parameters in their kernels.
     """
 
     bias: bool = False
@@ -48,7 +49,10 @@ class LoraConfig(RankedConfig):
 
 
 def fit(tensors: Tensors, spec: LayerSpec) -> dict[str, Tensor]:
-    """Tensors of a file in the shapes of the table above; 2-d and 4-d spellings of a 1 x 1 kernel both occur."""
+    """Check the tensors of a file and return them in the shapes of the table above.
+
+    Factors without a kernel may be 2-d or, with a 1 x 1 kernel, 4-d.
+    """
     for name in ("lora_down", "lora_up"):
         if name not in tensors:
             raise AdapterError(f"{name} is missing, only {', '.join(sorted(tensors))} found")
@@ -56,7 +60,8 @@ def fit(tensors: Tensors, spec: LayerSpec) -> dict[str, Tensor]:
     if down.ndim < 2 or up.ndim < 2 or 0 in down.shape or 0 in up.shape:
         raise AdapterError(f"factors have shapes {shape_of(down)} and {shape_of(up)}, expected at least one rank")
     if spec.kind == "embedding" and (up.shape[0], down.shape[1]) == (spec.in_features, spec.out_features):
-        # Tools that know weights and not layers have `W + up down`, and an embedding's weight has its outputs last.
+        # Some tools ignore the kind of layer and compute `W + up @ down` on stored weights. The stored weight of an
+        # embedding has its outputs last.
         down, up = up.mT, down.mT
     rank, out = down.shape[0], spec.out_features
     fitted: dict[str, Tensor] = {}
@@ -88,17 +93,17 @@ def fit(tensors: Tensors, spec: LayerSpec) -> dict[str, Tensor]:
 
 
 def geometry(tensors: Tensors) -> LayerSpec:
-    """The layer that the factors multiply to, with the kernel of the core or of `down`."""
+    """Return the spec of a layer that `up @ down` fits, with the kernel of the Tucker core or of `down`."""
     down, up = tensors.get("lora_down"), tensors.get("lora_up")
     if down is None or up is None or down.ndim < 2 or up.ndim < 2:
         return LayerSpec("linear", 0, 0)
-    return layer_of(up.shape[0], down.shape[1], tuple(tensors.get("lora_mid", down).shape[2:]))
+    return plain_spec(up.shape[0], down.shape[1], tuple(tensors.get("lora_mid", down).shape[2:]))
 
 
 def init(
     spec: LayerSpec, config: LoraConfig, *, generator: torch.Generator, weight: Callable[[], Tensor]
 ) -> dict[str, Tensor]:
-    """Kaiming-uniform or normal `down` and zero `up`."""
+    """Return a Kaiming-uniform or normal `down` (and Tucker core), and a zero `up` (and bias)."""
     if config.bias and spec.kind == "embedding":
         raise AdapterError("an embedding has no bias; set bias=False or exclude it")
     rank, columns = config.rank, spec.in_features // spec.groups
@@ -124,24 +129,24 @@ def init(
 
 
 def rank(tensors: Tensors) -> int:
-    """Rows of `lora_down`."""
+    """Return the number of rows of `lora_down`."""
     return tensors["lora_down"].shape[0]
 
 
 def delta_weight(tensors: Tensors, spec: LayerSpec) -> Tensor:
-    """`up @ down` in the canonical weight shape."""
+    """Return `up @ down` in the canonical weight shape."""
     return spec.product(_down(tensors), tensors["lora_up"])
 
 
 def delta_bias(tensors: Tensors) -> Tensor | None:
-    """The bias of `up`, if the file has one."""
+    """Return the bias of `up`, or `None`."""
     return tensors.get("lora_bias")
 
 
 def delta_output(
     tensors: Tensors, spec: LayerSpec, *, input: Tensor, gate: Tensor, onto: Tensor | None = None
 ) -> Tensor:
-    """`onto + up(gate * down(input))`, and the bias."""
+    """Return `onto + up(gate * down(input))`, plus the gated bias."""
     output = spec.low_rank(input, _down(tensors), tensors["lora_up"], gate, onto)
     bias = tensors.get("lora_bias")
     if bias is None:
@@ -150,18 +155,21 @@ def delta_output(
 
 
 def as_low_rank(tensors: Tensors, spec: LayerSpec) -> tuple[Tensor, Tensor]:
-    """The factors, Tucker core folded in."""
+    """Return `down`, with the Tucker core folded in, and `up`."""
     return _down(tensors), tensors["lora_up"]
 
 
 def rows(tensors: Tensors, spec: LayerSpec, rows: Sequence[range]) -> dict[str, Tensor] | None:
-    """Rows of `up`, and of its ranks those that these rows use: fused projections may be block-diagonal."""
+    """Return the given rows of `up`, without the components of the rank that these rows do not use.
+
+    The `up` of a fused projection may be block-diagonal, so that each block of rows uses only some components.
+    """
     if spec.groups > 1:
         return None
-    up = pick(tensors["lora_up"], rows)
+    up = take_rows(tensors["lora_up"], rows)
     cut = {**tensors, "lora_up": up}
     if "lora_bias" in tensors:
-        cut["lora_bias"] = pick(tensors["lora_bias"], rows)
+        cut["lora_bias"] = take_rows(tensors["lora_bias"], rows)
     used = None if up.is_meta or "lora_mid" in tensors else up.any(0)
     if used is not None and used.any() and not used.all():
         cut["lora_up"], cut["lora_down"] = up[:, used], tensors["lora_down"][used]
@@ -169,7 +177,7 @@ def rows(tensors: Tensors, spec: LayerSpec, rows: Sequence[range]) -> dict[str, 
 
 
 def _down(tensors: Tensors) -> Tensor:
-    """`down` with the Tucker core folded in: down'[m, j, *k] = sum_n mid[m, n, *k] down[n, j], exactly."""
+    """Return `down` with the Tucker core folded in: `down'[m, j, *k] = sum_n mid[m, n, *k] down[n, j]`, exactly."""
     down = tensors["lora_down"]
     if "lora_mid" not in tensors:
         return down

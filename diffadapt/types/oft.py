@@ -1,28 +1,31 @@
-"""OFT: rotate blocks of a layer's inputs or outputs.
+"""OFT: rotations of blocks of a layer's inputs or outputs.
 
-Qiu et al., "Controlling Text-to-Image Diffusion by Orthogonal Finetuning", arXiv 2306.07280; the input side and the
-Neumann series as in "OFTv2", arXiv 2506.19847. Two families of files share the name; their tensors tell them apart:
+Qiu et al., "Controlling Text-to-Image Diffusion by Orthogonal Finetuning", arXiv 2306.07280. The input side and the
+Neumann series are as in "OFTv2", arXiv 2506.19847. Two families of files share the name; their tensors differ:
 
-| tensor | shape | rotates | as in |
+| tensor | shape | effect | as in |
 |---|---|---|---|
-| `oft_R` | (blocks, b (b - 1) / 2), or (1, ...) shared by all | inputs, or patches | PEFT 0.21, OneTrainer |
-| `oft_blocks` | (blocks, b, b) | outputs | LyCORIS f49d30d, sd-scripts 48d368f |
-| `oft_diag` | (blocks, b, b), rotations already | outputs | LyCORIS before 2.0 |
-| `rescale` | (out), with `oft_blocks` | a factor per output | LyCORIS |
+| `oft_R` | (blocks, b (b - 1) / 2), or (1, ...) if shared | rotates inputs or patches | PEFT 0.21, OneTrainer |
+| `oft_blocks` | (blocks, b, b) | rotates outputs | LyCORIS f49d30d, sd-scripts 48d368f |
+| `oft_diag` | (blocks, b, b), the rotations themselves | rotates outputs | LyCORIS before 2.0 |
+| `rescale` | (out), with `oft_blocks` | one factor per output | LyCORIS |
 | `dora_scale`, `initial_norm` | (out, 1), with `oft_R` | `dora_scale / initial_norm` per output | forks of OneTrainer |
 
-With a skew-symmetric Q per block (`oft_R` as the upper triangle, or `B - B'` of `oft_blocks`) a row v becomes `v R`:
+Every block has a skew-symmetric matrix Q. `oft_R` contains its upper triangle; for a block B of `oft_blocks` it is
+`B - B'`. The rotation maps a row vector v to `v R`, with R equal to
 
     (I - Q) (I + Q)^-1                            oft_R, exact
-    I + 2 Q + 2 Q^2 + ... + 2 Q^(n-2) + Q^(n-1)   oft_R, n terms of the Neumann series; it turns the other way round
+    I + 2 Q + 2 Q^2 + ... + 2 Q^(n-2) + Q^(n-1)   oft_R, n terms of the Neumann series, in the opposite direction
     (I + Q) (I - Q)^-1                            oft_blocks
 
-Which of the first two a file means is in its config; the tensors are the same. OneTrainer marks a scaled OFT, whose
-`oft_R` counts `2 sqrt(b - 1)` times less, by a `scaled_oft` beside it (OneTrainer, `modules/module/oft_utils.py`).
-Since a rotation keeps the length of a row, a DoRA of it needs no norm but the base weight's, which is in the file.
+The tensors are the same for the first two; the config of the file tells which one applies. OneTrainer marks a scaled
+OFT, in which `oft_R` is divided by `2 sqrt(b - 1)`, with a tensor `scaled_oft` (OneTrainer,
+`modules/module/oft_utils.py`). Since a rotation preserves the norm of a row, a DoRA on top of it needs only the norm of
+the base weight, which is in the file.
 
-An alpha beside `oft_blocks` is a limit, in parts of the number of outputs, for the norm of all blocks of a layer
-together. For LyCORIS 0 is no limit; sd-scripts limits always, `Q (min(|Q|, c) + e) / (|Q| + e)`: its `constraint_eps`.
+An alpha next to `oft_blocks` limits the norm of all blocks of a layer together, as a fraction of the number of outputs.
+In LyCORIS, 0 means no limit. sd-scripts always applies the limit, as `Q (min(|Q|, c) + e) / (|Q| + e)`, where e is its
+`constraint_eps`.
 """
 
 import math
@@ -36,24 +39,27 @@ from torch import Tensor
 from diffadapt.errors import AdapterError
 from diffadapt.types.adapter_type import AdapterType, Stage, Surroundings, Tensors
 from diffadapt.types.config import AdapterConfig
-from diffadapt.types.layer_spec import LayerSpec, layer_of
-from diffadapt.types.tensor_ops import blockwise, pick, shape_of
+from diffadapt.types.layer_spec import LayerSpec, plain_spec
+from diffadapt.types.tensor_ops import apply_blocks, promoted, shape_of, take_rows
 
 _ROTATION, _GAIN = "oft_rotation", "oft_gain"
-_LENGTHS = frozenset({"dora_scale", "initial_norm"})
+_NORMS = frozenset({"dora_scale", "initial_norm"})
 _OLD = "oft_r"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RotationConfig(AdapterConfig):
-    """What OFT and BOFT have in common. Dropout turns whole blocks into the identity.
+    """Settings that OFT and BOFT have in common. Dropout replaces whole blocks by the identity.
 
     Attributes:
-        block_size: of the rotated blocks; it has to divide the channels. Either this or `num_blocks`.
-        num_blocks: per layer.
-        side: "input" as in PEFT, "output" as in LyCORIS.
-        constraint: radius of the constraint, in parts of the number of outputs; 0 for none. Output side only.
-        rescale: also train a factor per output. Output side only (BOFT always has one on the input side).
+        block_size: the number of channels that a block rotates; it has to divide the number of channels. Set either
+            this or `num_blocks`.
+        num_blocks: the number of blocks per layer; it has to divide the number of channels.
+        side: "input" to rotate the inputs of a layer, as in PEFT; "output" to rotate its outputs, as in LyCORIS.
+        constraint: the largest norm of all blocks of a layer together, as a fraction of the number of outputs; 0 for no
+            limit. For the output side only.
+        rescale: whether to train a factor per output, too. For the output side only (on the input side, BOFT always has
+            these factors and OFT never).
     """
 
     block_size: int = 0
@@ -76,13 +82,17 @@ class RotationConfig(AdapterConfig):
             self._refuse("constraint", "rescale")
 
     def _refuse(self, *names: str) -> None:
-        """Settings that mean nothing on the chosen side."""
+        """Raise `AdapterError` if one of the named settings is set, because it has no effect on the chosen side."""
         for name in names:
             if getattr(self, name):
                 raise AdapterError(f"{name} has no effect with side={self.side!r}")
 
     def split(self, channels: int) -> tuple[int, int]:
-        """Number and size of the blocks that so many channels fall into."""
+        """Return the number and the size of the blocks for a number of channels.
+
+        Raises:
+            AdapterError: the channels cannot be divided into such blocks.
+        """
         given = self.block_size or self.num_blocks
         if channels % given:
             name = "block_size" if self.block_size else "num_blocks"
@@ -92,13 +102,15 @@ class RotationConfig(AdapterConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class OFTConfig(RotationConfig):
-    """OFT for new adapters (Qiu et al., arXiv 2306.07280).
+    """Settings of a new OFT (Qiu et al., arXiv 2306.07280).
 
     Attributes:
-        neumann_terms: terms of the Neumann series; 0 for the exact inverse. Input side only.
-        block_share: all blocks of a layer are one. Input side only.
-        coft_eps: radius of constrained OFT (PEFT's `coft` and `eps`); 0 for none. Input side only.
-        scaled: count the parameters less in large blocks, as OneTrainer's scaled OFT. Input side only.
+        neumann_terms: the number of terms of the Neumann series; 0 for the exact inverse. Defaults to 5. For the input
+            side only.
+        block_share: whether all blocks of a layer share one rotation. For the input side only.
+        coft_eps: the radius of constrained OFT (PEFT's `coft` and `eps`); 0 for no limit. For the input side only.
+        scaled: whether to divide the parameters by `2 sqrt(block_size - 1)`, as in OneTrainer's scaled OFT. For the
+            input side only.
     """
 
     neumann_terms: int | None = None
@@ -117,7 +129,7 @@ class OFTConfig(RotationConfig):
 
     @property
     def settings(self) -> dict[str, float]:
-        """Of the chosen side."""
+        """The settings that apply to the chosen side; see `AdapterType.settings`."""
         if self.side == "output":
             return {"constraint": self.constraint}
         terms = 5 if self.neumann_terms is None else self.neumann_terms
@@ -125,9 +137,11 @@ class OFTConfig(RotationConfig):
 
 
 def fit(tensors: Tensors, spec: LayerSpec) -> dict[str, Tensor]:
-    """Tensors of a file, checked: the blocks cover the channels."""
+    """Check that the blocks in a file cover the channels, and return the tensors in the shapes of the table above."""
     if _OLD in tensors:
-        raise AdapterError(f"{_OLD} is the layout of PEFT before 0.14, which has another formula; train it again")
+        raise AdapterError(
+            f"{_OLD} is the layout of PEFT before 0.14, which has another formula; train the adapter again"
+        )
     _refuse_groups(spec)
     names = [name for name in ("oft_R", "oft_blocks", "oft_diag") if name in tensors]
     if len(names) != 1:
@@ -149,7 +163,7 @@ def fit(tensors: Tensors, spec: LayerSpec) -> dict[str, Tensor]:
         if names[0] == "oft_R" or tensors["rescale"].numel() != spec.out_features:
             raise AdapterError(f"rescale has shape {shape_of(tensors['rescale'])}, expected ({spec.out_features},)")
         fitted["rescale"] = tensors["rescale"].reshape(spec.out_features)
-    for name in _LENGTHS & tensors.keys():
+    for name in _NORMS & tensors.keys():
         if names[0] != "oft_R" or "dora_scale" not in tensors or tensors[name].numel() != spec.out_features:
             raise AdapterError(
                 f"{name} has shape {shape_of(tensors[name])}, expected ({spec.out_features}, 1), with oft_R and "
@@ -160,18 +174,18 @@ def fit(tensors: Tensors, spec: LayerSpec) -> dict[str, Tensor]:
 
 
 def geometry(tensors: Tensors) -> LayerSpec:
-    """A linear layer with as many channels as the blocks cover."""
+    """Return the spec of a linear layer with as many channels as the blocks cover."""
     if "oft_R" in tensors:
-        triangle, lengths = tensors["oft_R"], tensors.get("dora_scale")
-        return layer_of(0 if lengths is None else lengths.numel(), triangle.shape[0] * block_size(triangle))
+        triangle, magnitude = tensors["oft_R"], tensors.get("dora_scale")
+        return plain_spec(0 if magnitude is None else magnitude.numel(), triangle.shape[0] * block_size(triangle))
     blocks = tensors.get("oft_blocks", tensors.get("oft_diag"))
-    return layer_of(0 if blocks is None else blocks.shape[0] * blocks.shape[-1], 0)
+    return plain_spec(0 if blocks is None else blocks.shape[0] * blocks.shape[-1], 0)
 
 
 def init(
     spec: LayerSpec, config: OFTConfig, *, generator: torch.Generator, weight: Callable[[], Tensor]
 ) -> dict[str, Tensor]:
-    """Zero blocks, which are no rotation."""
+    """Return zero blocks, for which every rotation is the identity, and factors of 1."""
     _refuse_groups(spec)
     deviation = 0.0 if config.init else 0.1
     name = "oft_R" if config.side == "input" else "oft_blocks"
@@ -188,7 +202,7 @@ def init(
 
 
 def stages(tensors: Tensors, spec: LayerSpec) -> tuple[Stage, ...]:
-    """On the output, or on the input of the layer; a kernel makes that the patch."""
+    """Return "output", or "input" ("patch" for a layer with a kernel), and "gain" with a DoRA."""
     if "oft_R" not in tensors or spec.kind == "embedding":
         return ("output",)
     side: Stage = "patch" if spec.has_kernel else "input"
@@ -196,15 +210,15 @@ def stages(tensors: Tensors, spec: LayerSpec) -> tuple[Stage, ...]:
 
 
 def prepare(tensors: Tensors, spec: LayerSpec, surroundings: Surroundings) -> Tensors:
-    """`R - I` of every block, `rescale` folded in, in float32 or wider."""
+    """Return `R - I` for every block, with `rescale` folded in, and the gain of a DoRA, in float32 or wider."""
     settings = surroundings.settings
     if "oft_diag" in tensors:
-        rotation = _widened(tensors["oft_diag"])
+        rotation = promoted(tensors["oft_diag"])
         return {_ROTATION: rotation - torch.eye(rotation.shape[-1]).to(rotation)}
     if "oft_R" in tensors:
-        skew = _skew(_widened(tensors["oft_R"]))
+        skew = _skew(promoted(tensors["oft_R"]))
         if settings["scaled_oft"]:
-            skew = skew / scaling(skew.shape[-1])
+            skew = skew / scaled_oft_divisor(skew.shape[-1])
         if settings["coft_eps"]:
             skew = _within(skew, settings["coft_eps"] / math.sqrt(skew.shape[0]), (1, 2))
         terms = int(settings["neumann_terms"])
@@ -215,9 +229,9 @@ def prepare(tensors: Tensors, spec: LayerSpec, surroundings: Surroundings) -> Te
         if "dora_scale" in tensors:
             norm = tensors.get("initial_norm")
             norm = surroundings.weight().flatten(1).norm(dim=1, keepdim=True) if norm is None else norm
-            prepared[_GAIN] = (_widened(tensors["dora_scale"]) / _widened(norm).clamp_min(1e-12)).view(-1) - 1
+            prepared[_GAIN] = (promoted(tensors["dora_scale"]) / promoted(norm).clamp_min(1e-12)).view(-1) - 1
         return prepared
-    blocks = _widened(tensors["oft_blocks"])
+    blocks = promoted(tensors["oft_blocks"])
     skew = blocks - blocks.transpose(-1, -2)
     limited = constrained(skew, settings["constraint"], spec, settings["constraint_eps"])
     return {_ROTATION: rescaled(cayley(limited), tensors.get("rescale"))}
@@ -233,20 +247,23 @@ def apply_map(
     transposed: bool = False,
     onto: Tensor | None = None,
 ) -> Tensor:
-    """The blocks on their stretches of the axis."""
+    """Return `onto` plus the gated change that the rotations make to `vectors` along an axis."""
     blocks = tensors[_ROTATION].mT if transposed else tensors[_ROTATION]
-    return blockwise(vectors, blocks.mul(gate).to(vectors.dtype), axis, onto)
+    return apply_blocks(vectors, blocks.mul(gate).to(vectors.dtype), axis, onto)
 
 
 def gain(tensors: Tensors) -> Tensor:
-    """`dora_scale / initial_norm - 1`."""
+    """Return `dora_scale / initial_norm - 1`."""
     return tensors[_GAIN]
 
 
 def rows(tensors: Tensors, spec: LayerSpec, rows: Sequence[range]) -> dict[str, Tensor] | None:
-    """Whole blocks of a rotation of the outputs, `None` where some would be cut; all rows share one of the inputs."""
+    """Return the tensors for the given rows; `None` if these cut a block of a rotation of the outputs.
+
+    A rotation of the inputs is the same for all rows.
+    """
     if stages(tensors, spec) != ("output",):
-        return {name: pick(tensor, rows) if name in _LENGTHS else tensor for name, tensor in tensors.items()}
+        return {name: take_rows(tensor, rows) if name in _NORMS else tensor for name, tensor in tensors.items()}
     name = next(name for name in ("oft_R", "oft_blocks", "oft_diag") if name in tensors)
     blocks = tensors[name]
     size = block_size(blocks) if name == "oft_R" else blocks.shape[-1]
@@ -254,36 +271,36 @@ def rows(tensors: Tensors, spec: LayerSpec, rows: Sequence[range]) -> dict[str, 
         return None
     cut = dict(tensors)
     if blocks.shape[0] * size == spec.out_features:
-        cut[name] = pick(blocks, [range(part.start // size, part.stop // size) for part in rows])
+        cut[name] = take_rows(blocks, [range(part.start // size, part.stop // size) for part in rows])
     if "rescale" in tensors:
-        cut["rescale"] = pick(tensors["rescale"], rows)
+        cut["rescale"] = take_rows(tensors["rescale"], rows)
     return cut
 
 
 def block_size(triangle: Tensor) -> int:
-    """Of blocks that have `oft_R`, (blocks, b (b - 1) / 2), above their diagonals."""
+    """Return b for an `oft_R` of shape (blocks, b (b - 1) / 2)."""
     return (1 + math.isqrt(1 + 8 * triangle.shape[-1])) // 2 if triangle.ndim else 0
 
 
-def scaling(size: int) -> float:
-    """By what OneTrainer's scaled OFT divides the parameters of blocks of this size."""
+def scaled_oft_divisor(size: int) -> float:
+    """Return the number by which OneTrainer's scaled OFT divides the parameters of blocks of the given size."""
     return 2 * math.sqrt(size - 1)
 
 
 def cayley(skew: Tensor) -> Tensor:
-    """`(I + Q) (I - Q)^-1 - I = 2 Q (I - Q)^-1` of skew-symmetric blocks."""
+    """Return `(I + Q) (I - Q)^-1 - I = 2 Q (I - Q)^-1` for skew-symmetric blocks Q (the Cayley transform)."""
     identity = torch.eye(skew.shape[-1]).to(skew)
     return torch.linalg.solve(identity - skew, 2 * skew, left=False)
 
 
 def constrained(skew: Tensor, constraint: float, spec: LayerSpec, eps: float = 0.0) -> Tensor:
-    """All blocks of a layer together within the radius `constraint * out + eps`; 0 for no limit."""
+    """Scale all blocks of a layer so that their joint norm is at most `constraint * out + eps`, unless that is 0."""
     radius = constraint * spec.out_features + eps
     return _within(skew, radius, None) if radius > 0 else skew
 
 
 def rescaled(rotation: Tensor, rescale: Tensor | None) -> Tensor:
-    """`R diag(s) - I` from `R - I`: the factor of an output is applied after the rotation."""
+    """Return `R diag(s) - I`, computed from `R - I`. The factor s of an output applies after the rotation."""
     if rescale is None:
         return rotation
     factors = rescale.to(rotation.dtype).view(rotation.shape[0], 1, rotation.shape[-1])
@@ -291,7 +308,10 @@ def rescaled(rotation: Tensor, rescale: Tensor | None) -> Tensor:
 
 
 def _neumann(skew: Tensor, terms: int) -> Tensor:
-    """The series without its first term. PEFT's last power has no factor 2, and 3 terms give as many as 4."""
+    """Return the Neumann series without its first term I.
+
+    As in PEFT, the last power has no factor 2, and 3 terms result in as many as 4.
+    """
     total = 2 * skew
     if terms == 2:
         return total
@@ -304,21 +324,18 @@ def _neumann(skew: Tensor, terms: int) -> Tensor:
 
 
 def _within(skew: Tensor, radius: float, axes: tuple[int, ...] | None) -> Tensor:
-    """Blocks shrunk to a Frobenius norm of at most `radius`, each or (without `axes`) all together."""
+    """Scale blocks down to a Frobenius norm of at most `radius`, each (`axes` given) or all together."""
     norm = torch.linalg.vector_norm(skew, dim=axes, keepdim=True) + 1e-8
     return torch.where(norm > radius, skew * (radius / norm), skew)
 
 
 def _skew(triangle: Tensor) -> Tensor:
+    """Return the skew-symmetric blocks (blocks, b, b) with the given upper triangles (blocks, b (b - 1) / 2)."""
     size = block_size(triangle)
     rows, columns = torch.triu_indices(size, size, 1, device=triangle.device)
     upper = triangle.new_zeros(triangle.shape[0], size, size)
     upper[:, rows, columns] = triangle
     return upper - upper.transpose(1, 2)
-
-
-def _widened(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _rotated_channels(name: str, spec: LayerSpec) -> int:

@@ -1,4 +1,4 @@
-"""Values by layer name, by PEFT's rules: as in `rank_pattern` and `alpha_pattern`, of configs and of files."""
+"""Values by layer name, as in `rank_pattern` and `alpha_pattern` of settings and files. The rules are PEFT's."""
 
 import re
 from collections.abc import Mapping
@@ -9,23 +9,25 @@ from diffadapt.errors import AdapterError
 
 
 def matches(pattern: str, path: str) -> bool:
-    """Whether `pattern` names the layer at `path`.
+    """Return whether `pattern` names the layer at `path`.
 
-    It is a name or a regular expression for whole path components at the end of the path; with `^` in front for the
-    whole path.
+    Args:
+        pattern: a name or a regular expression that has to match whole path components at the end of the path. After a
+            leading `^`, it has to match the whole path.
+        path: the module path of the layer.
 
     Raises:
-        AdapterError: it is no regular expression.
+        AdapterError: `pattern` is not a valid regular expression.
     """
     return _expression(pattern).fullmatch(path) is not None
 
 
 def value(patterns: Mapping[str, Any], path: str) -> Any:
-    """Value of the first pattern that names `path`, or `None`."""
+    """Return the value of the first pattern that names the layer at `path`, or `None`. Raises as `matches` does."""
     return next((found for pattern, found in patterns.items() if matches(pattern, path)), None)
 
 
-# Every layer asks every pattern, and a file may have one for each of its layers: more than `re` itself remembers.
+# Every layer is compared with every pattern, and a file may have one per layer: more than the cache of `re` holds.
 @lru_cache(4096)
 def _expression(pattern: str) -> re.Pattern[str]:
     start = "" if pattern.startswith("^") else "(.*[.])?"

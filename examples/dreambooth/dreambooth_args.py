@@ -1,4 +1,4 @@
-"""The options of `train_dreambooth.py`, and what can be wrong with them before a model is loaded."""
+"""The options of `train_dreambooth.py`, and the checks on them before a model is loaded."""
 
 import dataclasses
 import os
@@ -11,87 +11,98 @@ from typing import Any, Literal
 from dreambooth_data import UsageError, read_captions
 
 TRAINING_STATE_FILE = "adapters.safetensors"
-"""What tells a checkpoint from any other folder."""
+"""A folder with this file is a checkpoint."""
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 def option(default: Any = dataclasses.MISSING, help: str = "", aliases: Sequence[str] = ()) -> Any:
-    """A field of `Arguments`: one command line option."""
+    """Return a field of `Arguments`: one command line option.
+
+    Args:
+        default: default value; without it the option is required.
+        help: help text of the command line.
+        aliases: further names of the option.
+    """
     return dataclasses.field(default=default, metadata={"help": help, "aliases": list(aliases)})
 
 
 @dataclass
 class Arguments:
-    """Every option of the script; names are those of diffusers' own training scripts where it has them."""
+    """Every option of the script. Options that diffusers' own training scripts have, too, have the same name here."""
 
     pretrained_model_name_or_path: str = option(help="folder or hub id of the base pipeline")
-    instance_data_dir: str = option(help="folder of training pictures; metadata.jsonl in it gives captions")
-    output_dir: str = option("dreambooth-lora", "where weights, checkpoints and validation pictures go")
-    instance_prompt: str | None = option(None, "caption of every picture that metadata.jsonl does not list")
+    instance_data_dir: str = option(help="folder of training pictures; captions are read from its metadata.jsonl")
+    output_dir: str = option("dreambooth-lora", "folder to write weights, checkpoints and validation pictures to")
+    instance_prompt: str | None = option(None, "caption of all pictures that metadata.jsonl does not list")
     revision: str | None = option(None, "revision of the base pipeline on the hub")
     variant: str | None = option(None, "file variant of the base pipeline, for example fp16")
 
-    with_prior_preservation: bool = option(False, "train on class pictures too, so that the class is kept")
-    class_data_dir: str | None = option(None, "folder of class pictures; what is missing is generated")
-    class_prompt: str | None = option(None, "prompt of the class pictures, or a text file of prompts, one a line")
-    num_class_images: int = option(100, "number of class pictures there have to be")
-    class_guidance_scale: float | None = option(None, "guidance scale to generate them with")
-    sample_batch_size: int = option(4, "how many of them to generate at once")
+    with_prior_preservation: bool = option(False, "also train on class pictures, so that the class is not forgotten")
+    class_data_dir: str | None = option(None, "folder of class pictures; missing ones are generated")
+    class_prompt: str | None = option(None, "prompt of the class pictures, or a text file with one prompt per line")
+    num_class_images: int = option(100, "minimum number of class pictures")
+    class_guidance_scale: float | None = option(None, "guidance scale for class pictures; default: the pipeline's own")
+    sample_batch_size: int = option(4, "how many class pictures to generate at once")
     prior_loss_weight: float = option(1.0, "weight of the class pictures in the loss")
 
-    adapter_type: Literal["lora", "dora", "loha", "lokr", "oft", "boft"] = option("lora", "what to train")
-    rank: int = option(4, "rank of the adapter; not for oft and boft")
-    lora_alpha: float | None = option(None, "alpha; the strength is alpha / rank, and the default is the rank")
+    adapter_type: Literal["lora", "dora", "loha", "lokr", "oft", "boft"] = option("lora", "adapter type to train")
+    rank: int = option(4, "rank of the adapter; not used by oft and boft")
+    lora_alpha: float | None = option(None, "alpha of the adapter, which is scaled by alpha / rank; default: the rank")
     lora_dropout: float = option(0.0, "dropout on the input of the adapter, or on the blocks of oft and boft")
-    lokr_factor: int = option(-1, "size of the smaller factor of lokr; -1 for as square as possible")
-    block_size: int = option(4, "of the rotated blocks of oft and boft")
+    lokr_factor: int = option(-1, "size of the smaller factor of lokr; -1 for factors as square as possible")
+    block_size: int = option(4, "size of the rotated blocks of oft and boft")
     lora_layers: str | None = option(
-        None, "UNet layers: path endings with commas between, all-linear, all-conv or all; default: attention"
+        None, "UNet layers to adapt: all-linear, all-conv, all, or path endings separated by commas; default: attention"
     )
-    train_text_encoder: bool = option(False, "train a LoRA on the text encoders too")
+    train_text_encoder: bool = option(False, "also train an adapter on the text encoders")
 
     max_train_steps: int = option(500, "number of optimizer steps")
-    train_batch_size: int = option(4, "pictures per step and device; as many class pictures come on top")
+    train_batch_size: int = option(4, "pictures per batch and device; with class pictures, as many of those are added")
     gradient_accumulation_steps: int = option(1, "batches per optimizer step")
-    gradient_checkpointing: bool = option(False, "less memory for more time")
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None, "default: what accelerate is set to")
-    resolution: int | None = option(None, "side of the square pictures; default: the pipeline's own")
-    random_flip: bool = option(False, "mirror half of the pictures")
-    caption_dropout: float = option(0.0, "share of pictures shown without their caption")
-    cache_latents: bool = option(False, "encode every picture once and keep the result in memory")
-    dataloader_num_workers: int = option(0, "background processes that read pictures")
-    snr_gamma: float | None = option(None, "Min-SNR loss weighting (5.0 is usual)", ["--min_snr_gamma"])
-    seed: int = option(0, "the same seed gives the same run")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
+        None, "precision of the base model and the forward pass; default: the setting of accelerate"
+    )
+    resolution: int | None = option(None, "side of the square pictures in pixels; default: the pipeline's own")
+    random_flip: bool = option(False, "mirror each picture with a probability of one half")
+    caption_dropout: float = option(0.0, "probability that a picture is trained without its caption")
+    cache_latents: bool = option(False, "encode every picture once and keep the latents in memory")
+    dataloader_num_workers: int = option(0, "number of background processes that read pictures")
+    snr_gamma: float | None = option(None, "gamma of Min-SNR loss weighting; 5.0 is usual", ["--min_snr_gamma"])
+    seed: int = option(0, "seed of everything random; the same seed repeats the run")
 
-    learning_rate: float = option(1e-4, "of the UNet's LoRA")
-    text_encoder_lr: float | None = option(None, "of the text encoders' LoRA; default: learning_rate")
+    learning_rate: float = option(1e-4, "learning rate of the UNet's adapter")
+    text_encoder_lr: float | None = option(None, "learning rate of the text encoders' adapters; default: learning_rate")
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
     ] = option("constant", "how the learning rate changes over the steps")
     lr_warmup_steps: int = option(0, "steps over which the learning rate rises from zero")
-    lr_num_cycles: int = option(1, "restarts of cosine_with_restarts")
-    lr_power: float = option(1.0, "power of polynomial")
-    adam_beta1: float = option(0.9, "AdamW: decay of the mean of gradients")
-    adam_beta2: float = option(0.999, "AdamW: decay of the mean of squared gradients")
-    adam_weight_decay: float = option(1e-2, "AdamW: weight decay")
-    adam_epsilon: float = option(1e-8, "AdamW: epsilon")
-    max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
+    lr_num_cycles: int = option(1, "number of cycles of cosine_with_restarts")
+    lr_power: float = option(1.0, "exponent of polynomial")
+    adam_beta1: float = option(0.9, "decay rate of AdamW's mean of gradients")
+    adam_beta2: float = option(0.999, "decay rate of AdamW's mean of squared gradients")
+    adam_weight_decay: float = option(1e-2, "weight decay of AdamW")
+    adam_epsilon: float = option(1e-8, "epsilon of AdamW")
+    max_grad_norm: float = option(1.0, "norm that gradients are clipped to")
 
-    checkpointing_steps: int = option(500, "save a checkpoint every so many steps")
-    checkpoints_total_limit: int | None = option(None, "how many checkpoints to keep")
-    resume_from_checkpoint: str | None = option(None, 'a checkpoint folder, or "latest" in output_dir')
-    validation_prompt: str | None = option(None, "prompt to draw while training")
-    validation_steps: int = option(100, "draw it every so many steps, and at the end")
-    num_validation_images: int = option(4, "how many pictures to draw of it")
-    validation_guidance_scale: float | None = option(None, "guidance scale to draw it with")
+    checkpointing_steps: int = option(500, "save a checkpoint every this many steps")
+    checkpoints_total_limit: int | None = option(None, "how many checkpoints to keep; default: all")
+    resume_from_checkpoint: str | None = option(
+        None, 'folder of the checkpoint to continue from, or "latest" for the newest one in output_dir'
+    )
+    validation_prompt: str | None = option(None, "prompt to draw during training")
+    validation_steps: int = option(100, "draw the validation prompt every this many steps, and at the end")
+    num_validation_images: int = option(4, "number of pictures to draw of the validation prompt")
+    validation_guidance_scale: float | None = option(None, "guidance scale to draw with; default: the pipeline's own")
     save_format: Literal["diffusers", "kohya"] | None = option(
-        None, "naming of the saved tensors; default: diffusers for lora and dora, which it can read, and else kohya"
+        None,
+        "format of the saved file; default: diffusers for lora and dora, kohya for types that diffusers cannot read",
     )
     save_precision: Literal["fp32", "fp16", "bf16"] = option("fp32", "dtype of the saved tensors")
 
 
 def check_arguments(args: Arguments) -> None:
-    """Refuse options that cannot work, with what to do instead."""
+    """Raise `UsageError` if options cannot work, with a message that says what to change."""
     for name in (
         "rank",
         "max_train_steps",
@@ -134,7 +145,7 @@ def check_arguments(args: Arguments) -> None:
 
 
 def class_prompts(args: Arguments) -> list[str]:
-    """The prompt of the class pictures, or those of the file it names."""
+    """Return the prompts of the class pictures: the one of `class_prompt`, or those in the file that it names."""
     assert args.class_prompt is not None
     if not os.path.isfile(args.class_prompt):
         return [args.class_prompt]
@@ -146,7 +157,7 @@ def class_prompts(args: Arguments) -> list[str]:
 
 
 def find_checkpoint(args: Arguments) -> Path | None:
-    """The checkpoint to resume from, if any."""
+    """Return the checkpoint to resume from, if any."""
     if args.resume_from_checkpoint is None:
         return None
     if args.resume_from_checkpoint == "latest":
@@ -159,15 +170,15 @@ def find_checkpoint(args: Arguments) -> Path | None:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints in `folder`, the oldest first."""
+    """Return the complete checkpoints in `folder`, the oldest first."""
     return sorted(
         (path for path in folder.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name)), key=checkpoint_step
     )
 
 
 def checkpoint_step(path: Path) -> int:
-    """The number of steps that were done when this checkpoint was saved."""
+    """Return the number of steps after which a checkpoint was saved."""
     match = CHECKPOINT.fullmatch(path.resolve().name)
     if match is None:
-        raise UsageError(f"{path}: a checkpoint's folder has to be named checkpoint-<steps done>")
+        raise UsageError(f"{path}: the folder of a checkpoint has to be named checkpoint-<steps done>")
     return int(match.group(1))

@@ -1,4 +1,4 @@
-"""Pictures in, pictures out: folders of captioned pictures, endless batches of them, labelled sheets."""
+"""Read folders of captioned pictures, make endless batches of them, and draw labelled sheets."""
 
 import itertools
 import json
@@ -20,19 +20,23 @@ CAPTIONS_FILE = "metadata.jsonl"
 
 
 class UsageError(ValueError):
-    """Something the user has to change: an option, a folder, a caption. The message says what."""
+    """A mistake in an option, a folder or a caption. The message says what to change."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One training picture and the prompt it illustrates."""
+    """One training picture and its caption."""
 
     path: Path
     caption: str
 
 
 def read_folder(folder: Path, default_caption: str | None) -> list[Example]:
-    """The pictures of `folder` by name, with captions from its `metadata.jsonl` or the default."""
+    """Return the pictures of `folder`, sorted by name, with captions from its `metadata.jsonl` or the default.
+
+    Raises:
+        UsageError: the folder does not exist or has no pictures, or a picture has no caption or cannot be read.
+    """
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder")
     captions = read_captions(folder)
@@ -53,12 +57,16 @@ def read_folder(folder: Path, default_caption: str | None) -> list[Example]:
 
 
 def list_pictures(folder: Path) -> list[Path]:
-    """The picture files directly in `folder`, sorted by name."""
+    """Return the picture files directly in `folder`, sorted by name."""
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES)
 
 
 def read_captions(folder: Path) -> dict[str, str]:
-    """File name -> caption, from `metadata.jsonl` (one JSON object with file_name and text per line)."""
+    """Return file name -> caption from `metadata.jsonl`, which has one JSON object with file_name and text per line.
+
+    Raises:
+        UsageError: a line is not such an object, or its file does not exist.
+    """
     path = folder / CAPTIONS_FILE
     captions: dict[str, str] = {}
     if not path.exists():
@@ -80,14 +88,14 @@ def read_captions(folder: Path) -> dict[str, str]:
 
 
 def append_captions(folder: Path, captions: Mapping[str, str]) -> None:
-    """Add lines to `metadata.jsonl`; those that are there may say more than we know of and stay as they are."""
+    """Append lines to `metadata.jsonl`. Existing lines may have more fields, and stay as they are."""
     with (folder / CAPTIONS_FILE).open("a", encoding="utf-8") as file:
         for name in sorted(captions):
             file.write(json.dumps({"file_name": name, "text": captions[name]}) + "\n")
 
 
 def load_picture(path: Path, resolution: int) -> Tensor:
-    """A picture scaled to cover a square and cropped about its centre, [3, side, side] in -1..1."""
+    """Return a picture scaled to cover a square and cropped around its centre: (3, side, side) in -1..1."""
     with Image.open(path) as opened:
         upright = ImageOps.exif_transpose(opened).convert("RGB")
     square = ImageOps.fit(upright, (resolution, resolution), Image.Resampling.LANCZOS)
@@ -95,7 +103,13 @@ def load_picture(path: Path, resolution: int) -> Tensor:
 
 
 class Draw(NamedTuple):
-    """One picture of a batch, and everything that chance decided about it."""
+    """One picture of a batch, and all random choices about it.
+
+    Attributes:
+        picture: index of the picture.
+        flip: whether it is mirrored.
+        drop_caption: whether its caption is left out.
+    """
 
     picture: int
     flip: bool
@@ -103,14 +117,14 @@ class Draw(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Pictures (or their latent moments, where those are cached) with their captions, group after group."""
+    """Pictures (or the moments of their latents, where these are cached) with their captions, group after group."""
 
     pictures: Tensor
     captions: list[str]
 
 
 class Pictures(Dataset[tuple[Tensor, str]]):
-    """The pictures of all groups in one row, looked up by `Draw`."""
+    """The pictures of all groups one after the other, looked up by `Draw`."""
 
     def __init__(self, groups: Sequence[Sequence[Example]], resolution: int) -> None:
         self.examples = list(itertools.chain.from_iterable(groups))
@@ -125,7 +139,13 @@ class Pictures(Dataset[tuple[Tensor, str]]):
         return content, "" if draw.drop_caption else self.examples[draw.picture].caption
 
     def cache_latents(self, encode: Callable[[Tensor], Tensor], *, flips: bool, quiet: bool) -> None:
-        """Keep the moments of every picture's latent distribution, which spares encoding it in every step."""
+        """Encode every picture once and keep the moments of its latent distribution in memory.
+
+        Args:
+            encode: returns the moments of a batch of pictures.
+            flips: whether to encode mirrored pictures, too.
+            quiet: whether to show no progress bar.
+        """
         wanted = itertools.product(range(len(self.examples)), (False, True) if flips else (False,))
         for index, flip in tqdm(list(wanted), "cache latents", disable=quiet):
             self.moments[index, flip] = encode(self._picture(index, flip)[None])[0].cpu()
@@ -136,10 +156,10 @@ class Pictures(Dataset[tuple[Tensor, str]]):
 
 
 class EndlessBatches(Sampler[list[Draw]]):
-    """Batches without end: equally many pictures of every group, reshuffled whenever a group is through.
+    """Endless batches with equally many pictures of every group. A group is reshuffled whenever it is used up.
 
-    Every batch is a function of its number alone. So a resumed run only needs to know how many batches came
-    before, and the processes of one run take turns (`first`, `stride`) without having to talk to each other.
+    Every batch depends on its number alone. So a resumed run only needs to know how many batches came before, and the
+    processes of one run take turns (`first`, `stride`) without communicating.
     """
 
     def __init__(
@@ -165,7 +185,7 @@ class EndlessBatches(Sampler[list[Draw]]):
         return map(self.batch, itertools.count(self.first, self.stride))
 
     def batch(self, number: int) -> list[Draw]:
-        """The draws of batch `number`."""
+        """Return the draws of batch `number`."""
         chance = np.random.default_rng((self.seed, 0, number))
         draws: list[Draw] = []
         offset = 0
@@ -181,19 +201,19 @@ class EndlessBatches(Sampler[list[Draw]]):
 
 
 def collate(items: list[tuple[Tensor, str]]) -> Batch:
-    """One batch of what `Pictures` returns."""
+    """Return one batch of items of `Pictures`."""
     return Batch(torch.stack([picture for picture, _ in items]), [caption for _, caption in items])
 
 
 def load_batches(pictures: Pictures, batches: EndlessBatches, workers: int) -> Iterable[Batch]:
-    """Batches as tensors, read in `workers` background processes."""
-    # Its own generator: starting workers must not consume the random numbers that the training draws from.
+    """Return an iterable of batches as tensors, read by `workers` background processes."""
+    # A generator of its own, so that starting workers does not consume random numbers of the training.
     own = torch.Generator()
     return DataLoader(pictures, batch_sampler=batches, collate_fn=collate, num_workers=workers, generator=own)
 
 
 def labelled_sheet(images: Sequence[Image.Image], labels: Sequence[str], title: str, columns: int = 4) -> Image.Image:
-    """Pictures in rows under a title, each above its label; small ones are enlarged without smoothing."""
+    """Return a sheet of pictures under a title, each above its label. Small ones are enlarged without smoothing."""
     factor = max(1, 160 // images[0].width)
     width, height = images[0].width * factor, images[0].height * factor
     columns = min(columns, len(images))

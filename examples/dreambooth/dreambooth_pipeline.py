@@ -1,4 +1,4 @@
-"""The frozen base pipeline: loading it, encoding captions as it does, drawing with it."""
+"""Load the frozen base pipeline, encode captions as it does, and draw with it."""
 
 import itertools
 from collections.abc import Sequence
@@ -20,7 +20,12 @@ PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16
 
 
 def load_pipeline(args: Arguments, accelerator: Accelerator) -> Pipeline:
-    """The frozen base in the dtype of the mixed precision; the VAE, which in SDXL overflows fp16, in float32."""
+    """Load the base pipeline, frozen, in the dtype of the mixed precision. The VAE stays float32, since in float16 that
+    of SDXL overflows.
+
+    Raises:
+        UsageError: this script cannot train the pipeline.
+    """
     pipe = DiffusionPipeline.from_pretrained(
         args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant
     )
@@ -30,7 +35,7 @@ def load_pipeline(args: Arguments, accelerator: Accelerator) -> Pipeline:
             "this script trains StableDiffusionPipeline and StableDiffusionXLPipeline"
         )
     if pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
-        raise UsageError(f"the UNet takes {pipe.unet.config.in_channels} channels: it does more than text to image")
+        raise UsageError(f"the UNet takes {pipe.unet.config.in_channels} channels: it is not a text-to-image model")
     if pipe.scheduler.config.get("prediction_type") not in ("epsilon", "v_prediction"):
         raise UsageError(f"cannot train for the scheduler {type(pipe.scheduler).__name__} of this pipeline")
     if getattr(pipe.vae.config, "latents_mean", None) is not None:
@@ -49,7 +54,7 @@ def load_pipeline(args: Arguments, accelerator: Accelerator) -> Pipeline:
 
 
 def training_resolution(args: Arguments, pipe: Pipeline) -> int:
-    """The resolution asked for, or the one the pipeline draws at by itself."""
+    """Return the resolution of `args`, or the default one of the pipeline."""
     sample_size = pipe.unet.config.sample_size
     longest = max(sample_size) if isinstance(sample_size, (list, tuple)) else sample_size
     resolution = args.resolution or longest * pipe.vae_scale_factor
@@ -59,14 +64,14 @@ def training_resolution(args: Arguments, pipe: Pipeline) -> int:
 
 
 def encode_captions(pipe: Pipeline, captions: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Hidden states, and for SDXL the pooled ones, just as the pipeline makes them when it draws."""
+    """Return hidden states, and for SDXL pooled ones, just as the pipeline computes them for drawing."""
     if isinstance(pipe, StableDiffusionPipeline):
         hidden, _ = pipe.encode_prompt(list(captions), device, 1, do_classifier_free_guidance=False)
         return hidden, None
     hidden, _, pooled, _ = pipe.encode_prompt(list(captions), device=device, do_classifier_free_guidance=False)
     if pipe.config.force_zeros_for_empty_prompt:
-        said = torch.tensor([[caption != ""] for caption in captions], device=device)
-        hidden, pooled = hidden * said[..., None], pooled * said
+        is_given = torch.tensor([[caption != ""] for caption in captions], device=device)
+        hidden, pooled = hidden * is_given[..., None], pooled * is_given
     return hidden, pooled
 
 
@@ -74,7 +79,7 @@ def encode_captions(pipe: Pipeline, captions: Sequence[str], device: torch.devic
 def draw(
     pipe: Pipeline, prompts: list[str], seeds: Sequence[int], resolution: int, guidance: float | None
 ) -> list[Image.Image]:
-    """One picture per prompt and seed, the same whatever else is in the batch."""
+    """Draw one picture per prompt and seed. A picture does not depend on the others in the batch."""
     latents = pipe(
         prompts,
         height=resolution,
@@ -90,7 +95,7 @@ def draw(
 
 
 def ensure_class_pictures(args: Arguments, pipe: Pipeline, accelerator: Accelerator, resolution: int) -> list[Example]:
-    """The class pictures; what is missing is drawn by the untouched pipeline, shared out to all processes."""
+    """Return the class pictures. Missing ones are drawn with the base pipeline, distributed over all processes."""
     assert args.class_data_dir is not None
     folder = Path(args.class_data_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -101,7 +106,7 @@ def ensure_class_pictures(args: Arguments, pipe: Pipeline, accelerator: Accelera
 
     lacking = max(0, args.num_class_images - len(list_pictures(folder)))
     missing = list(itertools.islice((n for n in itertools.count() if not path_of(n).exists()), lacking))
-    accelerator.wait_for_everyone()  # nobody draws before everybody has looked at what is missing
+    accelerator.wait_for_everyone()  # no process may draw before all have found out what is missing
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     size = args.sample_batch_size
     batches = [mine[first : first + size] for first in range(0, len(mine), size)]
@@ -114,7 +119,7 @@ def ensure_class_pictures(args: Arguments, pipe: Pipeline, accelerator: Accelera
             image.save(path_of(number))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        # Also for pictures of an earlier run that was interrupted before it came here.
+        # This includes pictures of an earlier run that was interrupted before it wrote their captions.
         drawn = [number for number in range(args.num_class_images) if path_of(number).exists()]
         captions = {path_of(number).name: prompts[number % len(prompts)] for number in drawn}
         known = read_captions(folder)

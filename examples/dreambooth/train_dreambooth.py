@@ -1,9 +1,9 @@
-"""Train a LoRA on a few pictures of a subject or a style, for Stable Diffusion 1.x, 2.x and XL.
+"""Train an adapter on a few pictures of a subject or a style, for Stable Diffusion 1.x, 2.x and XL.
 
     python train_dreambooth.py --pretrained_model_name_or_path FOLDER_OR_HUB_ID \
         --instance_data_dir pictures/ --instance_prompt "a photo of sks dog" --output_dir sks-dog
 
-With `--resume_from_checkpoint latest` an interrupted run continues exactly where its last checkpoint was.
+With `--resume_from_checkpoint latest` an interrupted run continues exactly from its last checkpoint.
 Start the script with `accelerate launch` to use several devices.
 """
 
@@ -64,11 +64,11 @@ DIVERGED_ADVICE = "lower --learning_rate, or train with --mixed_precision bf16 o
 
 
 class Diverged(RuntimeError):
-    """The loss is no longer a number."""
+    """The loss is not finite."""
 
 
 def add_adapters(args: Arguments, pipe: Pipeline) -> dict[str, Adapter]:
-    """A LoRA on the UNet and, if asked for, on every text encoder, by component name."""
+    """Add an adapter to the UNet and, if asked for, to every text encoder; return them by component name."""
     layers: str | list[str] = list(UNET_LAYERS)
     text_layers: str | list[str] = list(TEXT_ENCODER_LAYERS)
     if args.lora_layers == "all":
@@ -89,19 +89,19 @@ def add_adapters(args: Arguments, pipe: Pipeline) -> dict[str, Adapter]:
         if args.instance_prompt:
             adapters[component].metadata["modelspec.trigger_phrase"] = args.instance_prompt
     if args.gradient_checkpointing:
-        pipe.unet.enable_gradient_checkpointing()  # next to its activations those of text encoders are few
+        pipe.unet.enable_gradient_checkpointing()  # activations of text encoders are small in comparison
     return adapters
 
 
 def adapter_config(
     args: Arguments, target_modules: str | list[str], generator: torch.Generator
 ) -> diffadapt.AdapterConfig:
-    """Settings of the adapter that `--adapter_type` and its options ask for."""
+    """Return the settings of the adapter for `--adapter_type` and its options."""
     common: dict[str, Any] = {"target_modules": target_modules, "dropout": args.lora_dropout, "generator": generator}
     if args.adapter_type in ("oft", "boft"):
-        kind = {"oft": diffadapt.OFTConfig, "boft": diffadapt.BOFTConfig}[args.adapter_type]
-        # On the outputs: that side has a file format that other tools read.
-        return kind(block_size=args.block_size, side="output", **common)
+        config_class = {"oft": diffadapt.OFTConfig, "boft": diffadapt.BOFTConfig}[args.adapter_type]
+        # Rotations of the outputs have a file format that other tools read.
+        return config_class(block_size=args.block_size, side="output", **common)
     common |= {"rank": args.rank, "alpha": args.lora_alpha}
     if args.adapter_type == "loha":
         return diffadapt.LoHaConfig(**common)
@@ -111,10 +111,10 @@ def adapter_config(
 
 
 class Objective(nn.Module):
-    """Latents and captions in, the loss out.
+    """A module that computes the loss from latents and captions.
 
-    It holds every model that trains, so that a step is one forward of one module, which is all that DDP and
-    gradient accumulation ask for, with or without text encoders.
+    It contains every model that is trained, so that a step is one forward of one module, as DDP and gradient
+    accumulation need it, with or without text encoders.
     """
 
     def __init__(self, args: Arguments, pipe: Pipeline, adapters: Mapping[str, Adapter], resolution: int) -> None:
@@ -126,11 +126,17 @@ class Objective(nn.Module):
         self.resolution = resolution
         self.schedule = DDPMScheduler.from_config(pipe.scheduler.config)
         self.predicts_velocity = self.schedule.config.prediction_type == "v_prediction"
-        # What SDXL is told about a picture: its original size, where it was cropped, the size to draw.
+        # The size conditions of SDXL: original size, top left corner of the crop, target size.
         self.time_ids = [resolution, resolution, 0, 0, resolution, resolution]
         self._encode_frozen = lru_cache(maxsize=1024)(self._encode_one)
 
     def forward(self, moments: Tensor, captions: Sequence[str]) -> Tensor:
+        """Return the loss, for random noise and timesteps.
+
+        Args:
+            moments: moments of the pictures' latent distributions, see `encode`.
+            captions: one caption per picture.
+        """
         latents = DiagonalGaussianDistribution(moments).sample() * self.pipe.vae.config.scaling_factor
         noise = torch.randn_like(latents)
         steps = self.schedule.config.num_train_timesteps
@@ -147,7 +153,7 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def encode(self, pictures: Tensor) -> Tensor:
-        """The moments (mean and log variance) of the pictures' latent distributions."""
+        """Return the moments (mean and log variance) of the pictures' latent distributions."""
         return self.pipe.vae.encode(pictures.to(self.pipe.vae.device)).latent_dist.parameters
 
     def _predict(self, noisy: Tensor, timesteps: Tensor, captions: Sequence[str]) -> Tensor:
@@ -169,14 +175,14 @@ class Objective(nn.Module):
         return encode_captions(self.pipe, [caption], device)
 
     def _snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
-        """Min-SNR weights (Hang et al., arXiv 2303.09556) for what the model predicts."""
+        """Return the Min-SNR weights (Hang et al., arXiv 2303.09556) for the kind of prediction the model makes."""
         alphas = self.schedule.alphas_cumprod.to(timesteps.device)[timesteps]
         snr = alphas / (1 - alphas)
         return snr.clamp(max=gamma) / (snr + 1) if self.predicts_velocity else (gamma / snr).clamp(max=1)
 
 
 def build_optimizer(args: Arguments, adapters: Mapping[str, Adapter]) -> torch.optim.Optimizer:
-    """AdamW, with a learning rate of their own for the text encoders."""
+    """Return an AdamW optimiser with separate learning rates for the UNet and the text encoders."""
     text_lr = args.learning_rate if args.text_encoder_lr is None else args.text_encoder_lr
     groups = [
         {"params": list(adapter.parameters()), "lr": args.learning_rate if component == "unet" else text_lr}
@@ -190,13 +196,13 @@ def build_optimizer(args: Arguments, adapters: Mapping[str, Adapter]) -> torch.o
 
 
 def save_adapters(args: Arguments, objective: Objective, folder: Path) -> None:
-    """Write the file that `pipe.load_adapter` reads."""
+    """Write the adapters to `folder`, as the file that `pipe.load_adapter` reads."""
     default = "diffusers" if args.adapter_type in ("lora", "dora") else "kohya"
     objective.pipe.adapters.save(ADAPTER, folder / WEIGHTS_FILE, format=args.save_format or default)
 
 
 def checkpoint_adapters_only(args: Arguments, accelerator: Accelerator, objective: Objective) -> None:
-    """Make accelerate's checkpoints hold the adapters in place of the base weights, which never change."""
+    """Make accelerate's checkpoints contain the adapters instead of the base weights, which never change."""
     adapters = nn.ModuleDict(objective.adapters)
 
     def save(models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
@@ -217,7 +223,7 @@ def checkpoint_adapters_only(args: Arguments, accelerator: Accelerator, objectiv
 
 
 def save_checkpoint(args: Arguments, accelerator: Accelerator, step: int) -> None:
-    """Everything needed to go on from here; "latest" never finds a half-written one."""
+    """Save everything needed to continue from `step`. An incomplete checkpoint is never found by "latest"."""
     folder = Path(args.output_dir)
     complete, partial = folder / f"checkpoint-{step}", folder / f"partial-checkpoint-{step}"
     accelerator.save_state(str(partial))
@@ -232,7 +238,7 @@ def save_checkpoint(args: Arguments, accelerator: Accelerator, step: int) -> Non
 
 
 def validate(args: Arguments, objective: Objective, step: int) -> None:
-    """Draw the validation prompt, with the same seeds every time, to be compared from step to step."""
+    """Draw the validation prompt with the same seeds every time, so that steps can be compared."""
     assert args.validation_prompt is not None
     seeds = [args.seed + number for number in range(args.num_validation_images)]
     objective.eval()
@@ -248,7 +254,7 @@ def validate(args: Arguments, objective: Objective, step: int) -> None:
 
 
 class Loop:
-    """Optimizer steps from a first one to the last, with what happens in between."""
+    """The training loop: optimizer steps, with checkpoints and validation pictures in between."""
 
     def __init__(self, args: Arguments, accelerator: Accelerator, objective: Objective, pictures: Pictures) -> None:
         self.args = args
@@ -256,7 +262,7 @@ class Loop:
         self.objective = objective
         self.pictures = pictures
         optimizer = build_optimizer(args, objective.adapters)
-        # accelerate advances a schedule once per process.
+        # accelerate advances a schedule by one step per process.
         processes = accelerator.num_processes
         schedule = get_scheduler(
             args.lr_scheduler,
@@ -320,13 +326,18 @@ class Loop:
 
 
 def train(args: Arguments) -> Path:
-    """Train as asked and return the path of the saved adapter."""
+    """Train and save an adapter; return the path of its file.
+
+    Raises:
+        UsageError: an option or a file has to be changed.
+        Diverged: the loss is not finite.
+    """
     check_arguments(args)
     groups = [read_folder(Path(args.instance_data_dir), args.instance_prompt)]
     checkpoint = find_checkpoint(args)
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
 
-    # Of SDXL's first text encoder the last layer has no part in the loss, and DDP has to know.
+    # The last layer of SDXL's first text encoder does not take part in the loss, which DDP has to know.
     ddp = DistributedDataParallelKwargs(find_unused_parameters=args.train_text_encoder)
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -367,6 +378,7 @@ def train(args: Arguments) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the command line and train; return the exit status."""
     parser = HfArgumentParser(Arguments, description=(__doc__ or "").splitlines()[0])
     (args,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     try:

@@ -1,5 +1,6 @@
-"""Styles of different types change places on a compiled pipeline: between runs, at every step of a run, and from row to
-row of one batch. Prints how often the UNet was compiled, and writes a grid of the pictures.
+"""Swap styles of different adapter types on a compiled pipeline: between runs, at every step of a run, and between the
+rows of one batch. Prints how often the UNet was compiled, and writes a grid of the pictures. The default backend of
+torch.compile is aot_eager, which compiles within seconds.
 
     python examples/hotswap/hotswap.py [--backend inductor] [--output hotswap.png]
 """
@@ -27,7 +28,7 @@ FILES = {
 
 
 def draw(pipe: StableDiffusionPipeline, **options: Any) -> np.ndarray[Any, Any]:
-    """The demo's prompts with fixed seeds."""
+    """Draw the prompts of the demo with fixed seeds; return pictures `(prompt, height, width, 3)` in 0..1."""
     generators = [torch.Generator().manual_seed(seed) for seed in range(len(PROMPTS))]
     result: Any = pipe(
         list(PROMPTS), generator=generators, num_inference_steps=20, guidance_scale=3.0, output_type="np", **options
@@ -36,15 +37,16 @@ def draw(pipe: StableDiffusionPipeline, **options: Any) -> np.ndarray[Any, Any]:
 
 
 def main() -> None:
-    """Draw everything."""
+    """Draw all rows, write the grid, and print how often the UNet was compiled."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backend", default="aot_eager", help="of torch.compile; aot_eager is ready within seconds")
-    parser.add_argument("--output", default="hotswap.png")
+    parser.add_argument("--backend", default="aot_eager", help="backend of torch.compile (default: %(default)s)")
+    parser.add_argument("--output", default="hotswap.png", help="PNG file to write (default: %(default)s)")
     options = parser.parse_args()
     pipe = StableDiffusionPipeline.from_pretrained(TINY, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
 
-    # Room for any two of the files at once, and for another mix in every row of a batch: only headers are read here.
+    # Reserve slots for any two of the files at once, and for a mix of its own in every row of a batch. Only the headers
+    # of the files are read here.
     print(pipe.adapters.prepare_hotswap(list(FILES.values()), slots=2, samples=len(PROMPTS)))
     counter = CompileCounterWithBackend(options.backend)
     pipe.unet.compile(backend=counter, fullgraph=True)
@@ -58,7 +60,7 @@ def main() -> None:
         print(pipe.adapters.hotswap("style", FILES[other]), end="\n\n")
         rows.append(Row(other, draw(pipe)))
 
-    # At every step: what is swapped has been read and checked before.
+    # Swap at every step. The adapters are read and checked before the run.
     ready = [pipe.adapters.prefetch(FILES[name]) for name in ("pixel OFT", "ink")]
 
     def swap(pipe: StableDiffusionPipeline, step: int, timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:

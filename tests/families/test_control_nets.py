@@ -1,4 +1,4 @@
-"""Control-LoRAs on ControlNets, and the LoRA that an IP-Adapter FaceID has in its file."""
+"""Control-LoRAs on ControlNets, and the LoRA in the file of an IP-Adapter FaceID."""
 
 import copy
 from pathlib import Path
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import diffadapt
 from diffadapt import AdapterError
-from tests.support import files, models
+from tests.support import files, loras, models
 from tests.support.compare import assert_differs, assert_same, assert_unchanged, snapshot
 
 Tensors = dict[str, Tensor]
@@ -22,7 +22,7 @@ OWN = {
     "controlnet_cond_embedding.conv_out": "input_hint_block.14",
     **{f"controlnet_down_blocks.{n}": f"zero_convs.{n}.0" for n in range(12)},
 }
-"""Names that Stability AI's files and the original ControlNets have for what a UNet has not."""
+"""Path -> name in Stability AI's files and in the original ControlNets, for the layers that a UNet does not have."""
 
 
 def controlnet() -> ControlNetModel:
@@ -31,15 +31,15 @@ def controlnet() -> ControlNetModel:
 
 
 def control_lora(base: ControlNetModel) -> tuple[Tensors, ControlNetModel]:
-    """A Control-LoRA, and the ControlNet that it stands for."""
+    """Return a Control-LoRA, and the ControlNet that it represents."""
     generator = torch.Generator().manual_seed(4)
 
     def random(like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=generator) * 0.3
 
-    meant = copy.deepcopy(base)
+    expected = copy.deepcopy(base)
     tensors: Tensors = {"lora_controlnet": torch.zeros(())}
-    for path, layer in meant.named_modules():
+    for path, layer in expected.named_modules():
         weight, bias = (getattr(layer, name, None) for name in ("weight", "bias"))
         if weight is None:
             continue
@@ -53,7 +53,7 @@ def control_lora(base: ControlNetModel) -> tuple[Tensors, ControlNetModel]:
             tensors[f"{stem}.weight"] = weight.data = random(weight)
         if bias is not None:
             tensors[f"{stem}.bias"] = bias.data = random(bias)
-    return tensors, meant
+    return tensors, expected
 
 
 def run(model: ControlNetModel) -> Tensor:
@@ -69,28 +69,28 @@ def run(model: ControlNetModel) -> Tensor:
     return torch.cat([sample.flatten() for sample in (*down, middle)])
 
 
-def test_control_lora_makes_the_control_net_that_it_stands_for() -> None:
+def test_a_control_lora_becomes_the_control_net_that_it_represents() -> None:
     model = controlnet()
     before, base = snapshot(model), run(model)
-    tensors, meant = control_lora(model)
+    tensors, expected = control_lora(model)
     report = diffadapt.load_adapter(model, tensors, "canny")
     assert (report.format, report.family) == ("control-lora", "controlnet")
     assert [key for key, _ in report.unused] == ["lora_controlnet"]
     assert report.used == len(tensors) - 1
-    assert_same(run(model), run(meant))
+    assert_same(run(model), run(expected))
     assert_differs(run(model), base)
     adapters = diffadapt.adapters(model)
     adapters.merge()
-    assert_same(run(model), run(meant))
-    merged = dict(meant.named_parameters())
+    assert_same(run(model), run(expected))
+    merged = dict(expected.named_parameters())
     assert all(torch.allclose(p, merged[name], atol=1e-6) for name, p in model.named_parameters() if name in merged)
     adapters.clear()
     assert_unchanged(model, before)
 
 
 @pytest.mark.filterwarnings("ignore:While injecting the PEFT adapters:RuntimeWarning")
-def test_diffusers_makes_the_same_of_a_control_lora() -> None:
-    """But for the new biases of low-rank layers, which diffusers 0.42.1 leaves out."""
+def test_a_control_lora_is_the_same_in_diffusers() -> None:
+    """The new biases of low-rank layers are excluded, since diffusers 0.42.1 ignores them."""
     model = controlnet().double()
     tensors, _ = control_lora(model)
     for path, layer in model.named_modules():
@@ -102,33 +102,33 @@ def test_diffusers_makes_the_same_of_a_control_lora() -> None:
     assert_same(run(model), run(theirs.double()))
 
 
-def test_control_lora_in_a_pipeline_saved_and_loaded_again(tmp_path: Path) -> None:
+def test_a_control_lora_in_a_pipeline_is_saved_and_loaded_again(tmp_path: Path) -> None:
     parts = {**models.sd15_full().components, "controlnet": controlnet()}
     pipe = StableDiffusionControlNetPipeline(**parts, requires_safety_checker=False)
-    tensors, meant = control_lora(pipe.controlnet)
+    tensors, expected = control_lora(pipe.controlnet)
     report = pipe.load_adapter(tensors, "canny")
     assert list(report.components) == ["controlnet"]
-    assert_same(run(pipe.controlnet), run(meant))
+    assert_same(run(pipe.controlnet), run(expected))
     assert diffadapt.inspect(tensors).components == report.components
     file = pipe.adapters.save("canny", tmp_path / "canny.safetensors", "kohya")
     pipe.adapters.remove("canny")
     assert diffadapt.load_adapter(pipe.controlnet, file).unused == []
-    assert_same(run(pipe.controlnet), run(meant))
+    assert_same(run(pipe.controlnet), run(expected))
 
 
-def test_control_lora_without_a_control_net_says_what_to_do() -> None:
+def test_a_control_lora_without_a_control_net_is_refused_with_a_hint() -> None:
     pipe = models.sd15_full()
     tensors, _ = control_lora(controlnet())
     with pytest.raises(AdapterError, match=r"Control-LoRA.*from_unet\(pipe\.unet\)"):
         pipe.load_adapter(tensors)
 
 
-def test_whole_control_net_is_refused_by_name() -> None:
+def test_a_whole_control_net_is_refused_by_name() -> None:
     with pytest.raises(AdapterError, match=r"whole ControlNet.*from_single_file"):
         diffadapt.load_adapter(controlnet(), {"input_hint_block.0.weight": torch.zeros(16, 3, 3, 3)})
 
 
-def test_new_bias_needs_the_models_own() -> None:
+def test_a_new_bias_has_to_fit_an_unmerged_bias_of_the_model() -> None:
     model = controlnet()
     tensors, _ = control_lora(model)
     refused = {
@@ -149,16 +149,19 @@ def test_new_bias_needs_the_models_own() -> None:
 # IP-Adapter FaceID
 
 
-def faceid(pipe: DiffusionPipeline) -> tuple[dict[str, Tensors], dict[str, dict[str, files.Factors]]]:
-    """As published, a dict of two, and the LoRA in it by path; layers count as in diffusers' `attn_processors`."""
+def faceid(pipe: DiffusionPipeline) -> tuple[dict[str, Tensors], dict[str, dict[str, loras.Factors]]]:
+    """Return a file as published, a dictionary of two, and the LoRA in it by path.
+
+    Layers are numbered in the order of diffusers' `attn_processors`.
+    """
     adapter: Tensors = {}
-    layers: dict[str, files.Layer] = {}
+    layers: dict[str, loras.Layer] = {}
     for number, name in enumerate(pipe.unet.attn_processors):
         owner = name.removesuffix(".processor")
         for part in ("to_q", "to_k", "to_v", "to_out.0"):
             layers[f"{owner}.{part}"] = pipe.unet.get_submodule(f"{owner}.{part}")
         adapter[f"{number}.to_k_ip.weight"] = torch.zeros(8, 4)
-    factors = files.factors_for(layers)
+    factors = loras.factors_for(layers)
     for number, name in enumerate(pipe.unet.attn_processors):
         for part in ("to_q", "to_k", "to_v", "to_out.0"):
             own = factors[f"{name.removesuffix('.processor')}.{part}"]
@@ -168,7 +171,7 @@ def faceid(pipe: DiffusionPipeline) -> tuple[dict[str, Tensors], dict[str, dict[
 
 
 @pytest.mark.parametrize("source", ["state dict", "pickle", "flat names"])
-def test_lora_in_the_file_of_an_ip_adapter(source: str, tmp_path: Path) -> None:
+def test_the_lora_in_the_file_of_an_ip_adapter_is_loaded(source: str, tmp_path: Path) -> None:
     pipe = models.sd15()
     base = models.draw(pipe)
     content, parts = faceid(pipe)
@@ -181,11 +184,11 @@ def test_lora_in_the_file_of_an_ip_adapter(source: str, tmp_path: Path) -> None:
     assert (report.format, report.types) == ("ip-adapter-faceid", {"lora": len(parts["unet"])})
     assert report.used == 2 * len(parts["unet"])
     assert all("load_ip_adapter" in reason for _, reason in report.unused)
-    assert_same(models.draw(pipe), models.draw(files.bake(models.sd15(), parts)))
+    assert_same(models.draw(pipe), models.draw(loras.bake(models.sd15(), parts)))
     assert_differs(models.draw(pipe), base)
 
 
-def test_layers_count_as_diffusers_counts_them() -> None:
+def test_the_layers_of_an_ip_adapter_are_numbered_as_in_diffusers() -> None:
     pipe = models.sd15()
     content, parts = faceid(pipe)
     theirs = pipe.unet._load_ip_adapter_loras([content])[0]
@@ -197,13 +200,13 @@ def test_layers_count_as_diffusers_counts_them() -> None:
     assert paths == {f"unet.{path}.down.weight" for path in parts["unet"]}
 
 
-def test_file_for_a_larger_unet() -> None:
+def test_an_ip_adapter_for_a_larger_unet_is_refused() -> None:
     content, _ = faceid(models.sd15_full())
     with pytest.raises(AdapterError, match=r"attention layer \d+, and unet has \d+, counted from 0"):
         models.sd15().load_adapter(content)
 
 
-def test_ip_adapter_without_a_lora_is_refused_by_name() -> None:
+def test_an_ip_adapter_without_a_lora_is_refused_by_name() -> None:
     content, _ = faceid(models.sd15())
     plain = {key: tensor for key, tensor in content["ip_adapter"].items() if "_ip" in key}
     with pytest.raises(AdapterError, match="this is an IP-Adapter"):

@@ -1,4 +1,4 @@
-"""The families' tables against diffusers' own models at their real widths, and what files are taken for."""
+"""The tables of the model families against diffusers' own models at their real widths, and the recognition of files."""
 
 import json
 import re
@@ -21,6 +21,7 @@ from diffadapt.families.family import Aliases, Layout
 from diffadapt.families.recognise import pattern
 from diffadapt.runtime.targets import Targets
 from diffadapt.types.layer_spec import LayerSpec
+from tests.support.cases import for_each
 from tests.support.effort import assert_linear, effort
 
 Shapes = dict[str, tuple[int, ...]]
@@ -36,7 +37,7 @@ _SDXL_BLOCKS: dict[str, Any] = {
 }
 _TWO: dict[str, Any] = {"num_layers": 2}
 _TWO_OF_BOTH: dict[str, Any] = {"num_layers": 2, "num_single_layers": 2}
-# What other options of a published model there are is chosen so that as many layers as possible are there.
+# Published models with few blocks. Their other options are chosen so to have as many kinds of layers as possible.
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "sd": ("sd", "UNet2DConditionModel", {"cross_attention_dim": 768, "layers_per_block": 1}),
     "sd2": ("sd2", "UNet2DConditionModel", {"cross_attention_dim": 1024, "layers_per_block": 1}),
@@ -126,7 +127,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         },
     ),
 }
-# Layers that are called as in diffusers, in families in which the others are not.
+# Layers whose original names are those of diffusers, in families in which the names of other layers differ.
 SAME = {
     "chroma": "distilled_guidance_layer",
     "sd3": "context_embedder",
@@ -139,7 +140,7 @@ SAME = {
     "cascade": r"\w+\.\d+\.\d+\.(depthwise|channelwise|mapper|kv_mapper)|embedding|clip_|clf|\w+scalers",
     "qwen21": "",
 }
-# Which families' files may be taken for another's: they have the same names, and less of them than usual.
+# Families whose files may be taken for those of another family if they cover few layers, since the names are the same.
 KIN = {
     "flux": {"qwen"},
     "chroma": {"flux", "qwen"},
@@ -175,7 +176,7 @@ def layout(name: str) -> Layout:
 
 @cache
 def layers(name: str) -> dict[str, LayerSpec]:
-    """Everything that can carry an adapter."""
+    """Return the layers that can carry an adapter."""
     specs = ((path, LayerSpec.of(module)) for path, module in targets(name).modules.items())
     return {path: spec for path, spec in specs if spec is not None}
 
@@ -190,11 +191,11 @@ every_model = pytest.mark.parametrize("name", MODELS)
 
 
 @every_model
-def test_models_are_of_their_family(name: str) -> None:
+def test_the_family_of_a_model_is_recognised(name: str) -> None:
     assert families.of_models({"transformer": model(name)}) == MODELS[name][0]
 
 
-def test_other_models_go_by_their_class() -> None:
+def test_the_family_of_an_unknown_model_is_named_after_its_class() -> None:
     class SomeNewTransformer2DModel(nn.Module): ...
 
     assert families.of_models({"vae": nn.Linear(1, 1), "transformer": SomeNewTransformer2DModel()}) == "somenew"
@@ -202,29 +203,29 @@ def test_other_models_go_by_their_class() -> None:
 
 
 @every_model
-def test_names_are_of_layers_that_the_model_has_and_of_no_others(name: str) -> None:
-    """Pieces exist; no name is the model's own; no layer is written under two names."""
+def test_original_names_lead_to_layers_of_the_model_and_are_not_its_own(name: str) -> None:
+    """All parts exist, no original name is a name of the model itself, and no layer is written under two names."""
     modules, found = targets(name).modules, aliases(name)
-    for original, pieces in found.items():
-        assert pieces
-        assert all(has_weights(modules[piece.path]) for piece in pieces), original
+    for original, parts in found.items():
+        assert parts
+        assert all(has_weights(modules[part.path]) for part in parts), original
         assert original not in modules or not has_weights(modules[original]), original
         assert original.replace(".", "_") not in targets(name).flattened or original in modules, original
-    written = [piece.path for parts in layout(name).values() for piece, _ in parts]
+    written = [part.path for parts in layout(name).values() for part, _ in parts]
     assert len(written) == len(set(written))
 
 
 @every_model
-def test_flattened_names_are_as_good_as_dotted_ones(name: str) -> None:
+def test_flattened_original_names_are_unambiguous(name: str) -> None:
     flat: dict[str, object] = {}
-    for original, pieces in aliases(name).items():
-        assert flat.setdefault(original.replace(".", "_"), pieces) == pieces, original
+    for original, parts in aliases(name).items():
+        assert flat.setdefault(original.replace(".", "_"), parts) == parts, original
 
 
 @every_model
-def test_every_layer_has_a_name_in_the_original_layout(name: str) -> None:
+def test_every_layer_has_an_original_name(name: str) -> None:
     family = MODELS[name][0]
-    known = {piece.path for pieces in aliases(name).values() for piece in pieces}
+    known = {part.path for parts in aliases(name).values() for part in parts}
     rest = set(layers(name)) - known
     if not known:
         assert family in {"qwen", "cogview4", "hidream"}
@@ -234,21 +235,21 @@ def test_every_layer_has_a_name_in_the_original_layout(name: str) -> None:
 
 
 @every_model
-def test_fused_layers_have_the_outputs_of_their_pieces_and_one_input(name: str) -> None:
+def test_the_parts_of_a_fused_layer_have_the_same_inputs_and_consistent_outputs(name: str) -> None:
     specs = layers(name)
-    for original, pieces in aliases(name).items():
-        if len(pieces) > 1:
-            assert len({specs[piece.path].in_features for piece in pieces}) == 1, original
+    for original, parts in aliases(name).items():
+        if len(parts) > 1:
+            assert len({specs[part.path].in_features for part in parts}) == 1, original
         if re.search(r"qkv$", original) and name != "lumina2":
-            assert len({specs[piece.path].out_features for piece in pieces}) == 1, original
-        if any(piece.swapped for piece in pieces):
-            assert len(pieces) == 1
-            assert specs[pieces[0].path].out_features % 2 == 0
+            assert len({specs[part.path].out_features for part in parts}) == 1, original
+        if any(part.swapped for part in parts):
+            assert len(parts) == 1
+            assert specs[parts[0].path].out_features % 2 == 0
 
 
-def test_sizes_of_fused_layers_are_those_of_the_original_models() -> None:
+def test_the_sizes_of_fused_layers_are_those_of_the_original_models() -> None:
     def outputs(name: str, original: str) -> int:
-        return sum(layers(name)[piece.path].out_features for piece in aliases(name)[original])
+        return sum(layers(name)[part.path].out_features for part in aliases(name)[original])
 
     assert outputs("flux", "double_blocks.1.txt_attn.qkv") == 3 * 3072
     assert outputs("flux", "single_blocks.0.linear1") == 7 * 3072
@@ -275,9 +276,9 @@ SWAPPED = {
 
 
 @every_model
-def test_layers_with_halves_the_other_way_round(name: str) -> None:
+def test_exactly_the_modulations_before_the_output_have_swapped_halves(name: str) -> None:
     found = aliases(name)
-    assert {original for original, pieces in found.items() if pieces[0].swapped} == SWAPPED.get(name, set())
+    assert {original for original, parts in found.items() if parts[0].swapped} == SWAPPED.get(name, set())
     for original in SWAPPED.get(name, ()):
         norm = targets(name).modules[found[original][0].path.rpartition(".")[0]]
         assert type(norm).__name__ in {"AdaLayerNormContinuous", "AuraFlowPreFinalBlock"}
@@ -311,14 +312,14 @@ def test_layers_with_halves_the_other_way_round(name: str) -> None:
     ],
 )  # fmt: skip
 def test_names_that_are_easily_wrong(name: str, original: str, ours: list[str]) -> None:
-    assert [piece.path for piece in aliases(name)[original]] == ours
+    assert [part.path for part in aliases(name)[original]] == ours
 
 
 @every_model
-def test_layers_are_written_under_names_that_are_read(name: str) -> None:
+def test_the_names_that_are_written_are_also_read(name: str) -> None:
     read = aliases(name)
     for original, parts in layout(name).items():
-        assert read[original] == tuple(piece for piece, _ in parts)
+        assert read[original] == tuple(part for part, _ in parts)
 
 
 CONVERTERS = {
@@ -340,7 +341,7 @@ CONVERTERS = {
     "zimage": "convert_z_image_transformer_checkpoint_to_diffusers",
     "krea2": "convert_krea2_transformer_checkpoint_to_diffusers",
 }
-# What converters take for granted besides layers.
+# Parameters besides those of layers that the converters expect.
 PARAMETERS = {
     "sd3": ["pos_embed"],
     "auraflow": ["register_tokens", "positional_encoding"],
@@ -354,8 +355,8 @@ SCALES = {"flux": "norm", "chroma": "norm", "flux2": "norm", "krea2": "norm|txtm
 
 
 @pytest.mark.parametrize("name", CONVERTERS)
-def test_names_and_rows_are_what_diffusers_makes_of_an_original_checkpoint(name: str) -> None:
-    """Every row is its own number; the checkpoint put together by our names comes apart into the model's layers."""
+def test_names_and_rows_agree_with_the_converters_of_diffusers(name: str) -> None:
+    """Every row holds its own number. A checkpoint under our original names is converted into the model's layers."""
     convert = getattr(single_file_utils, CONVERTERS[name], None)
     if convert is None:
         pytest.skip("the installed diffusers cannot read this family's checkpoints")
@@ -368,29 +369,29 @@ def test_names_and_rows_are_what_diffusers_makes_of_an_original_checkpoint(name:
     checkpoint = {parameter: torch.zeros(1) for parameter in PARAMETERS.get(family, ())}
     originals = {original: aliases(name)[original] for original in layout(name) or aliases(name)}
     renamed: set[str] = set()
-    for original, pieces in originals.items():
+    for original, parts in originals.items():
         for parameter in ("weight", "bias"):
-            keys = [f"{piece.path}.{parameter}" for piece in pieces]
+            keys = [f"{part.path}.{parameter}" for part in parts]
             if all(key in expected for key in keys):
                 renamed.update(keys)
-                parts = [
-                    torch.cat(expected[key].chunk(2)[::-1]) if piece.swapped else expected[key]
-                    for key, piece in zip(keys, pieces, strict=True)
+                values = [
+                    torch.cat(expected[key].chunk(2)[::-1]) if part.swapped else expected[key]
+                    for key, part in zip(keys, parts, strict=True)
                 ]
                 last = "scale" if re.search(SCALES.get(family, "$^"), original) else parameter
-                checkpoint[f"{original}.{last}"] = torch.cat(parts)
+                checkpoint[f"{original}.{last}"] = torch.cat(values)
     for key in set(expected) - renamed:
         checkpoint[key.replace("weight", "scale") if ".norms." in key else key] = expected[key]
     found = convert(checkpoint)
     for key, value in expected.items():
-        if "prompt_adaln" not in key:  # Only diffusers' converter of LoRA files knows these.
+        if "prompt_adaln" not in key:  # Only diffusers' converter for LoRA files knows these.
             assert torch.equal(found[key], value), key
 
 
 # Files
 
 
-FILES = sorted((Path(__file__).parents[1] / "fixtures" / "families").glob("*.json"))
+FILES = {file.stem: file for file in (Path(__file__).parents[1] / "fixtures" / "families").glob("*.json")}
 
 
 def listed(file: Path) -> tuple[str | None, Shapes]:
@@ -398,9 +399,9 @@ def listed(file: Path) -> tuple[str | None, Shapes]:
     return content["family"], {key: tuple(shape or ()) for key, shape in content["keys"].items()}
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_real_files_are_recognised(file: Path) -> None:
-    family, shapes = listed(file)
+@pytest.mark.parametrize("file", sorted(FILES))
+def test_the_family_of_a_real_file_is_recognised(file: str) -> None:
+    family, shapes = listed(FILES[file])
     assert families.of_file(shapes.items()) == family
 
 
@@ -422,7 +423,7 @@ TENSOR = re.compile(
 
 @cache
 def published(family: str) -> set[str]:
-    """Every name of a layer of a published model, own or original, dotted or flattened."""
+    """Return the names of all layers of a published model: its own and the original ones, dotted and flattened."""
     kind, options = PUBLISHED[family]
     with torch.device("meta"):
         known = Targets(getattr(diffusers, kind)(**options))
@@ -434,9 +435,9 @@ def layers_of(known: Targets) -> Iterator[str]:
     return (path for path, module in known.modules.items() if has_weights(module))
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_layers_of_real_files_are_found(file: Path) -> None:
-    family, shapes = listed(file)
+@pytest.mark.parametrize("file", sorted(FILES))
+def test_the_layers_of_a_real_file_are_found(file: str) -> None:
+    family, shapes = listed(FILES[file])
     looked_at = 0
     for key in shapes:
         if key.startswith(("lora_te", "text_encoder")) or ".processor." in key or ":" in key:
@@ -444,11 +445,11 @@ def test_layers_of_real_files_are_found(file: Path) -> None:
         name = TENSOR.sub("", PREFIX.sub("", key, count=1))
         looked_at += 1
         assert name in published(family or "sd"), key
-    assert looked_at or re.search("xlabs|qwerty|analog", file.stem)
+    assert looked_at or re.search("xlabs|qwerty|analog", file)
 
 
 def lora(sizes: dict[str, tuple[int, int]], prefix: str, *, flat: bool) -> Shapes:
-    """A LoRA file for layers of these outputs and inputs."""
+    """Return the shapes of a LoRA file for layers with these numbers of outputs and inputs."""
     found: Shapes = {}
     for path, (outputs, inputs) in sizes.items():
         name = path.replace(".", "_") if flat else path
@@ -463,14 +464,14 @@ def own(name: str) -> dict[str, tuple[int, int]]:
 
 
 def in_original(name: str) -> dict[str, tuple[int, int]]:
-    """All its layers as files in the original layout have them."""
+    """Return the sizes of all layers in the original layout."""
     sizes = own(name)
     found: dict[str, tuple[int, int]] = {}
-    for original, pieces in layout(name).items():
-        if all(piece.path in sizes for piece, _ in pieces):
-            found[original] = sum(size for _, size in pieces), sizes[pieces[0][0].path][1]
-            for piece, _ in pieces:
-                del sizes[piece.path]
+    for original, parts in layout(name).items():
+        if all(part.path in sizes for part, _ in parts):
+            found[original] = sum(size for _, size in parts), sizes[parts[0][0].path][1]
+            for part, _ in parts:
+                del sizes[part.path]
     return {**found, **sizes}
 
 
@@ -483,25 +484,25 @@ DIALECTS: dict[str, Callable[[str], Shapes]] = {
 DENOISERS = [name for name in MODELS if "connectors" not in name and "conditioner" not in name]
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize("name", DENOISERS)
+@for_each(dialect=DIALECTS)
 def test_a_file_for_all_layers_is_recognised(name: str, dialect: str) -> None:
     family = MODELS[name][0]
     assert families.of_file(DIALECTS[dialect](name).items()) == family
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize("name", DENOISERS)
-def test_a_file_for_some_layers_is_never_taken_for_another_family_s(name: str, dialect: str) -> None:
-    """Every kind of layer alone: recognised, or not at all."""
+@for_each(dialect=DIALECTS)
+def test_a_file_for_few_layers_is_never_taken_for_one_of_another_family(name: str, dialect: str) -> None:
+    """A file for one of the layers that repeat in all blocks: its family is recognised, or none."""
     family = MODELS[name][0]
-    kinds: dict[str, Shapes] = {}
+    repeated: dict[str, Shapes] = {}
     for key, shape in DIALECTS[dialect](name).items():
         layer = re.sub(r"\.lora_(A|B|down|up)\.weight$", "", key)
-        kinds.setdefault(re.sub(r"(?<=[._])\d+(?=[._])", "", layer), {})[key] = shape
+        repeated.setdefault(re.sub(r"(?<=[._])\d+(?=[._])", "", layer), {})[key] = shape
     wrong = {
         (found, next(iter(shapes)))
-        for shapes in kinds.values()
+        for shapes in repeated.values()
         if (found := families.of_file(shapes.items())) not in {None, family, *KIN.get(family, ())}
     }
     assert wrong == set()
@@ -511,8 +512,8 @@ ATTENTION = re.compile(r"attn|attention|linear[12]$|\.w[12][qkvo]$")
 
 
 @pytest.mark.parametrize("name", DENOISERS)
-def test_a_file_for_attention_alone_is_recognised_where_it_can_be(name: str) -> None:
-    """Published models have more blocks than the ones here, which is what tells some of them apart."""
+def test_a_file_for_attention_alone_is_recognised_where_possible(name: str) -> None:
+    """Some families differ only in the number of blocks, and the models here have few."""
     family = MODELS[name][0]
     unclear = {"pixart", "ltx", "sana", "qwen21", *KIN} - {"flux"}
     for dialect, make in DIALECTS.items():
@@ -521,7 +522,7 @@ def test_a_file_for_attention_alone_is_recognised_where_it_can_be(name: str) -> 
         assert families.of_file(shapes.items()) in possible, dialect
 
 
-def test_block_numbers_tell_hunyuan_video_from_flux() -> None:
+def test_block_numbers_distinguish_hunyuan_video_from_flux() -> None:
     def attention(double: int, single: int) -> Shapes:
         sizes = {f"double_blocks.{double}.img_attn.qkv": (9216, 3072), f"single_blocks.{single}.linear1": (21504, 3072)}
         return lora(sizes, "lora_unet_", flat=True)
@@ -530,13 +531,13 @@ def test_block_numbers_tell_hunyuan_video_from_flux() -> None:
     assert families.of_file(attention(19, 39).items()) == "hunyuan-video"
 
 
-# Stable Diffusion: the width of what cross-attention reads
+# Stable Diffusion: the width of the text that cross-attention reads
 
 WIDTHS = {"sd": 768, "sd2": 1024, "sdxl": 2048}
 
 
-def of_type(kind: str, inputs: int, outputs: int = 320) -> Shapes:
-    """Tensors of an adapter of a type, for a linear layer."""
+def of_type(name: str, inputs: int, outputs: int = 320) -> Shapes:
+    """Return the shapes of the tensors of one adapter type for a linear layer."""
     return {
         "lora": {"lora_down.weight": (4, inputs), "lora_up.weight": (outputs, 4)},
         "peft": {"lora_A.default.weight": (4, inputs), "lora_B.default.weight": (outputs, 4)},
@@ -552,7 +553,7 @@ def of_type(kind: str, inputs: int, outputs: int = 320) -> Shapes:
         "oft of peft": {"oft_R.weight": (inputs // 32, 32 * 31 // 2)},
         "full": {"diff": (outputs, inputs)},
         "glora": {"a1.weight": (inputs, 4), "a2.weight": (4, inputs), "b1.weight": (outputs, 4)},
-    }[kind]  # fmt: skip
+    }[name]  # fmt: skip
 
 
 TYPES = ["lora", "peft", "loha", "lokr", "small lokr", "smallest lokr", "oft of peft", "full", "glora"]
@@ -565,17 +566,19 @@ UNET_NAMES = {
 }
 
 
-@pytest.mark.parametrize("kind", TYPES)
-@pytest.mark.parametrize("spelling", UNET_NAMES)
 @pytest.mark.parametrize("family", WIDTHS)
-def test_stable_diffusion_is_told_by_the_width_of_its_text(family: str, spelling: str, kind: str) -> None:
+@for_each(spelling=UNET_NAMES, adapter_type=TYPES)
+def test_the_width_of_the_text_tells_which_stable_diffusion_it_is(
+    family: str, spelling: str, adapter_type: str
+) -> None:
     path = UNET_NAMES[spelling]
-    shapes = {f"{path}.{tensor}": shape for tensor, shape in of_type(kind, WIDTHS[family]).items()}
-    shapes |= {f"{path.replace('attn2', 'attn1')}.{tensor}": shape for tensor, shape in of_type(kind, 1280).items()}
+    shapes = {f"{path}.{tensor}": shape for tensor, shape in of_type(adapter_type, WIDTHS[family]).items()}
+    attention = path.replace("attn2", "attn1")
+    shapes |= {f"{attention}.{tensor}": shape for tensor, shape in of_type(adapter_type, 1280).items()}
     assert families.of_file(shapes.items()) == family
 
 
-def test_stable_diffusion_without_cross_attention_is_told_by_names_or_not_at_all() -> None:
+def test_stable_diffusion_without_cross_attention_is_recognised_by_names_or_not_at_all() -> None:
     def of(*keys: str, shape: tuple[int, ...] = (4, 320)) -> str | None:
         return families.of_file((key, shape) for key in keys)
 
@@ -590,9 +593,8 @@ def test_stable_diffusion_without_cross_attention_is_told_by_names_or_not_at_all
     assert families.of_file([("unet:0:down", (4, 320)), ("unet:7:down", (4, 1024))]) == "sd2"
 
 
-@pytest.mark.parametrize(
-    "key",
-    [
+@for_each(
+    key=[
         "lora_te1_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight",
         "text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_A.weight",
         "lora_te3_encoder_block_0_layer_0_SelfAttention_q.lora_down.weight",
@@ -603,7 +605,7 @@ def test_stable_diffusion_without_cross_attention_is_told_by_names_or_not_at_all
         "\n",
     ],
 )
-def test_text_encoders_do_not_tell(key: str) -> None:
+def test_a_file_for_text_encoders_alone_has_no_family(key: str) -> None:
     assert families.of_file([(key, (4, 768))]) is None
 
 
@@ -625,7 +627,7 @@ HOSTILE: dict[str, Callable[[int], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_names_do_no_harm(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hostile_names_are_recognised_in_linear_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def recognise(size: int, *shape: int) -> None:
         families.of_file((key, shape) for key in HOSTILE[name](size))
 
@@ -635,7 +637,9 @@ def test_hostile_names_do_no_harm(name: str, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("expression", [r"\w*!", r"(\w+)+!", r"[a-z]+\.+attn"])
-def test_an_expression_that_takes_long_would_be_seen(expression: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_expression_with_more_than_linear_effort_is_detected(
+    expression: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(families, "_SIGNS", [("slow", pattern(expression))])
     with pytest.raises(AssertionError, match=r"more than linear|forever"):
         assert_linear(lambda size: families.of_file([("a" * size, (4, 3072))]), 50, monkeypatch)
@@ -649,12 +653,12 @@ def test_a_large_file_is_recognised_by_few_of_its_keys(monkeypatch: pytest.Monke
     steps = effort(lambda: families.of_file(shapes.items()), monkeypatch)
     assert steps.pop("calls") < 10 * len(shapes)
     assert len(steps) > 4
-    # Together as much as one expression that looks at every letter.
+    # All expressions together take no more steps than one that looks at every letter.
     assert steps.total() < sum(map(len, shapes))
 
 
-def test_registry() -> None:
-    """Names are short and stable, since they are what refusals say; every class belongs to one family."""
+def test_family_names_are_stable_and_every_class_belongs_to_one_family() -> None:
+    """The names of the families are part of error messages."""
     assert {family.name for family in FAMILIES} == {
         "sd", "sd2", "sdxl", "sd3", "flux", "flux2", "chroma", "qwen", "qwen21", "zimage", "krea2", "lumina2", "sana",
         "pixart", "auraflow", "hunyuan-video", "hunyuan-video15", "hunyuan-image", "wan", "ltx", "ltx2", "cogview4",

@@ -1,4 +1,4 @@
-"""Files made to do harm: each is refused with what is wrong, soon, without much memory, and nothing is changed."""
+"""Malicious files: each is refused with the reason, quickly, in little memory, and nothing is changed."""
 
 import io
 import json
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 import diffadapt
 from diffadapt import AdapterError
-from tests.support import files, models
+from tests.support import files, loras, models, spellings
+from tests.support.cases import for_each
 from tests.support.compare import assert_unchanged, snapshot
 
 DOWN, UP = "block.linear.lora_A.weight", "block.linear.lora_B.weight"
@@ -39,13 +40,13 @@ def entry(shape: tuple[int, ...], start: int, end: int, dtype: str = "F32") -> d
 
 
 def raw(header: Mapping[str, Any] | str, size: int = 160, length: int | None = None) -> bytes:
-    """A safetensors file with this header, so many zeros, and another length of the header than it has."""
+    """Return a safetensors file with this header, `size` zeros, and `length` as the stated length of the header."""
     text = (header if isinstance(header, str) else json.dumps(header)).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text + bytes(size)
 
 
 def assert_refused(source: Any, match: str, tmp_path: Path, model: nn.Module | None = None) -> AdapterError:
-    """By loading and by converting, which attach and write nothing; and the message is one that a person can read."""
+    """Assert that loading and converting refuse a source with a short message, and attach and write nothing."""
     model = net() if model is None else model
     before = snapshot(model)
     with pytest.raises(AdapterError, match=match) as caught:
@@ -59,7 +60,7 @@ def assert_refused(source: Any, match: str, tmp_path: Path, model: nn.Module | N
     return caught.value
 
 
-def test_what_is_refused_here_loads_without_the_harm() -> None:
+def test_the_file_that_is_damaged_below_loads_undamaged() -> None:
     assert diffadapt.load_adapter(net(), FITTING).used == 2
 
 
@@ -104,8 +105,8 @@ LYING: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("spare", range(8))
-def test_header_of_any_length(spare: int, tmp_path: Path) -> None:
-    """The numbers after it need not be where a processor likes them."""
+def test_a_header_may_have_any_length(spare: int, tmp_path: Path) -> None:
+    """The tensors after it need not be aligned."""
     file = tmp_path / "a.safetensors"
     file.write_bytes(raw(TEXT + " " * spare, 0) + b"".join(t.numpy().tobytes() for t in FITTING.values()))
     model = net()
@@ -115,7 +116,7 @@ def test_header_of_any_length(spare: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", LYING)
-def test_header_that_lies(name: str, tmp_path: Path) -> None:
+def test_a_false_header_is_refused(name: str, tmp_path: Path) -> None:
     content, match = LYING[name]
     file = tmp_path / "a.safetensors"
     file.write_bytes(content)
@@ -133,16 +134,16 @@ def test_header_that_lies(name: str, tmp_path: Path) -> None:
     ],
     ids=["as it is", "the key escaped", "the name escaped"],
 )
-def test_two_tensors_of_one_name(twin: str, tmp_path: Path) -> None:
-    """Readers of JSON keep the last one, so that what is loaded need not be what another program showed."""
+def test_two_tensors_of_the_same_name_are_refused(twin: str, tmp_path: Path) -> None:
+    """JSON readers keep the last one of equal keys, so another program might show other tensors than are loaded."""
     file = tmp_path / "a.safetensors"
     first = json.dumps({DOWN: entry((12, 2), 0, 96)})[1:-1]
-    # A value that looks like the key which every tensor has once.
+    # A value that looks like the key that every tensor has once.
     file.write_bytes(raw(f'{{"__metadata__": {{"a": "data_offsets"}}, {first}, {twin[1:]}'))
     assert_refused(file, f"'{re.escape(DOWN)}' is there twice", tmp_path)
 
 
-def test_escapes_in_metadata_are_no_reason_to_refuse(tmp_path: Path) -> None:
+def test_escapes_in_metadata_are_allowed(tmp_path: Path) -> None:
     file = tmp_path / "a.safetensors"
     file.write_bytes(raw('{"__metadata__": {"a": "\\u4e2d", "data_offsets": "data_offsets"}, ' + TEXT[1:]))
     model = net()
@@ -169,8 +170,8 @@ SPELLINGS = {
 
 
 @pytest.mark.parametrize("name", SPELLINGS)
-@pytest.mark.parametrize("same", [True, False], ids=["equal", "unequal"])
-def test_one_tensor_under_two_spellings(name: str, same: bool) -> None:
+@for_each(same=[True, False])
+def test_one_tensor_under_two_spellings_is_refused(name: str, same: bool) -> None:
     pipe = models.sd15()
     layer = (pipe.text_encoder if "CLIP" in name else pipe.unet).get_submodule(CLIP if "CLIP" in name else PATH)
     flat = "lora_unet" in SPELLINGS[name][0] or "lora_te" in SPELLINGS[name][0]
@@ -191,12 +192,12 @@ def test_one_tensor_under_two_spellings(name: str, same: bool) -> None:
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-def test_a_layer_whole_and_in_parts(reverse: bool, tmp_path: Path) -> None:
-    """Converting, too, where the whole one would not be taken apart."""
+def test_a_layer_given_whole_and_in_parts_is_refused_by_conversion(reverse: bool, tmp_path: Path) -> None:
+    """Also for a format that would keep the fused layer whole."""
     whole = "lora_unet_double_blocks_0_img_attn_qkv"
     part = "lora_unet_transformer_blocks_0_attn_to_k"
     tensors = {
-        # By itself the attention could be another family's.
+        # The attention alone could be that of another family.
         "lora_unet_double_blocks_0_img_mod_lin.diff": torch.zeros(18432, 3072),
         f"{whole}.lora_down.weight": torch.ones(2, 3072),
         f"{whole}.lora_up.weight": torch.ones(9216, 2),
@@ -210,13 +211,13 @@ def test_a_layer_whole_and_in_parts(reverse: bool, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_million_names(tmp_path: Path) -> None:
+def test_a_million_names_are_refused(tmp_path: Path) -> None:
     one = torch.zeros(1)
     tensors = {f"block.linear{index}.lora_A.weight": one for index in range(MILLION)}
     assert_refused(tensors, "1000000 tensors, expected at most 100000", tmp_path)
 
 
-def test_as_many_wrong_names_as_there_may_be(tmp_path: Path) -> None:
+def test_the_largest_allowed_number_of_wrong_names_is_reported_briefly(tmp_path: Path) -> None:
     one = torch.zeros(1, 1)
     tensors = {f"block.linear{index}.lora_A.weight": one for index in range(100_000)}
     error = assert_refused(tensors, "100000 of 100000 tensors cannot be used", tmp_path)
@@ -234,7 +235,7 @@ def test_a_header_for_a_million_names_is_not_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a" * MILLION, "net." * 250_000, "\n" * MILLION])
-def test_a_name_of_a_million_letters(name: str, tmp_path: Path) -> None:
+def test_a_name_of_a_million_letters_is_refused(name: str, tmp_path: Path) -> None:
     tensors = {**FITTING, f"{name}.lora_A.weight": torch.zeros(1)}
     assert_refused(tensors, "has 10000.. characters, expected", tmp_path)
     file = tmp_path / "a.safetensors"
@@ -310,7 +311,7 @@ SHAPES: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_absurd_shape_is_refused_by_the_header(name: str) -> None:
+def test_an_absurd_shape_is_refused_by_the_header_alone(name: str) -> None:
     shapes, match = SHAPES[name]
     tensors = {f"block.linear.{key}": torch.empty(shape, device="meta") for key, shape in shapes.items()}
     for target in ({"model": net()}, None):
@@ -320,7 +321,7 @@ def test_absurd_shape_is_refused_by_the_header(name: str) -> None:
             assert any(re.search(match, reason) for _, reason in report.unused), report.unused
 
 
-def test_absurd_bias_in_place_of_the_old() -> None:
+def test_an_absurd_new_bias_is_refused_by_the_header_alone() -> None:
     model = nn.ModuleDict({"controlnet_cond_embedding": nn.Identity(), "linear": nn.Linear(12, 8)})
     shapes = {"lora_controlnet": (0,), "linear.down": (2, 12), "linear.up": (8, 2), "linear.bias": (HUGE,)}
     tensors = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
@@ -330,7 +331,7 @@ def test_absurd_bias_in_place_of_the_old() -> None:
 
 
 @pytest.mark.parametrize("number", ["1", "00", "01", "999", "1000000000000", "²"])
-def test_numbers_of_parts_that_are_not_there(number: str) -> None:
+def test_wrong_numbers_of_parts_are_refused(number: str) -> None:
     pipe = models.sd15()
     stem, blocks = "oft_unet_conv_in", torch.ones(2, 4, 4)
     part = f"{stem}.oft_blocks.{number}"
@@ -355,7 +356,7 @@ VECTORS: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
 
 
 @pytest.mark.parametrize("name", VECTORS)
-def test_absurd_vectors_of_tokens(name: str) -> None:
+def test_absurd_token_vectors_are_refused_by_the_header_alone(name: str) -> None:
     shapes, match = VECTORS[name]
     tensors = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
     for target in (models.sd15(), None):
@@ -363,8 +364,8 @@ def test_absurd_vectors_of_tokens(name: str) -> None:
         assert any(re.search(match, reason) for _, reason in report.unused), report.unused
 
 
-def test_number_in_the_name_of_a_token() -> None:
-    """A token of several vectors has numbered names, of which as many as someone likes must not be made up."""
+def test_a_number_in_the_name_of_a_token_is_a_part_of_its_name() -> None:
+    """A token of several vectors has numbered names. A number in a file must not create that many of them."""
     pipe = models.sd15()
     width = pipe.text_encoder.get_input_embeddings().embedding_dim
     tokens = ("<a>", "<a>_9999999999999", f"<a>_{'9' * 900}")
@@ -372,18 +373,18 @@ def test_number_in_the_name_of_a_token() -> None:
     assert report.tokens == dict.fromkeys(tokens, 1)
 
 
-def test_vectors_in_dtypes_that_have_none_in_common() -> None:
+def test_vectors_in_dtypes_without_a_common_dtype_can_be_inspected() -> None:
     dtypes = {"<a>": torch.float8_e4m3fn, "<b>": torch.float8_e5m2, "<c>": torch.float64}
     tensors = {token: torch.empty(1, 32, dtype=dtype, device="meta") for token, dtype in dtypes.items()}
     assert diffadapt.inspect(tensors).tokens == dict.fromkeys(dtypes, 1)
 
 
-def test_tensor_larger_than_its_memory(tmp_path: Path) -> None:
+def test_an_expanded_tensor_is_refused(tmp_path: Path) -> None:
     tensors = {DOWN: torch.ones(1, 12).expand(2**26, 12), UP: torch.ones(8, 1).expand(8, 2**26)}
     assert_refused(tensors, "larger than its memory; pass .*contiguous", tmp_path)
 
 
-def test_tensor_of_another_kind(tmp_path: Path) -> None:
+def test_sparse_and_meta_tensors_are_refused(tmp_path: Path) -> None:
     assert_refused({**FITTING, DOWN: FITTING[DOWN].to_sparse()}, "expected an ordinary tensor", tmp_path)
     assert_refused({**FITTING, DOWN: FITTING[DOWN].to("meta")}, "no values", tmp_path)
 
@@ -395,7 +396,7 @@ from torch import nn
 
 FOLDER, MOST = sys.argv[1], 300 * 2**10
 CASES = {
-    # Files with holes, which are as large as they say and take no room.
+    # Sparse files, which have their stated size and take no space on disk.
     "lora": {"lora_A.weight": (2**26, 12), "lora_B.weight": (8, 2**26)},
     "lora, wide": {"lora_A.weight": (1, 2**31), "lora_B.weight": (8, 1)},
     "lokr": {"lokr_w1_a": (2**17, 1), "lokr_w1_b": (1, 2**17), "lokr_w2": (1, 1)},
@@ -440,7 +441,7 @@ for name, shapes in CASES.items():
     refused(f"{FOLDER}/a.safetensors", None, {"model": model})
     assert peak() - before < MOST, (name, peak() - before)
 
-# As long a header as is read, full of names.
+# The longest header that is read, full of names.
 entries, size = [], 0
 while size < 31 * 2**20:
     entries.append('"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}' % len(entries))
@@ -457,8 +458,9 @@ print("ok")
 """
 
 
+@pytest.mark.slow
 def test_memory_is_bounded(tmp_path: Path) -> None:
-    """Of what a file says it holds, nothing is allocated before it is known to fit."""
+    """Nothing of the size that a file states is allocated before it is known to fit."""
     done = subprocess.run(
         [sys.executable, "-c", MEMORY, str(tmp_path)],
         cwd=Path(diffadapt.__file__).parents[1],
@@ -471,7 +473,7 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
 
 # Values
 
-OF_ALPHA: dict[str, dict[str, tuple[int, ...]]] = {
+WITH_ALPHA: dict[str, dict[str, tuple[int, ...]]] = {
     "lora": {"lora_A.weight": (2, 12), "lora_B.weight": (8, 2)},
     "loha": {f"hada_w{n}_{s}": (8, 2) if s == "a" else (2, 12) for n in "12" for s in "ab"},
     "lokr": {"lokr_w1": (2, 3), "lokr_w2_a": (4, 1), "lokr_w2_b": (1, 4)},
@@ -481,28 +483,26 @@ OF_ALPHA: dict[str, dict[str, tuple[int, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("name", OF_ALPHA)
-@pytest.mark.parametrize(
-    "alpha",
-    [torch.tensor(math.nan), torch.tensor(math.inf), torch.tensor(-math.inf), torch.tensor(1j), torch.ones(2)],
-    ids=str,
+@pytest.mark.parametrize("name", WITH_ALPHA)
+@for_each(
+    alpha=[torch.tensor(math.nan), torch.tensor(math.inf), torch.tensor(-math.inf), torch.tensor(1j), torch.ones(2)]
 )
-def test_alpha_that_is_no_number(name: str, alpha: Tensor, tmp_path: Path) -> None:
-    tensors = {f"block.linear.{key}": torch.rand(shape) for key, shape in OF_ALPHA[name].items()}
+def test_an_alpha_that_is_not_one_finite_number_is_refused(name: str, alpha: Tensor, tmp_path: Path) -> None:
+    tensors = {f"block.linear.{key}": torch.rand(shape) for key, shape in WITH_ALPHA[name].items()}
     model = net()
     diffadapt.load_adapter(model, {**tensors, "block.linear.alpha": torch.tensor(0.5)})
     diffadapt.adapters(model).clear()
     assert_refused({**tensors, "block.linear.alpha": alpha}, r"block\.linear.*alpha (is|has)", tmp_path, model)
 
 
-def test_alpha_that_means_nothing_may_be_infinite_but_not_unknown(tmp_path: Path) -> None:
+def test_an_alpha_without_a_meaning_may_be_infinite_but_not_nan(tmp_path: Path) -> None:
     tensors = {"block.linear.lokr_w1": torch.rand(2, 3), "block.linear.lokr_w2": torch.rand(4, 4)}
     diffadapt.load_adapter(net(), {**tensors, "block.linear.alpha": torch.tensor(math.inf)})
     assert_refused({**tensors, "block.linear.alpha": torch.tensor(math.nan)}, "alpha is nan", tmp_path)
 
 
 @pytest.mark.parametrize("dtype", ["int32", "uint8", "bool", "complex64"])
-def test_a_dtype_that_no_weight_has_is_seen_in_the_header(dtype: str, tmp_path: Path) -> None:
+def test_a_dtype_that_no_weight_has_is_refused_by_the_header_alone(dtype: str, tmp_path: Path) -> None:
     file = files.write(tmp_path / "a.safetensors", {**FITTING, DOWN: FITTING[DOWN].to(getattr(torch, dtype))})
     assert_refused(file, f"lora_down has dtype torch.{dtype}", tmp_path)
     ((_, reason), *_) = diffadapt.inspect(file, {"model": net()}).unused
@@ -512,7 +512,7 @@ def test_a_dtype_that_no_weight_has_is_seen_in_the_header(dtype: str, tmp_path: 
 # Folders and links
 
 
-def test_names_that_lead_out_of_a_folder(tmp_path: Path) -> None:
+def test_names_that_lead_out_of_a_folder_are_refused(tmp_path: Path) -> None:
     outside = files.write(tmp_path / "outside.safetensors", FITTING)
     folder = tmp_path / "adapter"
     (folder / "sub").mkdir(parents=True)
@@ -534,14 +534,14 @@ def test_names_that_lead_out_of_a_folder(tmp_path: Path) -> None:
     diffadapt.load_adapter(model, folder, weight_name="sub/inside.safetensors")
 
 
-def test_links_that_lead_out_of_a_folder(tmp_path: Path) -> None:
+def test_links_that_lead_out_of_a_folder_are_refused(tmp_path: Path) -> None:
     outside = files.write(tmp_path / "outside" / "a.safetensors", FITTING)
     folder = tmp_path / "adapter"
     folder.mkdir()
     link = folder / "adapter_model.safetensors"
     link.symlink_to(outside)
     assert_refused(folder, "a link out of the folder, to .*; pass that path itself", tmp_path)
-    # Whoever names the link itself means it.
+    # A link that is named itself is meant.
     diffadapt.load_adapter(net(), link)
     (folder / "adapter_config.json").symlink_to(tmp_path / "outside" / "secret.json")
     (tmp_path / "outside" / "secret.json").write_text('{"peft_type": "secret"}')
@@ -553,8 +553,8 @@ def test_links_that_lead_out_of_a_folder(tmp_path: Path) -> None:
         diffadapt.load_adapter(net(), nested, subfolder="sub")
 
 
-def test_links_of_the_hub_cache_are_followed(tmp_path: Path) -> None:
-    """Its snapshots are nothing but links to its blobs."""
+def test_links_inside_the_hub_cache_are_followed(tmp_path: Path) -> None:
+    """Its snapshots consist of links to its blobs."""
     repository = tmp_path / "models--someone--something"
     blob = files.write(repository / "blobs" / "0123.safetensors", FITTING)
     revision = repository / "snapshots" / "main"
@@ -582,7 +582,7 @@ def test_an_index_is_not_followed(inside: str, tmp_path: Path) -> None:
 
 
 class Mischief:
-    """Its pickle writes a file when it is read."""
+    """An object whose pickle writes a file when it is read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -592,22 +592,22 @@ class Mischief:
 
 
 def _zipped(content: Any) -> bytes:
-    """As torch.save writes today."""
+    """Return what `torch.save` writes today."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     return buffer.getvalue()
 
 
 def _zip_of(content: Any) -> bytes:
-    """A zip file in a zip file."""
+    """Return a zip file in a zip file."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as opened:
         opened.writestr("adapter_model.safetensors", _zipped(content))
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("write", [pickle.dumps, _zipped, _zip_of], ids=["pickle", "zip", "nested"])
 @pytest.mark.parametrize("suffix", [".bin", ".pt", ".pth", ".ckpt", ".pkl", ".safetensors", ""])
+@for_each(write=[pickle.dumps, _zipped, _zip_of])
 def test_pickles_are_not_read(suffix: str, write: Callable[[Any], bytes], tmp_path: Path) -> None:
     file, trace = tmp_path / f"pixel{suffix}", tmp_path / "trace"
     file.write_bytes(write({DOWN: Mischief(trace)}))
@@ -625,7 +625,7 @@ def test_pickles_are_not_read(suffix: str, write: Callable[[Any], bytes], tmp_pa
 
 
 def _rezipped(content: Any, *, level: int = zipfile.ZIP_DEFLATED) -> bytes:
-    """What `torch.save` writes, with its entries compressed."""
+    """Return what `torch.save` writes with compressed entries."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(_zipped(content))) as stored, zipfile.ZipFile(buffer, "w", level) as packed:
         for name in stored.namelist():
@@ -634,7 +634,7 @@ def _rezipped(content: Any, *, level: int = zipfile.ZIP_DEFLATED) -> bytes:
 
 
 def _overlapping(content: Any) -> bytes:
-    """A zip whose directory has one entry many times."""
+    """Return a zip file whose directory has one entry many times."""
     buffer = io.BytesIO(_zipped(content))
     with zipfile.ZipFile(buffer, "a") as opened:
         largest = max(opened.infolist(), key=lambda entry: entry.file_size)
@@ -644,7 +644,9 @@ def _overlapping(content: Any) -> bytes:
 
 
 @pytest.mark.parametrize("write", [_rezipped, _overlapping])
-def test_a_zip_that_unpacks_to_more_than_it_is(write: Callable[[Any], bytes], tmp_path: Path) -> None:
+def test_a_zip_file_that_unpacks_to_more_than_its_size_is_refused(
+    write: Callable[[Any], bytes], tmp_path: Path
+) -> None:
     file = tmp_path / "bomb.pt"
     file.write_bytes(write({DOWN: torch.zeros(1000, 1000)}))
     with pytest.raises(AdapterError, match=r"bomb.pt: \d+ bytes that unpack to \d{7,}, expected no more"):
@@ -654,7 +656,7 @@ def test_a_zip_that_unpacks_to_more_than_it_is(write: Callable[[Any], bytes], tm
 
 
 @pytest.mark.parametrize("content", [[FITTING[DOWN]], {"state_dict": [1]}, {"a": 1}, {1: FITTING[DOWN]}], ids=str)
-def test_pickles_of_something_else(content: Any, tmp_path: Path) -> None:
+def test_a_pickle_without_a_state_dict_is_refused(content: Any, tmp_path: Path) -> None:
     file = tmp_path / "a.pt"
     torch.save(content, file)
     with pytest.raises(AdapterError, match="state dict"):
@@ -674,9 +676,9 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_json_that_explodes(name: str, tmp_path: Path) -> None:
+def test_explosive_json_is_refused(name: str, tmp_path: Path) -> None:
     pipe = models.sd15()
-    tensors = files.peft_names(files.parts_for(pipe, ("unet",), "to_q"))
+    tensors = spellings.peft_names(loras.parts_for(pipe, ("unet",), "to_q"))
     before = snapshot(pipe)
     file = files.write(tmp_path / "a.safetensors", tensors, {"lora_adapter_metadata": BOMBS[name]})
     with pytest.raises(AdapterError, match=r"lora_adapter_metadata|alpha in the file's metadata") as caught:
@@ -690,7 +692,7 @@ def test_json_that_explodes(name: str, tmp_path: Path) -> None:
     assert_refused(config.parent, r"adapter_config\.json|alpha in the file's metadata", tmp_path)
 
 
-def test_metadata_that_nobody_asks_for_may_be_anything(tmp_path: Path) -> None:
+def test_metadata_that_is_not_used_may_be_anything(tmp_path: Path) -> None:
     metadata = {"ss_tag_frequency": "[" * 100_000, "lora_adapter_metadat": "}"}
     assert (
         diffadapt.load_adapter(net(), files.write(tmp_path / "a.safetensors", FITTING, metadata)).metadata == metadata
@@ -701,14 +703,14 @@ CLASSES = ['{"a": 1}', "[1]", "[" * 100_000, "7", "null"]
 
 
 @pytest.mark.parametrize("text", CLASSES, ids=[text[:8] for text in CLASSES])
-def test_classes_that_are_no_names(text: str, tmp_path: Path) -> None:
+def test_a_list_of_classes_without_names_is_refused(text: str, tmp_path: Path) -> None:
     tensors = {"unet:0:down": torch.ones(2, 8), "unet:0:up": torch.ones(8, 2)}
     file = files.write(tmp_path / "a.safetensors", tensors, {"unet": text})
     with pytest.raises(AdapterError, match="the header's unet is"):
         models.sd15().load_adapter(file)
 
 
-# Type of the adapter -> its tensors, and (option, wrong value) pairs.
+# Adapter type, its tensors, and an option with invalid values.
 LORA = {"lora_A.weight": (2, 12), "lora_B.weight": (8, 2)}
 CONFIGS: list[tuple[str, dict[str, tuple[int, ...]], str, list[Any]]] = [
     ("LORA", LORA, "peft_type", [7, None, ["LORA"], {"LORA": 1}, "lora", "VERA"]),
@@ -733,7 +735,7 @@ FINE = {
 
 
 @pytest.mark.parametrize(("peft_type", "shapes", "option", "values"), CONFIGS, ids=[f"{c[0]} {c[2]}" for c in CONFIGS])
-def test_config_of_wrong_types(
+def test_invalid_options_of_a_config_are_refused(
     peft_type: str, shapes: dict[str, tuple[int, ...]], option: str, values: list[Any], tmp_path: Path
 ) -> None:
     tensors = {f"base_model.model.block.linear.{key}": torch.rand(shape) for key, shape in shapes.items()}

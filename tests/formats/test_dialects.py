@@ -1,4 +1,4 @@
-"""One adapter in every dialect: each is recognised by one format, and comes out as the same weights."""
+"""One adapter in every dialect: each file is recognised by one format, and becomes the same weights."""
 
 import json
 import re
@@ -21,28 +21,25 @@ from diffadapt.formats.format import Header
 from diffadapt.formats.names import Names
 from diffadapt.formats.verdicts import Place
 from diffadapt.runtime.targets import Targets
-from tests.support import files, models
+from tests.support import files, loras, models, spellings
 from tests.support.compare import assert_differs, assert_same
+from tests.support.dialects import numbered_layers
 from tests.support.effort import assert_linear
 from tests.support.full_size import clip_l, sd_unet, sdxl_unet
-from tests.support.spellings import DIALECTS, KOHYA, OF_DENOISERS, TEXT_ENCODERS, Tensors, layers
+from tests.support.spellings import DIALECTS, OF_DENOISERS, TEXT_ENCODERS, Tensors, add_layer, text_encoders_of
 
-LAYERS = rf"{files.ATTENTION}|proj_mlp|wi_0|SelfAttention\.[qkvo]"
-
-
-def varied(index: int) -> float:
-    return (1.0, 2.0, 8.0, 3.0)[index % 4]
+LAYERS = rf"{loras.ATTENTION}|proj_mlp|wi_0|SelfAttention\.[qkvo]"
 
 
-def parts_of(pipe: DiffusionPipeline, text: bool = True) -> dict[str, dict[str, files.Factors]]:
+def parts_of(pipe: DiffusionPipeline, text: bool = True) -> dict[str, dict[str, loras.Factors]]:
     names = tuple(name for name in ("unet", "transformer", *TEXT_ENCODERS) if hasattr(pipe, name))
-    return files.parts_for(pipe, names if text else names[:1], LAYERS, alpha=varied)
+    return loras.parts_for(pipe, names if text else names[:1], LAYERS, alpha=loras.varied_alpha)
 
 
 def assert_loads(
-    build: Callable[[], DiffusionPipeline], tensors: Tensors, parts: files.Parts, format: str | None = None
+    build: Callable[[], DiffusionPipeline], tensors: Tensors, parts: loras.Parts, format: str | None = None
 ) -> None:
-    """Recognised by one format only, every tensor used, and merged the weights are those made by hand."""
+    """Assert that one format recognises the file, every tensor is used, and the merged weights are the baked ones."""
     recognised = [known.name for known in matching(Header(tuple(tensors)))]
     assert recognised == [format or recognised[0]]
     pipe = build()
@@ -50,7 +47,7 @@ def assert_loads(
     assert (report.format, report.used, report.unused) == (recognised[0], len(tensors), [])
     assert set(report.components) == set(parts)
     pipe.adapters.merge("a")
-    expected, base = files.bake(build(), parts), build()
+    expected, base = loras.bake(build(), parts), build()
     for component, found in parts.items():
         weights = getattr(pipe, component).state_dict()
         originals = getattr(base, component).state_dict()
@@ -63,17 +60,17 @@ def assert_loads(
 @pytest.mark.slow
 @pytest.mark.parametrize("family", models.FAMILIES)
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_pipeline_in_every_dialect(dialect: str, family: str) -> None:
+def test_every_dialect_of_a_pipeline_becomes_the_same_weights(dialect: str, family: str) -> None:
     format, write = DIALECTS[dialect]
     parts = parts_of(models.FAMILIES[family]())
-    assert len(parts) == 1 + len(KOHYA[family])
+    assert len(parts) == 1 + len(text_encoders_of(family))
     assert_loads(models.FAMILIES[family], write(parts, family), parts, format)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", models.FAMILIES)
 @pytest.mark.parametrize("dialect", OF_DENOISERS)
-def test_denoiser_in_every_dialect(dialect: str, family: str) -> None:
+def test_every_dialect_of_a_denoiser_becomes_the_same_weights(dialect: str, family: str) -> None:
     format, write = OF_DENOISERS[dialect]
     parts = parts_of(models.FAMILIES[family](), text=False)
     assert_loads(models.FAMILIES[family], write(parts, family), parts, format)
@@ -93,7 +90,7 @@ ORDER = {"q": 0, "k": 1, "v": 2, "proj_mlp": 3}
 
 
 def native(path: str) -> tuple[str, int | None]:
-    """The original layer that a layer of Flux is in, and its place there, `None` where it is all of it."""
+    """Return the original layer that a layer of Flux is a part of, and its place there; `None` if it is the whole."""
     for pattern, name in NATIVE.items():
         match = re.fullmatch(pattern, path)
         if match:
@@ -101,14 +98,14 @@ def native(path: str) -> tuple[str, int | None]:
     raise AssertionError(path)
 
 
-def fused(parts: files.Parts, alpha: float | None) -> dict[str, files.Factors]:
-    """Factors of the original layers: block-diagonal where several layers are one."""
-    grouped: dict[str, dict[int, files.Factors]] = {}
+def fused(parts: loras.Parts, alpha: float | None) -> dict[str, loras.Factors]:
+    """Return the factors of the original layers: block-diagonal where layers are fused."""
+    grouped: dict[str, dict[int, loras.Factors]] = {}
     for path, factors in parts["transformer"].items():
         name, index = native(path)
         grouped.setdefault(name, {})[index or 0] = factors
     return {
-        name: files.Factors(
+        name: loras.Factors(
             torch.cat([of[index].down for index in sorted(of)]),
             torch.block_diag(*(of[index].up for index in sorted(of))),
             None if alpha is None else alpha * len(of),
@@ -117,8 +114,8 @@ def fused(parts: files.Parts, alpha: float | None) -> dict[str, files.Factors]:
     }
 
 
-def flux_parts(alpha: float | None, pattern: str = FLUX_LAYERS) -> dict[str, dict[str, files.Factors]]:
-    return files.parts_for(models.flux(), ("transformer",), pattern, alpha=lambda index: alpha)
+def flux_parts(alpha: float | None, pattern: str = FLUX_LAYERS) -> dict[str, dict[str, loras.Factors]]:
+    return loras.parts_for(models.flux(), ("transformer",), pattern, alpha=lambda index: alpha)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +135,7 @@ def test_fused_layers_of_flux(format: str, prefix: str, down: str, up: str, alph
     parts = flux_parts(alpha)
     tensors: Tensors = {}
     for name, factors in fused(parts, alpha).items():
-        layers(tensors, f"{prefix}{name}", factors, down, up)
+        add_layer(tensors, f"{prefix}{name}", factors, down, up)
     assert_loads(models.flux, tensors, parts, format)
 
 
@@ -146,7 +143,7 @@ def test_fused_layers_of_flux_in_kohya() -> None:
     parts = flux_parts(2.0)
     tensors: Tensors = {}
     for name, factors in fused(parts, 2.0).items():
-        layers(tensors, f"lora_unet_{name.replace('.', '_')}", factors, "lora_down.weight", "lora_up.weight")
+        add_layer(tensors, f"lora_unet_{name.replace('.', '_')}", factors, "lora_down.weight", "lora_up.weight")
     assert_loads(models.flux, tensors, parts, "kohya")
 
 
@@ -158,19 +155,19 @@ def test_numbered_parts_of_fused_layers(prefix: str) -> None:
         name, index = native(path)
         name = name if index is None else f"{name}.{index}"
         stem = f"{prefix}{name.replace('.', '_')}" if prefix == "lora_unet_" else f"{prefix}{name}"
-        layers(tensors, stem, factors, "lora_down.weight", "lora_up.weight")
+        add_layer(tensors, stem, factors, "lora_down.weight", "lora_up.weight")
     assert_loads(models.flux, tensors, parts)
 
 
-def test_xlabs_processors() -> None:
+def test_processors_of_xlabs() -> None:
     parts = flux_parts(None, FLUX_LAYERS.replace("|proj_mlp", ""))
     tensors: Tensors = {}
     for name, factors in fused(parts, None).items():
         block, number, layer = re.fullmatch(r"(\w+)\.(\d+)\.(.+)", name).groups()
         stream = {"img": "1", "txt": "2"}.get(layer[:3], "")
-        kind = "proj" if layer.endswith(("proj", "linear2")) else "qkv"
-        stem = f"{block}.{number}.processor.{kind}_lora{stream}"
-        layers(tensors, stem, factors, "down.weight", "up.weight")
+        projection = "proj" if layer.endswith(("proj", "linear2")) else "qkv"
+        stem = f"{block}.{number}.processor.{projection}_lora{stream}"
+        add_layer(tensors, stem, factors, "down.weight", "up.weight")
     assert_loads(models.flux, tensors, parts, "xlabs")
 
 
@@ -192,12 +189,12 @@ def test_other_types_in_the_original_layout_with_an_adapter_name() -> None:
     assert_same(attention.to_k.weight, before + change[models.WIDTH : 2 * models.WIDTH])
 
 
-def test_bare_changes_beside_factors() -> None:
-    """As lightx2v writes them: factors, whole changes of a weight and of a bias, nothing in front."""
+def test_full_changes_next_to_factors_without_a_prefix() -> None:
+    """lightx2v writes factors and full changes of a weight and of a bias, without a prefix."""
     parts = flux_parts(None, r"to_out\.0")
     tensors: Tensors = {}
     for name, factors in fused(parts, None).items():
-        layers(tensors, name, factors, "lora_down.weight", "lora_up.weight")
+        add_layer(tensors, name, factors, "lora_down.weight", "lora_up.weight")
     tensors["img_in.diff"] = torch.randn(models.WIDTH, 16)
     tensors["img_in.diff_b"] = torch.randn(models.WIDTH)
     pipe = models.flux()
@@ -210,8 +207,8 @@ def test_bare_changes_beside_factors() -> None:
 
 
 @pytest.mark.parametrize("alpha", [None, 4.0, 1.0])
-def test_change_of_a_bias_beside_factors(alpha: float | None) -> None:
-    """As ComfyUI and lightx2v have it: the change itself, which no alpha scales."""
+def test_a_change_of_a_bias_next_to_factors(alpha: float | None) -> None:
+    """In files for ComfyUI and of lightx2v, alpha does not scale the change of a bias."""
     path, stem = "transformer_blocks.1.ff.net.2", "diffusion_model.double_blocks.1.img_mlp.2"
     tensors = {
         f"{stem}.lora_A.weight": torch.randn(4, 4 * models.WIDTH),
@@ -230,7 +227,7 @@ def test_change_of_a_bias_beside_factors(alpha: float | None) -> None:
     assert_same(layer.bias, bias + tensors[f"{stem}.diff_b"])
 
 
-def test_bias_that_is_there_twice() -> None:
+def test_two_changes_of_one_bias_are_refused() -> None:
     stem = "diffusion_model.img_in"
     tensors = {f"{stem}.lora_A.weight": torch.zeros(2, 16), f"{stem}.lora_B.weight": torch.zeros(models.WIDTH, 2)}
     biases = {f"{stem}.diff_b": torch.zeros(models.WIDTH), f"{stem}.lora_B.bias": torch.zeros(models.WIDTH)}
@@ -248,8 +245,8 @@ NEW_WEIGHTS = {
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 @pytest.mark.parametrize("path", NEW_WEIGHTS)
-def test_new_weight_in_place_of_the_old(path: str, strength: float) -> None:
-    """At a strength between, between the two; the bias stays, but for a change of its own."""
+def test_a_new_weight_replaces_the_old_one(path: str, strength: float) -> None:
+    """The strength interpolates between the two weights. The bias stays, except for a change of its own."""
     pipe, expected = models.sd15(), models.sd15()
     base = models.draw(pipe)
     layer = expected.unet.get_submodule(path)
@@ -266,7 +263,7 @@ def test_new_weight_in_place_of_the_old(path: str, strength: float) -> None:
     assert_same(pipe.unet.get_submodule(path).weight, layer.weight, 1e-6)
 
 
-def test_new_weight_and_a_change_of_another_adapter() -> None:
+def test_a_new_weight_and_a_change_by_another_adapter_add_up() -> None:
     path, stem = "conv_in", "lora_unet_conv_in"
     pipe = models.sd15()
     shape = pipe.unet.conv_in.weight.shape
@@ -284,7 +281,7 @@ def test_new_weight_and_a_change_of_another_adapter() -> None:
         pipe.load_adapter({f"{stem}.set_weight": new}, "again")
 
 
-def test_new_weight_and_its_change_exclude_each_other() -> None:
+def test_a_new_weight_and_a_change_in_one_layer_exclude_each_other() -> None:
     pipe = models.sd15()
     tensors = {f"lora_unet_conv_in.{name}": torch.zeros(8, 4, 3, 3) for name in ("diff", "set_weight")}
     with pytest.raises(AdapterError, match="one of diff and set_weight"):
@@ -292,7 +289,7 @@ def test_new_weight_and_its_change_exclude_each_other() -> None:
 
 
 @pytest.mark.parametrize(("shape", "fits"), [((32, 16), True), ((32, 32), False)])
-def test_shape_that_comfyui_is_told(shape: tuple[int, int], fits: bool) -> None:
+def test_the_new_shape_for_comfyui_has_to_fit(shape: tuple[int, int], fits: bool) -> None:
     stem = "diffusion_model.img_in"
     tensors = {f"{stem}.lora_A.weight": torch.ones(2, 16), f"{stem}.lora_B.weight": torch.ones(models.WIDTH, 2)}
     tensors[f"{stem}.reshape_weight"] = torch.tensor(shape)
@@ -304,7 +301,7 @@ def test_shape_that_comfyui_is_told(shape: tuple[int, int], fits: bool) -> None:
 
 
 def sparse_file(path: str, out: int, columns: int, alpha: float = 2.0) -> tuple[Tensors, Tensor]:
-    """A LoRA as LyCORIS extracts it with `use_bias`, and the change of the flat weight that it stands for."""
+    """Return a LoRA as LyCORIS extracts it with `use_bias`, and the change of the flat weight that it stands for."""
     stem = f"lora_unet_{path.replace('.', '_')}"
     down, up = torch.randn(4, columns), torch.randn(out, 4)
     rest = torch.randn(out, columns) * (torch.rand(out, columns) < 0.1)
@@ -320,7 +317,7 @@ def sparse_file(path: str, out: int, columns: int, alpha: float = 2.0) -> tuple[
     return tensors, (up @ down + rest) * alpha / 4
 
 
-def test_sparse_rest_of_an_extracted_weight() -> None:
+def test_the_sparse_rest_of_an_extracted_weight_is_added() -> None:
     pipe = models.sd15()
     path = "mid_block.resnets.0.conv1"
     layer = pipe.unet.get_submodule(path)
@@ -342,7 +339,7 @@ def test_sparse_rest_of_an_extracted_weight() -> None:
         ("bias_indices", torch.tensor([[10**6], [0]]), "places in a matrix"),
     ],
 )
-def test_damaged_sparse_rest(name: str, value: Tensor | None, reason: str) -> None:
+def test_a_damaged_sparse_rest_is_refused(name: str, value: Tensor | None, reason: str) -> None:
     pipe = models.sd15()
     weight = pipe.unet.mid_block.resnets[0].conv1.weight
     tensors, _ = sparse_file("mid_block.resnets.0.conv1", weight.shape[0], weight[0].numel())
@@ -358,20 +355,14 @@ def test_damaged_sparse_rest(name: str, value: Tensor | None, reason: str) -> No
 
 
 def numbered_unet(unet: nn.Module) -> list[str]:
-    """The order of diffusers 0.11: down, up, middle; in a block attention, feed-forward, cross-attention."""
-    prefixes = [path.removesuffix(".attn1") for path, _ in unet.named_modules() if path.endswith(".attn1")]
-    blocks = [path for start in ("down", "up", "mid") for path in prefixes if path.startswith(start)]
-    attention = ("to_q", "to_k", "to_v", "to_out.0")
-    inside = (*(f"attn1.{name}" for name in attention), "ff.net.0.proj", *(f"attn2.{name}" for name in attention))
-    return [f"{block}.{layer}" for block in blocks for layer in inside]
+    return numbered_layers("unet", [path for path, _ in unet.named_modules()])
 
 
 def numbered_clip(model: nn.Module) -> list[str]:
-    blocks = [path.removesuffix(".k_proj") for path, _ in model.named_modules() if path.endswith("k_proj")]
-    return [f"{block}.{layer}_proj" for block in blocks for layer in ("k", "v", "q", "out")]
+    return numbered_layers("text_encoder", [path for path, _ in model.named_modules()])
 
 
-def cloneofsimo(parts: files.Parts, orders: Mapping[str, list[str]]) -> Tensors:
+def cloneofsimo(parts: loras.Parts, orders: Mapping[str, list[str]]) -> Tensors:
     return {
         f"{component}:{number}:{side}": tensor
         for component, order in orders.items()
@@ -380,15 +371,15 @@ def cloneofsimo(parts: files.Parts, orders: Mapping[str, list[str]]) -> Tensors:
     }
 
 
-def test_cloneofsimo_layers_by_number() -> None:
+def test_cloneofsimo_numbers_the_layers() -> None:
     pipe = models.sd15()
     orders = {"unet": numbered_unet(pipe.unet), "text_encoder": numbered_clip(pipe.text_encoder)}
-    parts = files.parts_for(pipe, tuple(orders), rf"{files.ATTENTION}|ff\.net\.0\.proj")
+    parts = loras.parts_for(pipe, tuple(orders), rf"{loras.ATTENTION}|ff\.net\.0\.proj")
     assert {name: set(order) for name, order in orders.items()} == {name: set(found) for name, found in parts.items()}
     assert_loads(models.sd15, cloneofsimo(parts, orders), parts, "cloneofsimo")
 
 
-def test_cloneofsimo_with_convolutions() -> None:
+def test_cloneofsimo_numbers_convolutions_after_the_attention_of_their_block() -> None:
     unet = models.unet_sd15()
     targets = Targets(unet)
     metadata = {"unet": json.dumps(["ResnetBlock2D", "CrossAttention", "Attention", "GEGLU"])}
@@ -400,13 +391,13 @@ def test_cloneofsimo_with_convolutions() -> None:
     verdicts = CLONEOFSIMO.locate(Header(keys, metadata), Names({"unet": targets})).values()
     assert all(isinstance(verdict, Place) for verdict in verdicts)
     first = CLONEOFSIMO.locate(Header(keys, metadata), Names({"unet": targets}))["unet:9:down"]
-    # Attentions are registered before resnets, so the first block's nine come first, then its convolutions.
+    # Attention modules are registered before resnets, so the nine of the first block precede its convolutions.
     assert first.path == "down_blocks.0.resnets.0.conv1"
 
 
 @pytest.mark.parametrize("recent", [False, True])
-def test_cloneofsimo_order_by_shapes(recent: bool) -> None:
-    """Trainers with a newer diffusers have the feed-forward last in a block; the shapes tell."""
+def test_the_shapes_tell_the_order_of_cloneofsimo(recent: bool) -> None:
+    """Trainers with a newer diffusers have the feed-forward last in a block."""
     unet = models.unet_sd15()
     order = numbered_unet(unet)
     if recent:
@@ -429,7 +420,7 @@ def test_cloneofsimo_order_by_shapes(recent: bool) -> None:
 def test_cloneofsimo_on_another_model_is_refused() -> None:
     pipe = models.sd15()
     orders = {"unet": numbered_unet(pipe.unet)[:-1]}
-    parts = files.parts_for(pipe, ("unet",), rf"{files.ATTENTION}|ff\.net\.0\.proj")
+    parts = loras.parts_for(pipe, ("unet",), rf"{loras.ATTENTION}|ff\.net\.0\.proj")
     with pytest.raises(AdapterError, match="by number"):
         pipe.load_adapter(cloneofsimo(parts, orders))
     with pytest.raises(AdapterError, match="'unet'"):
@@ -466,7 +457,7 @@ LISTS = {
 
 
 def tensors_of(name: str) -> Tensors:
-    """On the meta device, but for alphas, which are read with the names."""
+    """Return tensors on the meta device, except for alphas, which are read with the names."""
     return {key: tensor if tensor.ndim else torch.tensor(4.0) for key, tensor in files.placeholders(name).items()}
 
 
@@ -477,7 +468,7 @@ def keys_of(name: str) -> tuple[str, ...]:
     return tuple(files.placeholders(name))
 
 
-def test_every_list_of_keys_is_tested() -> None:
+def test_every_list_of_keys_in_the_fixtures_is_tested() -> None:
     assert {file.stem for file in (files.FIXTURES / "keys").glob("*.json")} == set(LISTS)
 
 
@@ -485,7 +476,7 @@ def test_every_list_of_keys_is_tested() -> None:
 def test_exactly_one_format_recognises_a_file(name: str) -> None:
     header = Header(keys_of(name))
     assert [format.name for format in matching(header)] == [LISTS[name]]
-    # Not by its first names only.
+    # Also by its last names.
     assert detect(Header(header.keys[::-1])).name == LISTS[name]
 
 
@@ -528,7 +519,7 @@ def test_every_name_of_an_sdxl_lokr_file_resolves() -> None:
 
 
 def encoder_with_levels() -> nn.Module:
-    """A text encoder with levels above its layers that files do not have."""
+    """Return a text encoder with levels above its layers that files do not have."""
     layer = nn.ModuleDict({"q_proj": nn.Linear(8, 8)})
     return nn.ModuleDict(
         {"model": nn.ModuleDict({"language_model": nn.ModuleDict({"layers": nn.ModuleList([layer])})})}
@@ -546,7 +537,7 @@ def encoder_with_levels() -> nn.Module:
         "text_encoder.layers.0.q_proj",
     ],
 )
-def test_levels_of_text_encoders(stem: str) -> None:
+def test_missing_levels_of_text_encoders_are_found(stem: str) -> None:
     tensors = {f"{stem}.lora_down.weight": torch.zeros(2, 8), f"{stem}.lora_up.weight": torch.zeros(8, 2)}
     report = diffadapt.inspect(tensors, {"transformer": nn.Linear(8, 8), "text_encoder": encoder_with_levels()})
     assert (report.components, report.unused) == ({"text_encoder": 1}, [])
@@ -572,7 +563,7 @@ def block() -> nn.Module:
         ("lora_unet_", ("decoder", "prior_prior"), "decoder"),
     ],
 )
-def test_which_denoiser(prefix: str, components: tuple[str, ...], expected: str) -> None:
+def test_the_prefix_tells_which_denoiser_a_file_is_for(prefix: str, components: tuple[str, ...], expected: str) -> None:
     path = "layers_0" if prefix.startswith("lora_") else "layers.0"
     tensors = {
         f"{prefix}{path}.lora_down.weight": torch.zeros(2, 8),
@@ -583,7 +574,7 @@ def test_which_denoiser(prefix: str, components: tuple[str, ...], expected: str)
 
 
 @pytest.mark.parametrize("dialect", ["kohya", "comfy", "diffusers with alpha"])
-def test_text_encoder_that_the_pipeline_does_not_have(dialect: str) -> None:
+def test_a_text_encoder_that_the_pipeline_does_not_have_is_refused(dialect: str) -> None:
     pipe = models.sd15()
     parts = parts_of(models.sdxl())
     tensors = DIALECTS[dialect][1]({"text_encoder_2": parts["text_encoder_2"]}, "sdxl")
@@ -592,7 +583,7 @@ def test_text_encoder_that_the_pipeline_does_not_have(dialect: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["kohya_flux", "comfy_flux", "xlabs_flux", "bfl_control_flux"])
-def test_wrong_family_is_named(name: str) -> None:
+def test_a_file_for_another_family_is_refused_by_name(name: str) -> None:
     tensors = {key: torch.zeros(tensor.shape) for key, tensor in list(files.placeholders(name).items())[:20]}
     with pytest.raises(AdapterError, match="looks like a flux adapter; the model is sd"):
         models.sd15().load_adapter(tensors)
@@ -600,21 +591,21 @@ def test_wrong_family_is_named(name: str) -> None:
 
 def kohya_file() -> tuple[DiffusionPipeline, Tensors]:
     pipe = models.sd15()
-    return pipe, files.kohya_names(files.parts_for(pipe, ("unet",), "to_q"))
+    return pipe, spellings.kohya_names(loras.parts_for(pipe, ("unet",), "to_q"))
 
 
 @pytest.mark.parametrize("key", ["_aux.slider.alpha", "_aux.lora_unet_x.lora_up.weight", "sshs_model_hash"])
-def test_bookkeeping_is_harmless(key: str) -> None:
+def test_tensors_for_bookkeeping_are_ignored(key: str) -> None:
     pipe, tensors = kohya_file()
     report = pipe.load_adapter({**tensors, key: torch.ones(1)})
     assert [unused for unused, _ in report.unused] == [key]
     assert report.used == len(tensors)
 
 
-def test_embedded_textual_inversion_of_cloneofsimo() -> None:
+def test_a_learned_token_in_a_file_of_cloneofsimo_is_used() -> None:
     pipe = models.sd15()
     orders = {"text_encoder": numbered_clip(pipe.text_encoder)}
-    tensors = {**cloneofsimo(files.parts_for(pipe, ("text_encoder",)), orders), "<s1>": torch.ones(models.WIDTH)}
+    tensors = {**cloneofsimo(loras.parts_for(pipe, ("text_encoder",)), orders), "<s1>": torch.ones(models.WIDTH)}
     report = pipe.load_adapter(tensors)
     assert report.unused == []
     assert report.tokens == {"<s1>": 1}
@@ -631,7 +622,7 @@ def test_embedded_textual_inversion_of_cloneofsimo() -> None:
         ("conv_nowhere.lora_up.weight", "has no layer"),
     ],
 )
-def test_tensor_that_cannot_be_loaded_is_named(key: str, reason: str) -> None:
+def test_a_tensor_that_cannot_be_used_is_reported_by_name(key: str, reason: str) -> None:
     pipe, tensors = kohya_file()
     with pytest.raises(AdapterError, match=f"{re.escape(key)}: .*{reason}"):
         pipe.load_adapter({**tensors, key: torch.ones(2, 4, 4)})
@@ -650,7 +641,7 @@ def test_tensor_that_cannot_be_loaded_is_named(key: str, reason: str) -> None:
         (("lllite_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.down.0.weight",), "ControlNet-LLLite"),
     ],
 )
-def test_what_only_looks_like_an_adapter_is_refused_by_name(keys: tuple[str, ...], what: str) -> None:
+def test_a_file_that_only_looks_like_an_adapter_is_refused_by_name(keys: tuple[str, ...], what: str) -> None:
     assert len(matching(Header(keys))) == 1
     with pytest.raises(AdapterError, match=what):
         models.sd15().load_adapter({key: torch.zeros(4, 4) for key in keys})
@@ -663,7 +654,7 @@ def test_dialects_that_exclude_each_other_are_ambiguous() -> None:
 
 
 def rotated_by_sd_scripts(weight: Tensor, blocks: Tensor, alpha: float) -> Tensor:
-    """`networks/oft.py`, `get_weight` and `merge_to`: the norm of all blocks together is limited, always."""
+    """Follow `get_weight` and `merge_to` of `networks/oft.py`, which constrain the norm of all blocks together."""
     skew = blocks - blocks.transpose(1, 2)
     norm, limit = skew.norm(), torch.tensor(alpha * len(weight))
     skew = skew * ((torch.minimum(norm, limit) + 1e-8) / (norm + 1e-8))
@@ -675,7 +666,7 @@ def rotated_by_sd_scripts(weight: Tensor, blocks: Tensor, alpha: float) -> Tenso
 
 @pytest.mark.parametrize("alpha", [0.0, 0.1, 100.0])
 def test_oft_of_sd_scripts(alpha: float, tmp_path: Path) -> None:
-    """Its alpha is a limit, in parts of the number of outputs, of all blocks together, and 0 allows no rotation."""
+    """Its alpha, times the number of outputs, is a constraint on all blocks together; 0 allows no rotation."""
     pipe = models.sd15()
     path = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     weight = pipe.unet.get_submodule(path).weight.detach().clone()
@@ -697,7 +688,7 @@ def test_oft_of_sd_scripts(alpha: float, tmp_path: Path) -> None:
         assert_same(expected, weight, 1e-6)
 
 
-def test_alpha_of_zero_is_no_limit_for_lycoris() -> None:
+def test_an_alpha_of_zero_is_no_constraint_in_lycoris() -> None:
     pipe = models.sd15()
     weight = pipe.unet.conv_in.weight.detach().clone()
     blocks = torch.randn(2, 4, 4) * 0.5
@@ -708,7 +699,7 @@ def test_alpha_of_zero_is_no_limit_for_lycoris() -> None:
 
 
 def oft_of_flux(alpha: float) -> tuple[Tensors, dict[str, Tensor]]:
-    """A file of sd-scripts' `networks/oft_flux.py`, and its blocks by path of the model."""
+    """Return a file of sd-scripts' `networks/oft_flux.py`, and its blocks by path in the model."""
     layers = {
         "double_blocks_0_img_attn_qkv": [f"transformer_blocks.0.attn.to_{part}" for part in "qkv"],
         "double_blocks_1_txt_mlp_0": ["transformer_blocks.1.ff_context.net.0.proj"],
@@ -729,9 +720,9 @@ def oft_of_flux(alpha: float) -> tuple[Tensors, dict[str, Tensor]]:
 
 @pytest.mark.parametrize("alpha", [0.01, 100.0])
 def test_oft_of_flux(alpha: float, tmp_path: Path) -> None:
-    """Rotations for every part of a fused projection under one alpha, a limit in parts of each part's outputs."""
+    """Every part of a fused projection has its rotation under one alpha, which is times the outputs of the part."""
     pipe = models.flux()
-    base = {path: module.weight.detach().clone() for path, module in files.layers_of(pipe.transformer, ".*").items()}
+    base = {path: module.weight.detach().clone() for path, module in loras.layers_of(pipe.transformer, ".*").items()}
     tensors, blocks = oft_of_flux(alpha)
     report = pipe.load_adapter(tensors, "a")
     assert (report.types, report.used, report.unused) == ({"oft": 8}, len(tensors), [])
@@ -754,7 +745,7 @@ def test_oft_of_flux(alpha: float, tmp_path: Path) -> None:
         ("oft_unet_double_blocks_0_img_attn_qkv.alpha", "alpha, which is missing"),
     ],
 )
-def test_oft_of_flux_with_a_part_missing(key: str, reason: str) -> None:
+def test_an_oft_of_flux_without_one_part_is_refused(key: str, reason: str) -> None:
     tensors, _ = oft_of_flux(0.1)
     del tensors[key]
     with pytest.raises(AdapterError, match=reason):
@@ -773,7 +764,7 @@ OWN_MODELS = {
 
 @pytest.mark.parametrize("family", OWN_MODELS)
 @pytest.mark.parametrize("dialect", ["comfy", "kohya", "diffusers"])
-def test_parts_that_are_models_of_their_own(family: str, dialect: str) -> None:
+def test_layers_of_a_file_that_are_in_a_separate_model_are_found(family: str, dialect: str) -> None:
     prefix = {"comfy": "diffusion_model.", "kohya": "lora_unet_", "diffusers": ""}[dialect]
     *paths, component = OWN_MODELS[family]
     built = next(published(family))
@@ -788,15 +779,15 @@ def test_parts_that_are_models_of_their_own(family: str, dialect: str) -> None:
     report = diffadapt.inspect(tensors, built)
     assert (report.format, report.family, report.unused) == (dialect, family, [])
     assert report.components == {"transformer": 1, component: 1}
-    # Without that model its tensors are reported, and nothing of them goes elsewhere.
+    # Without that model its tensors are reported, and none of them is used elsewhere.
     report = diffadapt.inspect(tensors, {"transformer": built["transformer"]})
     assert (report.components, len(report.unused)) == ({"transformer": 1}, 2)
     if dialect != "diffusers":
         assert component in diffadapt.inspect(tensors).components
 
 
-def test_a_part_alone_and_beside_the_denoiser() -> None:
-    """LTX-2's projection of text embeddings has no prefix in ComfyUI's names, and Anima's conditioner has one."""
+def test_a_separate_model_is_found_alone_and_with_the_denoiser() -> None:
+    """In ComfyUI's names, LTX-2's projection of text embeddings has no prefix, and Anima's conditioner has one."""
 
     def conditioner() -> nn.Module:
         torch.manual_seed(0)
@@ -846,15 +837,15 @@ BODIES = {
     "brackets": "(" * 300 + "a+" * 300,
     "blocks": "double_blocks.1.processor." * 30,
 }
-"""As long as names may be; `test_hostile_input` has longer ones."""
+"""Names of the longest allowed length; `test_hostile_input` has longer ones."""
 
 
 @pytest.mark.parametrize("pattern", ["([a-z_]+)+!", "([a-z]|_)*!", ".*" * 9 + "!", r"\w?" * 30 + "!", "(a?){40}!"])
 @pytest.mark.parametrize("option", ["alpha_pattern", "feedforward_modules"])
-def test_patterns_that_take_forever_are_refused(option: str, pattern: str, tmp_path: Path) -> None:
+def test_patterns_that_would_take_forever_are_refused(option: str, pattern: str, tmp_path: Path) -> None:
     pipe = models.flux()
-    parts = files.parts_for(pipe, ("transformer",), "proj_mlp")
-    tensors = files.peft_names(parts, "base_model.model.")
+    parts = loras.parts_for(pipe, ("transformer",), "proj_mlp")
+    tensors = spellings.peft_names(parts, "base_model.model.")
     if option == "feedforward_modules":
         tensors = {f"base_model.model.{path}.ia3_l": torch.ones(2 * models.WIDTH, 1) for path in parts["transformer"]}
     files.write(tmp_path / "adapter_model.safetensors", tensors)
@@ -872,7 +863,7 @@ def flux_models() -> dict[str, nn.Module]:
 
 
 @pytest.mark.parametrize("body", BODIES)
-def test_hostile_names_are_refused_at_once(
+def test_hostile_names_are_refused_in_linear_time(
     body: str, flux_models: dict[str, nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(size: int) -> None:

@@ -1,6 +1,6 @@
-"""Files as people have them: prefixes within prefixes, dialects side by side, layers twice, names nobody planned.
+"""Files as they are found: nested prefixes, mixed dialects, layers given twice, unplanned names.
 
-What is checked is the change of every layer, against that of a file in diffusers' names.
+The change of every layer is compared with that of a file in diffusers' names.
 """
 
 from collections.abc import Callable, Mapping
@@ -67,7 +67,7 @@ def changes(found: Plan) -> dict[tuple[str, str], Tensor]:
 
 
 def assert_alike(models: Mapping[str, nn.Module], tensors: Tensors, component: str, layers: Factors) -> Plan:
-    """The file is what it is in diffusers' names."""
+    """Assert that the file makes the same changes as one in diffusers' names."""
     found = planned(models, tensors)
     actual = changes(found)
     expected = changes(planned(models, spelled(layers, lambda path: f"{component}.{path}")))
@@ -107,7 +107,7 @@ SPELLINGS = [
 
 
 @pytest.mark.parametrize("family", ["flux", "wan", "ideogram4"])
-def test_what_wraps_a_model_is_above_its_layers(family: str) -> None:
+def test_prefixes_of_programs_and_wrappers_are_ignored(family: str) -> None:
     models = small(family)
     layers = factors(models["transformer"])
     for prefix in DOTTED:
@@ -118,14 +118,14 @@ def test_what_wraps_a_model_is_above_its_layers(family: str) -> None:
         assert_alike(models, spelled(layers, lambda path: path, down, up), "transformer", layers)
 
 
-def test_blocks_that_were_compiled_one_by_one() -> None:
+def test_names_of_individually_compiled_blocks_are_read() -> None:
     models = small("flux")
     layers = factors(models["transformer"])
     file = spelled(layers, lambda path: f"transformer.{path.replace('.attn', '._orig_mod.attn')}")
     assert_alike(models, file, "transformer", layers)
 
 
-def test_a_prefix_that_was_cut_from_too_much() -> None:
+def test_names_from_which_too_much_was_removed_with_a_prefix_are_read() -> None:
     models = small("qwen")
     layers = factors(models["transformer"])
     file = spelled(layers, lambda path: f"diffusion_model.{path.removeprefix('tran')}")
@@ -140,7 +140,7 @@ TEXT = {
 
 
 @pytest.mark.parametrize("component", TEXT)
-def test_text_encoders(component: str) -> None:
+def test_prefixes_of_text_encoders_are_read(component: str) -> None:
     models = small("sd3")
     layers = factors(models[component], "q_proj", "fc1", "SelfAttention.q")
     for prefix in TEXT[component]:
@@ -148,7 +148,7 @@ def test_text_encoders(component: str) -> None:
         assert_alike(models, spelled(layers, name), component, layers)
 
 
-def test_dialects_side_by_side() -> None:
+def test_a_file_may_mix_dialects() -> None:
     models = small("sdxl")
     layers = {c: factors(models[c], *ATTENTION, "q_proj") for c in ("unet", "text_encoder", "text_encoder_2")}
     named = {c: spelled(found, lambda path, c=c: f"{c}.{path}") for c, found in layers.items()}
@@ -163,19 +163,19 @@ def test_dialects_side_by_side() -> None:
         assert all(torch.equal(actual[at], change) for at, change in expected.items())
 
 
-def test_a_projection_that_nothing_reads() -> None:
+def test_a_text_projection_that_the_model_does_not_have_is_ignored() -> None:
     models = small("flux")
     layers = factors(models["text_encoder"], "q_proj")
     file = spelled(layers, flat("lora_te1_"), "lora_down.weight", "lora_up.weight")
     more = {"lora_te1_text_projection.lora_down.weight": torch.ones(2, 32)}
     found = planned(models, {**file, **more})
     assert [key for key, _ in found.ignored] == list(more)
-    # Where there is one, it counts.
+    # In a model that has one, it is not.
     assert [key for key, _ in plan(read(more), small("sd3")).faults] == list(more)
 
 
 @pytest.mark.parametrize("path", ["embeddings.position_embedding", "embeddings.token_embedding"])
-def test_an_embedding_as_tools_know_it_that_know_weights(path: str, tmp_path: Path) -> None:
+def test_a_lora_of_an_embedding_may_have_the_orientation_of_its_weight(path: str, tmp_path: Path) -> None:
     model = SMALL["flux"].build()["text_encoder"]
     layer = model.get_submodule(path)
     assert isinstance(layer, nn.Embedding)
@@ -198,26 +198,26 @@ def test_an_embedding_as_tools_know_it_that_know_weights(path: str, tmp_path: Pa
 
 @pytest.mark.parametrize("end", ["", ".scale", ".weight"])
 @pytest.mark.parametrize("name", ["diff", "set_weight"])
-def test_norms_by_the_name_of_their_parameter(name: str, end: str) -> None:
+def test_norms_may_have_the_name_of_their_parameter(name: str, end: str) -> None:
     stem = "diffusion_model.double_blocks.0.img_attn.norm.query_norm"
     found = planned(small("flux"), {f"{stem}{end}.{name}": torch.ones(16)})
     assert list(found.layers["transformer"]) == ["transformer_blocks.0.attn.norm_q"]
 
 
-def test_a_change_of_a_modulation_says_what_it_is() -> None:
+def test_a_change_of_the_modulation_of_a_block_is_refused_by_name() -> None:
     found = plan(read({"diffusion_model.blocks.0.diff_m": torch.ones(1, 6, 32)}), small("wan"))
     assert [reason for _, reason in found.faults] == [
         "a change of the block's own modulation (lightx2v), which is a parameter of no layer; pass strict=False"
     ]
 
 
-# Layers that are one where they were trained, and layers that are there twice
+# Layers that were fused for training, and layers that are given twice
 
 QKV = [f"transformer_blocks.0.attn.to_{letter}" for letter in "qkv"]
 
 
 def joined() -> tuple[tuple[Tensor, Tensor], Factors]:
-    """A LoRA on query, key and value in one, and its parts."""
+    """Return a LoRA on fused query, key and value, and its parts."""
     torch.manual_seed(0)
     down, up = normal(2, 32).float(), normal(96, 2).float()
     return (down, up), {path: (down, part) for path, part in zip(QKV, up.split(32), strict=True)}
@@ -227,14 +227,14 @@ FUSED = ["lycoris_transformer_blocks_0_attn_to_qkv", "transformer.transformer_bl
 
 
 @pytest.mark.parametrize("stem", FUSED)
-def test_projections_that_were_fused_for_training(stem: str) -> None:
+def test_projections_that_were_fused_for_training_are_split(stem: str) -> None:
     (down, up), parts = joined()
     file = {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
     assert_alike(small("flux"), file, "transformer", parts)
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_placeholders_beside_fused_projections_do_nothing(first: bool) -> None:
+def test_placeholders_of_zeros_next_to_fused_projections_are_ignored(first: bool) -> None:
     (down, up), parts = joined()
     fused = {f"{FUSED[0]}.lora_down.weight": down, f"{FUSED[0]}.lora_up.weight": up}
     idle = spelled(
@@ -247,7 +247,7 @@ def test_placeholders_beside_fused_projections_do_nothing(first: bool) -> None:
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_a_fused_projection_that_says_again_what_its_parts_say(first: bool) -> None:
+def test_a_fused_projection_that_repeats_its_parts_is_ignored(first: bool) -> None:
     (down, up), parts = joined()
     stem = "lora_unet_double_blocks_0_img_attn_qkv"
     fused = {f"{stem}.lora_down.weight": down * 2, f"{stem}.lora_up.weight": up / 2}
@@ -260,7 +260,7 @@ def test_a_fused_projection_that_says_again_what_its_parts_say(first: bool) -> N
             plan(read(other), small("flux")).refuse_faults(strict=True)
 
 
-# What PEFT keeps beside its adapters
+# What PEFT saves along with its adapters
 
 
 class Small(nn.Module):
@@ -282,7 +282,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", OPTIONS)
-def test_what_peft_trains_whole(case: str, tmp_path: Path) -> None:
+def test_layers_and_biases_that_peft_trains_fully_are_loaded(case: str, tmp_path: Path) -> None:
     theirs = peft.get_peft_model(
         Small(), peft.LoraConfig(r=2, target_modules=["first"], init_lora_weights=False, **OPTIONS[case])
     )

@@ -1,4 +1,4 @@
-"""One fault in a file of every dialect and of every type: it is named, and nothing has been changed."""
+"""One fault in a file of every dialect and every type: it is reported by name, and nothing is changed."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ from torch import Tensor
 
 import diffadapt
 from diffadapt import AdapterError
-from tests.support import files, models
+from tests.support import files, loras, models, spellings
 from tests.support.compare import assert_unchanged, snapshot
 from tests.support.spellings import DIALECTS, OF_DENOISERS
 
@@ -44,15 +44,15 @@ TYPES: dict[str, diffadapt.AdapterConfig] = {
     }.items()
 }
 OPTIONAL = ("alpha", "dora_scale", "lora_magnitude_vector", "rescale", "diff_b")
-"""What a file may have or not have: without, it is another file and no damaged one."""
+"""Tensors that a file may lack: without one it is another file, not a damaged one."""
 
 
-# Faults: each changes one tensor of a file and returns the names of which the error has to give one.
+# Faults: each changes one tensor of a file, and returns names of which the error message must contain one.
 
 
 def drop(tensors: Tensors, key: str) -> list[str]:
     del tensors[key]
-    return beside(tensors, key)
+    return siblings(tensors, key)
 
 
 def rename(tensors: Tensors, key: str) -> list[str]:
@@ -60,25 +60,25 @@ def rename(tensors: Tensors, key: str) -> list[str]:
     old, new = next((old, new) for old, new in pairs if old in key)
     renamed = key.replace(old, new, 1)
     tensors[renamed] = tensors.pop(key)
-    return [renamed, *beside(tensors, key)]
+    return [renamed, *siblings(tensors, key)]
 
 
 def reshape(tensors: Tensors, key: str) -> list[str]:
     twice = [tensors[key]] * 2
-    # More factors of a BOFT are another BOFT; more blocks of one are not.
+    # A BOFT may have more factors, but not more blocks in a factor.
     tensors[key] = torch.cat(twice, int(tensors[key].ndim == 4)) if tensors[key].ndim else torch.stack(twice)
-    return [key, *beside(tensors, key)]
+    return [key, *siblings(tensors, key)]
 
 
 def integers(tensors: Tensors, key: str) -> list[str]:
     tensors[key] = torch.ones_like(tensors[key], dtype=torch.int32)
-    return [key, *beside(tensors, key)]
+    return [key, *siblings(tensors, key)]
 
 
 def poison(tensors: Tensors, key: str) -> list[str]:
     tensors[key] = tensors[key].clone()
     tensors[key].view(-1)[-1] = float("nan")
-    return [key, *beside(tensors, key)]
+    return [key, *siblings(tensors, key)]
 
 
 FAULTS: dict[str, Callable[[Tensors, str], list[str]]] = {
@@ -91,7 +91,7 @@ FAULTS: dict[str, Callable[[Tensors, str], list[str]]] = {
 
 
 def layer_of(key: str) -> str:
-    """What the keys of one layer have in common."""
+    """Return what the keys of one layer have in common."""
     for mark in (
         ".lora",
         "_lora.",
@@ -113,16 +113,16 @@ def layer_of(key: str) -> str:
     return key.rpartition("." if "." in key else ":")[0]
 
 
-def beside(tensors: Tensors, key: str) -> list[str]:
+def siblings(tensors: Tensors, key: str) -> list[str]:
     return [other for other in tensors if layer_of(other) == layer_of(key)]
 
 
 def suits(fault: str, key: str, tensors: Tensors) -> bool:
-    """Whether the fault makes this tensor a wrong one."""
+    """Return whether the fault makes the file invalid."""
     tensor = tensors[key]
     if fault == "drop":
-        # A layer that is not there at all is none that is damaged.
-        return not any(part in OPTIONAL for part in key.split(".")) and len(beside(tensors, key)) > 1
+        # Without its only tensor, the layer is missing and not damaged.
+        return not any(part in OPTIONAL for part in key.split(".")) and len(siblings(tensors, key)) > 1
     if fault == "integers":
         return tensor.is_floating_point() and not key.endswith("alpha")
     return fault != "NaN" or tensor.is_floating_point()
@@ -131,27 +131,28 @@ def suits(fault: str, key: str, tensors: Tensors) -> bool:
 def assert_every_fault_is_refused(
     pipe: DiffusionPipeline, clean: Tensors, seed: str, load: Callable[[Tensors], Any]
 ) -> None:
-    """Each fault at one tensor of every kind that there is in the file, at a layer by chance."""
+    """Assert that each fault is refused at every name of a tensor in the file, in a random layer."""
     before = snapshot(pipe)
     for fault, damage in FAULTS.items():
-        kinds: dict[str, list[str]] = {}
+        names: dict[str, list[str]] = {}
         for key in clean:
             if suits(fault, key, clean):
-                kinds.setdefault(key.removeprefix(layer_of(key)), []).append(key)
-        assert kinds or fault == "drop"
-        for kind, keys in kinds.items():
-            key = random.Random(f"{seed} {fault} {kind}").choice(keys)
+                names.setdefault(key.removeprefix(layer_of(key)), []).append(key)
+        assert names or fault == "drop"
+        for name, keys in names.items():
+            key = random.Random(f"{seed} {fault} {name}").choice(keys)
             damaged = dict(clean)
             named = damage(damaged, key)
             with pytest.raises(AdapterError) as caught:
                 load(damaged)
-            found = {name for name, _ in getattr(caught.value, "faults", [])}
-            assert found & set(named) or any(name in str(caught.value) for name in named), (fault, key, caught.value)
+            found = {fault_key for fault_key, _ in getattr(caught.value, "faults", [])}
+            is_named = found & set(named) or any(other in str(caught.value) for other in named)
+            assert is_named, (fault, key, caught.value)
         assert_unchanged(pipe, before)
 
 
 def written(pipe: DiffusionPipeline, name: str, folder: Path) -> Iterator[tuple[str, Path]]:
-    """The adapter in every format that can express it: format, and the file with its tensors."""
+    """Save the adapter in every format that can express it; yield the format and the file with its tensors."""
     for format in FORMATS:
         try:
             path = pipe.adapters.save(name, folder / format, format=format)
@@ -160,13 +161,13 @@ def written(pipe: DiffusionPipeline, name: str, folder: Path) -> Iterator[tuple[
         yield format, path
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("adapter_type", TYPES)
 @pytest.mark.parametrize("family", ["sd15", "flux"])
-def test_every_type_in_every_format(family: str, kind: str, tmp_path: Path) -> None:
+def test_faults_in_every_type_and_format_are_refused(family: str, adapter_type: str, tmp_path: Path) -> None:
     pipe = models.FAMILIES[family]()
     before = snapshot(pipe)
     denoiser = pipe.unet if family == "sd15" else pipe.transformer
-    diffadapt.add_adapter(denoiser, TYPES[kind], name="a")
+    diffadapt.add_adapter(denoiser, TYPES[adapter_type], name="a")
     paths = dict(written(pipe, "a", tmp_path))
     assert paths
     pipe.adapters.clear()
@@ -188,16 +189,16 @@ def test_every_type_in_every_format(family: str, kind: str, tmp_path: Path) -> N
         report = load(clean)
         assert (report.used, report.unused) == (len(clean), [])
         pipe.adapters.clear()
-        assert_every_fault_is_refused(pipe, clean, f"{family} {kind} {format}", load)
+        assert_every_fault_is_refused(pipe, clean, f"{family} {adapter_type} {format}", load)
 
 
 @pytest.mark.parametrize("dialect", [*DIALECTS, *OF_DENOISERS])
 @pytest.mark.parametrize("family", ["sdxl", "sd3"])
-def test_every_dialect(family: str, dialect: str) -> None:
+def test_faults_in_every_dialect_are_refused(family: str, dialect: str) -> None:
     pipe = models.FAMILIES[family]()
     denoiser = "unet" if family == "sdxl" else "transformer"
     components = (denoiser,) if dialect in OF_DENOISERS else (denoiser, "text_encoder", "text_encoder_2")
-    parts = files.parts_for(pipe, components, "to_q|q_proj", alpha=lambda index: 2.0 + index % 3)
+    parts = loras.parts_for(pipe, components, "to_q|q_proj", alpha=lambda index: 2.0 + index % 3)
     _, write = (DIALECTS | OF_DENOISERS)[dialect]
     assert_every_fault_is_refused(pipe, write(parts, family), f"{family} {dialect}", pipe.load_adapter)
 
@@ -216,7 +217,7 @@ def xlabs(pipe: DiffusionPipeline) -> Tensors:
 
 
 def cloneofsimo(pipe: DiffusionPipeline) -> Tensors:
-    layers = files.layers_of(pipe.text_encoder, r"[qkv]_proj|out_proj")
+    layers = loras.layers_of(pipe.text_encoder, r"[qkv]_proj|out_proj")
     tensors: Tensors = {}
     for index, layer in enumerate(layers.values()):
         tensors[f"text_encoder:{index}:down"] = torch.randn(2, layer.in_features)
@@ -225,11 +226,13 @@ def cloneofsimo(pipe: DiffusionPipeline) -> Tensors:
 
 
 def processors(pipe: DiffusionPipeline) -> Tensors:
-    return files.processor_names(files.parts_for(pipe, ("unet",), r"to_[qkv]|to_out\.0")["unet"])
+    return spellings.processor_names(loras.parts_for(pipe, ("unet",), r"to_[qkv]|to_out\.0")["unet"])
 
 
 @pytest.mark.parametrize(("family", "write"), [("flux", xlabs), ("sd15", cloneofsimo), ("sd15", processors)])
-def test_dialects_of_one_family(family: str, write: Callable[[DiffusionPipeline], Tensors]) -> None:
+def test_faults_in_dialects_of_one_family_are_refused(
+    family: str, write: Callable[[DiffusionPipeline], Tensors]
+) -> None:
     pipe = models.FAMILIES[family]()
     clean = write(pipe)
     report = pipe.load_adapter(clean, "a")

@@ -1,4 +1,4 @@
-"""LyCORIS files in kohya's naming: LoHa and LoKr beside LoRA, in one file, by hand-computed weights, and back out."""
+"""LyCORIS files in kohya's names with LoHa, LoKr and LoRA together: loaded, compared with merged weights, saved."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ LOHA, LOKR, WHOLE, LORA = "attn1.to_q", "attn2.to_v", "ff.net.2", "conv1"
 
 
 def tensors_for(unet: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A file, and the weight change of every layer in it."""
+    """Return a file, and the weight change of every layer in it."""
     generator = torch.Generator().manual_seed(5)
 
     def draw_one(*shape: int) -> Tensor:
@@ -35,7 +35,7 @@ def tensors_for(unet: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
             parts |= {"lokr_w2_b": draw_one(1, columns // 4)}
             change = torch.kron(parts["lokr_w1"], parts["lokr_w2_a"] @ parts["lokr_w2_b"]) * 0.5
         elif path.endswith(WHOLE):
-            # With two whole factors alpha says nothing; some trainers write infinity.
+            # With two whole factors alpha has no meaning; some trainers write infinity.
             parts = {"lokr_w1": draw_one(4, 4), "lokr_w2": draw_one(out // 4, columns // 4)}
             parts |= {"alpha": torch.tensor(torch.inf)}
             change = torch.kron(parts["lokr_w1"], parts["lokr_w2"])
@@ -50,7 +50,7 @@ def tensors_for(unet: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return file, deltas
 
 
-def test_mixed_types_equal_the_weights_merged_by_hand() -> None:
+def test_mixed_types_equal_the_weights_with_the_changes_added() -> None:
     pipe, plain = models.sd15(), models.sd15()
     file, deltas = tensors_for(plain.unet)
     base = draw(pipe)
@@ -70,12 +70,12 @@ def test_mixed_types_equal_the_weights_merged_by_hand() -> None:
     assert torch.equal(draw(pipe), base)
 
 
-def test_saved_file_is_bit_identical_and_diffusers_format_is_refused(tmp_path: Path) -> None:
+def test_the_saved_file_is_bit_identical_and_the_format_of_diffusers_is_refused(tmp_path: Path) -> None:
     pipe = models.sd15()
     file, _ = tensors_for(pipe.unet)
     pipe.load_adapter(file, "mixed")
     saved = load_file(pipe.adapters.save("mixed", tmp_path / "mixed.safetensors", format="kohya"))
-    # An alpha that says nothing is written as 1.
+    # An alpha without a meaning is written as 1.
     expected = {key: tensor if tensor.isfinite().all() else torch.ones(()) for key, tensor in file.items()}
     assert set(saved) == set(expected)
     assert all(torch.equal(tensor, expected[key]) for key, tensor in saved.items())
@@ -93,7 +93,7 @@ def test_saved_file_is_bit_identical_and_diffusers_format_is_refused(tmp_path: P
         ("lokr_w1", (3, 4), "multiply to"),
     ],
 )
-def test_faults_are_named(name: str, shape: tuple[int, ...] | None, reason: str) -> None:
+def test_faults_are_reported_by_name(name: str, shape: tuple[int, ...] | None, reason: str) -> None:
     pipe = models.sd15()
     file, _ = tensors_for(pipe.unet)
     key = next(key for key in file if key.endswith(f".{name}"))

@@ -1,4 +1,4 @@
-"""Adapters made here, saved as PEFT folders, and what PEFT makes of them."""
+"""Adapters saved as PEFT folders, and loaded in PEFT and here."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from tests.support.models import draw
 
 
 class Net(nn.Module):
-    """One layer of every kind that PEFT adapts."""
+    """A model with one layer of every kind that PEFT adapts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ CONFIGS: dict[str, AdapterConfig] = {
     "lokr": diffadapt.LoKrConfig(rank=1, alpha=3, target_modules=CONVS, init=False),
     "lokr factor": diffadapt.LoKrConfig(rank=1, factor=2, target_modules=["linear", "point"], init=False),
     "lokr both": diffadapt.LoKrConfig(rank=1, decompose_both=True, target_modules=CONVS, init=False),
-    # On Conv1d PEFT 0.21.2 has another, unintended formula for a whole second factor, and fails with a core.
+    # On Conv1d, PEFT 0.21.2 has a different, unintended formula for a whole second factor, and fails with a core.
     "lokr tucker": diffadapt.LoKrConfig(rank=1, target_modules=["linear", "conv"], init=False, use_tucker=True),
     "lokr full": diffadapt.LoKrConfig(full_matrix=True, target_modules=["linear", "conv", "point"], init=False),
     "oft": diffadapt.OFTConfig(block_size=4, target_modules=["linear", "point"], init=False),
@@ -64,9 +64,9 @@ CONFIGS: dict[str, AdapterConfig] = {
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-# peft takes a LoRA bias for a factor that lost a dimension.
+# peft mistakes a LoRA bias for a factor that lost a dimension.
 @pytest.mark.filterwarnings("ignore:.*LoRA tensor.*have invalid shape:peft.utils.warning.PeftWarning")
-def test_saved_folder_loads_in_peft_and_here(name: str, tmp_path: Path) -> None:
+def test_a_saved_folder_loads_in_peft_and_here(name: str, tmp_path: Path) -> None:
     model = net()
     base = model(*inputs())
     diffadapt.add_adapter(model, CONFIGS[name], "a")
@@ -96,7 +96,7 @@ def test_saved_folder_loads_in_peft_and_here(name: str, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_peft_cannot_express_is_refused_and_nothing_written(
+def test_adapters_that_peft_cannot_express_are_refused_and_nothing_is_written(
     config: AdapterConfig, reason: str, tmp_path: Path
 ) -> None:
     model = net()
@@ -106,8 +106,8 @@ def test_what_peft_cannot_express_is_refused_and_nothing_written(
     assert not (tmp_path / "folder").exists()
 
 
-def test_rotations_of_one_block_beside_others(tmp_path: Path) -> None:
-    """PEFT has one answer for all layers to whether their blocks are the same one."""
+def test_rotations_of_one_block_are_saved_together_with_others_unless_shared(tmp_path: Path) -> None:
+    """PEFT has one setting for all layers that says whether the blocks of a layer are shared."""
 
     def build() -> nn.Module:
         torch.manual_seed(0)
@@ -131,7 +131,7 @@ def test_rotations_of_one_block_beside_others(tmp_path: Path) -> None:
     assert not (tmp_path / "wrong").exists()
 
 
-def test_several_components_get_a_folder_each(tmp_path: Path) -> None:
+def test_every_component_gets_its_own_folder(tmp_path: Path) -> None:
     pipe = models.sd15()
     base = draw(pipe)
     options: dict[str, Any] = {"rank": 2, "init": False, "target_modules": ["to_q", "q_proj"]}
@@ -147,10 +147,10 @@ def test_several_components_get_a_folder_each(tmp_path: Path) -> None:
     assert_same(draw(again), expected)
 
 
-# peft takes a LoRA bias for a factor that lost a dimension.
+# peft mistakes a LoRA bias for a factor that lost a dimension.
 @pytest.mark.filterwarnings("ignore:.*LoRA tensor.*have invalid shape:peft.utils.warning.PeftWarning")
-def test_a_bias_on_some_layers_only(tmp_path: Path) -> None:
-    """PEFT has biases on all layers or on none: the others get zeros."""
+def test_layers_without_a_bias_get_zeros_if_others_have_one(tmp_path: Path) -> None:
+    """PEFT has biases on all layers or on none."""
     model = net()
     adapter = diffadapt.add_adapter(
         model, diffadapt.LoraConfig(rank=2, target_modules=["linear", "conv"], init=False, bias=True), "a"
@@ -162,8 +162,8 @@ def test_a_bias_on_some_layers_only(tmp_path: Path) -> None:
         assert_same(peft.PeftModel.from_pretrained(net(), tmp_path)(*inputs()), expected, 2e-6)
 
 
-def test_whole_factors_of_peft_on_a_conv1d_are_refused(tmp_path: Path) -> None:
-    """PEFT trains and merges another formula there, so its file cannot be right here."""
+def test_a_lokr_of_peft_with_whole_factors_on_a_conv1d_is_refused(tmp_path: Path) -> None:
+    """PEFT trains and merges a different formula there, so its file cannot be right here."""
     config = peft.LoKrConfig(r=8, alpha=8, target_modules=["conv1d"], init_weights=False)
     peft.get_peft_model(net(), config).save_pretrained(tmp_path)
     model = net()

@@ -1,6 +1,6 @@
-"""Import, export, import: the same bits, in every family, dialect and type; and what peers make of what we write.
+"""Load, save, load: the same bits in every family, dialect and type; and what peer libraries make of our files.
 
-The same on whole models, with the peers' reading of the files themselves: `scripts/compat_matrix.py`.
+`scripts/compat_matrix.py` does the same with all layers, and has diffusers read the original files, too.
 """
 
 import json
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
 
 DIALECT = {dialect.name: dialect for dialect in DIALECTS}
 REFUSED = "length for every input|constraint is over all outputs|new weight of a norm"
-"""Why some files cannot be used: what joins the outputs of several layers cannot be cut, and norms are no change."""
+"""Why some files cannot be used: a map that joins the outputs of fused layers cannot be split, and new norm weights."""
 
 _benches: dict[str, Workbench] = {}
 
@@ -48,7 +48,7 @@ def made(bench: Workbench, dialect: str, kind: str) -> File:
 
 @pytest.mark.parametrize("family", SMALL)
 def test_every_type_in_every_dialect_is_loaded_saved_and_loaded_again(family: str, tmp_path: Path) -> None:
-    """On a layer of each component, one that is several of the model where the dialect has such."""
+    """The files have one layer of each component, a fused one if the dialect has any."""
     bench = bench_of(family)
     every = [file for dialect in DIALECTS for file in files(bench, dialect, most=1)]
     assert every
@@ -59,12 +59,12 @@ def test_every_type_in_every_dialect_is_loaded_saved_and_loaded_again(family: st
             continue
         assert outcome.equals == "yes", outcome
         assert not outcome.trips.changed, outcome
-        # A scale that only PEFT knows goes into a factor elsewhere, and PEFT has no room for every shape.
+        # Other formats store a scale that only PEFT has in a factor, and PEFT cannot express every shape.
         assert outcome.trips.saved or (outcome.dialect, outcome.kind) == ("PEFT folder", "LoKr, whole"), outcome
 
 
-def test_two_denoisers_are_not_written_over_each_other(tmp_path: Path) -> None:
-    """Wan 2.2: sd-scripts and OneTrainer have one file for each."""
+def test_the_layers_of_two_denoisers_do_not_overwrite_each_other(tmp_path: Path) -> None:
+    """For Wan 2.2, sd-scripts and OneTrainer have one file for each denoiser."""
     one, two = (SMALL["wan"].build()["transformer"] for _ in range(2))
     models = {"transformer": one, "transformer_2": two}
     manager = Adapters(Owner(lambda: models))
@@ -78,7 +78,7 @@ def test_two_denoisers_are_not_written_over_each_other(tmp_path: Path) -> None:
 
 
 def test_every_registered_type_format_and_family_is_tested(tmp_path: Path) -> None:
-    # ControlNets and what goes into them, FaceID and files of tokens have one layout each, and tests of their own.
+    # ControlNets, Control-LoRAs, FaceID and files of tokens have one layout each, and their own tests.
     alone = {CONTROL_LORA.name, FACEID.name, EMBEDDINGS.name}
     assert {family.name for family in FAMILIES} - {"controlnet"} == {family for family in SMALL if " " not in family}
     known = {dialect.format for dialect in DIALECTS} | {refusal(keys)[0] for keys in FOREIGN.values()}
@@ -91,12 +91,11 @@ def test_every_registered_type_format_and_family_is_tested(tmp_path: Path) -> No
             types |= set(bench.manager.load(file.write(tmp_path / f"{dialect}{number}"), "a").types)
     bench.manager.clear()
     assert types == {kind.name for kind in TYPES}
-    # Which models have no convolutions for, and what one program alone writes.
+    # Tucker cores need convolutions, which the model lacks, and only one program writes control LoRAs.
     assert set(KINDS) - kinds == {"LoRA with Tucker cores", "control"}
 
 
-def test_a_wrong_formula_or_a_lost_layer_would_be_seen(tmp_path: Path) -> None:
-    """The judge itself: other factors, and a file in which a layer is missing, are not what is wanted."""
+def test_the_judge_detects_wrong_factors_and_missing_layers(tmp_path: Path) -> None:
     bench = bench_of("qwen")
     file = made(bench, "diffusers", "LoRA")
     key = next(key for key in file.tensors if key.endswith("lora_B.weight"))
@@ -110,12 +109,12 @@ def test_a_wrong_formula_or_a_lost_layer_would_be_seen(tmp_path: Path) -> None:
     assert outcome.diffusers == f"drops 2 of {len(file.tensors)} keys"
 
 
-# Peers read what we write
+# Peer libraries read our files
 
 
 @pytest.mark.parametrize("kind", ["LoRA", "DoRA"])
 @pytest.mark.parametrize("family", ["sd", "sdxl", "flux", "flux2", "qwen", "wan"])
-def test_plain_diffusers_reads_what_is_saved_in_its_format(family: str, kind: str, tmp_path: Path) -> None:
+def test_plain_diffusers_reads_a_file_saved_in_its_format(family: str, kind: str, tmp_path: Path) -> None:
     bench = bench_of(family)
     file = made(bench, "LyCORIS", kind)
     bench.manager.load(file.write(tmp_path), "a")
@@ -127,7 +126,7 @@ def test_plain_diffusers_reads_what_is_saved_in_its_format(family: str, kind: st
 @pytest.mark.parametrize(
     ("family", "format"), [("sd", "kohya"), ("sdxl", "kohya"), ("qwen", "comfy"), ("wan", "comfy")]
 )
-def test_plain_diffusers_reads_what_is_saved_for_other_programs(family: str, format: str, tmp_path: Path) -> None:
+def test_plain_diffusers_reads_a_file_saved_for_another_program(family: str, format: str, tmp_path: Path) -> None:
     bench = bench_of(family)
     file = made(bench, "diffusers", "LoRA in blocks, one alpha")
     bench.manager.load(file.write(tmp_path), "a")
@@ -140,7 +139,7 @@ def test_plain_diffusers_reads_what_is_saved_for_other_programs(family: str, for
     "kind",
     ["LoRA", "LoRA with biases", "DoRA", "LoHa", "OFT on inputs", "OFT on inputs, exact", "IA3", "IA3 on inputs"],
 )
-def test_peft_reads_what_is_saved_as_a_folder(kind: str, tmp_path: Path) -> None:
+def test_peft_reads_a_saved_folder(kind: str, tmp_path: Path) -> None:
     bench = bench_of("cogview4")
     file = made(bench, "PEFT folder", kind)
     bench.manager.load(file.write(tmp_path / "file"), "a")
@@ -155,7 +154,7 @@ def test_peft_reads_what_is_saved_as_a_folder(kind: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("kind", ["LoRA", "LoHa", "DoRA", "DoRA of LoHa", "GLoRA", "full", "norms"])
-def test_lycoris_reads_what_is_saved_for_it(kind: str, tmp_path: Path) -> None:
+def test_lycoris_reads_a_file_saved_for_it(kind: str, tmp_path: Path) -> None:
     lycoris = pytest.importorskip("lycoris.modules")
     bench = bench_of("sd")
     file = made(bench, "OneTrainer", kind)
@@ -178,7 +177,7 @@ def test_lycoris_reads_what_is_saved_for_it(kind: str, tmp_path: Path) -> None:
 # Lists of keys
 
 
-def test_lists_of_keys_are_accounted_for(tmp_path: Path) -> None:
+def test_every_key_of_a_list_is_used_or_reported(tmp_path: Path) -> None:
     keys = {
         "transformer.transformer_blocks.0.attn.to_q": (64, 3072),
         "transformer.transformer_blocks.0.nothing": (1, 1),

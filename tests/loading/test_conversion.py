@@ -1,4 +1,4 @@
-"""From file to file: other names, the same adapter."""
+"""`convert`: from file to file, the same adapter under other names."""
 
 from importlib import import_module
 from pathlib import Path
@@ -12,7 +12,7 @@ from torch import Tensor
 import diffadapt
 from diffadapt import AdapterError
 from diffadapt.cli import main
-from tests.support import files, models
+from tests.support import files, loras, models, spellings
 from tests.support.listed import published_models
 
 DOUBLE, SINGLE = "lora_unet_double_blocks_3", "lora_unet_single_blocks_37"
@@ -28,7 +28,7 @@ def lora(module: str, out: int, columns: int, rank: int = 2, alpha: float = 1.0)
 
 
 def flux_file() -> dict[str, Tensor]:
-    """sd-scripts' names: fused projections, swapped halves, CLIP and T5."""
+    """Return a file in sd-scripts' names: fused projections, swapped halves, CLIP."""
     return {
         **lora(f"{DOUBLE}_img_attn_qkv", 9216, 3072),
         **lora(f"{DOUBLE}_txt_mlp_0", 12288, 3072, rank=3, alpha=6.0),
@@ -52,7 +52,7 @@ def change(tensors: dict[str, Tensor], module: str) -> Tensor:
     return up.flatten(1) @ down.flatten(1) * tensors[f"{module}.alpha"] / down.shape[0]
 
 
-def test_flux_to_diffusers_and_back(tmp_path: Path) -> None:
+def test_a_flux_file_is_converted_to_diffusers_and_back(tmp_path: Path) -> None:
     tensors = flux_file()
     there = diffadapt.convert(tensors, tmp_path / "diffusers.safetensors", "diffusers")
     found = load_file(there)
@@ -67,11 +67,11 @@ def test_flux_to_diffusers_and_back(tmp_path: Path) -> None:
         assert torch.equal(back[key], tensor), key
 
 
-def test_projections_trained_one_by_one_become_block_diagonal(tmp_path: Path) -> None:
+def test_separate_projections_become_a_block_diagonal_fused_one(tmp_path: Path) -> None:
     path = "transformer.transformer_blocks.0.attn"
     tensors: dict[str, Tensor] = {}
     layers = {f"{path}.to_q": (3072, 2), f"{path}.to_v": (3072, 3)}
-    # By itself the attention could be another family's.
+    # The attention alone could be that of another family.
     layers["transformer.single_transformer_blocks.0.attn.to_k"] = (3072, 1)
     for module, (out, rank) in layers.items():
         parts = lora(module, out, 3072, rank=rank)
@@ -87,7 +87,7 @@ def test_projections_trained_one_by_one_become_block_diagonal(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("make", [flux_file, sdxl_file])
-def test_metadata_and_precision_stay(make: object, tmp_path: Path) -> None:
+def test_metadata_and_dtype_are_kept(make: object, tmp_path: Path) -> None:
     tensors = flux_file() if make is flux_file else sdxl_file()
     metadata = {"ss_network_module": "networks.lora", "modelspec.trigger_phrase": "a sks", "ss_tag_frequency": "{}"}
     source = files.write(tmp_path / "in.safetensors", tensors, metadata)
@@ -98,7 +98,7 @@ def test_metadata_and_precision_stay(make: object, tmp_path: Path) -> None:
     assert {tensor.dtype for tensor in load_file(target).values()} == {torch.bfloat16}
 
 
-def test_sdxl_from_original_names(tmp_path: Path) -> None:
+def test_an_sdxl_file_in_original_names_is_converted(tmp_path: Path) -> None:
     found = load_file(diffadapt.convert(sdxl_file(), tmp_path / "out.safetensors", "diffusers"))
     path = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
     original = sdxl_file()["lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k.lora_down.weight"]
@@ -106,7 +106,7 @@ def test_sdxl_from_original_names(tmp_path: Path) -> None:
     assert "text_encoder_2.text_model.encoder.layers.31.mlp.fc1.lora_A.weight" in found
 
 
-def test_a_layer_that_cannot_be_taken_apart_stays_whole_where_it_may(tmp_path: Path) -> None:
+def test_a_fused_layer_that_cannot_be_split_stays_whole_if_the_format_allows_it(tmp_path: Path) -> None:
     module = f"{DOUBLE}_img_attn_qkv"
     tensors = {
         # HunyuanVideo has a projection of the same name and size.
@@ -123,7 +123,7 @@ def test_a_layer_that_cannot_be_taken_apart_stays_whole_where_it_may(tmp_path: P
     assert not (tmp_path / "refused.safetensors").exists()
 
 
-# The models of each family: what a layer is called in its authors' code and in diffusers, outputs and inputs
+# Model -> original name of a layer -> its path in diffusers, outputs, inputs
 MODELS: dict[str, dict[str, tuple[str, int, int]]] = {
     "anima": {
         "blocks.27.self_attn.q_proj": ("transformer.transformer_blocks.27.attn1.to_q", 2048, 2048),
@@ -214,8 +214,10 @@ MODELS: dict[str, dict[str, tuple[str, int, int]]] = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_models_of_every_family(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Three conversions of every file, and several files of a family.
+def test_files_for_the_models_of_every_family_are_converted_there_and_back(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Build the published models of a family once for all conversions.
     monkeypatch.setattr(import_module("diffadapt.loading.conversion"), "published", published_models)
     tensors: dict[str, Tensor] = {}
     for original, (_, out, columns) in MODELS[name].items():
@@ -239,8 +241,8 @@ def test_models_of_every_family(name: str, tmp_path: Path, monkeypatch: pytest.M
     assert all(torch.equal(back[key], tensor) for key, tensor in tensors.items())
 
 
-def test_two_experts_in_one_file(tmp_path: Path) -> None:
-    """Of Wan 2.2; other formats have one name for a layer of both."""
+def test_a_file_for_both_denoisers_of_wan_is_converted_to_diffusers_only(tmp_path: Path) -> None:
+    """Wan 2.2 has two denoisers; other formats have the same name for the layers of both."""
     both = ("diffusion_model.transformer_1.", "diffusion_model.transformer_2.")
     tensors: dict[str, Tensor] = {}
     for prefix in both:
@@ -256,7 +258,7 @@ def test_two_experts_in_one_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_what_is_multiplied_out_has_the_dtype_of_the_file(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_a_change_that_was_multiplied_out_has_the_dtype_of_the_file(dtype: torch.dtype, tmp_path: Path) -> None:
     module = f"{DOUBLE}_img_attn_qkv"
     tensors = {
         # HunyuanVideo has a projection of the same name and size.
@@ -272,7 +274,7 @@ def test_what_is_multiplied_out_has_the_dtype_of_the_file(dtype: torch.dtype, tm
     assert torch.equal(change, whole[3072:6144].to(dtype))
 
 
-def test_what_half_precision_cannot_hold_stays_in_float32(tmp_path: Path) -> None:
+def test_a_change_too_small_for_half_precision_stays_in_float32(tmp_path: Path) -> None:
     module = f"{DOUBLE}_img_attn_qkv"
     tensors = {
         f"{DOUBLE}_img_mod_lin.diff": torch.zeros(18432, 3072, dtype=torch.float16),
@@ -287,7 +289,7 @@ def test_what_half_precision_cannot_hold_stays_in_float32(tmp_path: Path) -> Non
     assert torch.equal(change, whole[3072:6144])
 
 
-def test_refusals_write_nothing(tmp_path: Path) -> None:
+def test_a_refused_conversion_writes_nothing(tmp_path: Path) -> None:
     unknown = lora("lora_te_text_model_encoder_layers_0_mlp_fc1", 3072, 768)
     with pytest.raises(AdapterError, match="do not tell for which models it is"):
         diffadapt.convert(unknown, tmp_path / "a.safetensors")
@@ -299,7 +301,7 @@ def test_refusals_write_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_convert_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = files.write(tmp_path / "in.safetensors", sdxl_file(), {})
     target = tmp_path / "out.safetensors"
     assert main(["convert", str(source), str(target), "--to", "diffusers"]) == 0
@@ -309,21 +311,24 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "cannot be written" in capsys.readouterr().err
 
 
-def test_a_caller_can_say_what_a_file_is(tmp_path: Path) -> None:
+def test_the_caller_can_name_the_format_and_family_of_a_file(tmp_path: Path) -> None:
     pipe = models.sd15_full()
-    tensors = files.peft_names(files.parts_for(pipe, ("unet",), r"attn1\.to_q"))
+    tensors = spellings.peft_names(loras.parts_for(pipe, ("unet",), r"attn1\.to_q"))
     report = pipe.load_adapter(tensors, "a", format="diffusers")
     assert report.format == "diffusers"
     for wrong in ("kohya", "nonsense"):
         with pytest.raises(AdapterError, match=r"cannot be used|'nonsense' is not known"):
             pipe.load_adapter(tensors, "b", format=wrong)
     assert pipe.adapters.names == ["a"]
-    wide = {key: torch.zeros(4, 320) if "lora_A" in key else torch.zeros(320, 4) for key in tensors}
-    wide = {key: tensor for key, tensor in wide.items() if "down_blocks.0." in key}
-    assert diffadapt.inspect(wide, family="sd", format="diffusers").unused == []
-    assert len(diffadapt.inspect(wide, family="flux").unused) == len(wide)
-    saved = diffadapt.convert(wide, tmp_path / "sd.safetensors", "kohya", family="sd", source_format="diffusers")
+    full_size = {
+        key: torch.zeros(4, 320) if "lora_A" in key else torch.zeros(320, 4)
+        for key in tensors
+        if "down_blocks.0." in key
+    }
+    assert diffadapt.inspect(full_size, family="sd", format="diffusers").unused == []
+    assert len(diffadapt.inspect(full_size, family="flux").unused) == len(full_size)
+    saved = diffadapt.convert(full_size, tmp_path / "sd.safetensors", "kohya", family="sd", source_format="diffusers")
     assert diffadapt.inspect(saved, family="sd").used > 0
     with pytest.raises(AdapterError, match="nonsense"):
-        diffadapt.convert(wide, tmp_path / "no.safetensors", "kohya", family="nonsense")
+        diffadapt.convert(full_size, tmp_path / "no.safetensors", "kohya", family="nonsense")
     assert not (tmp_path / "no.safetensors").exists()

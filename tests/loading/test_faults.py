@@ -1,4 +1,4 @@
-"""Files with something wrong in them, type by type: the error names the layer, what was expected and what is there."""
+"""Invalid files of every type: the error names the layer, what was expected and what was found."""
 
 import math
 import re
@@ -54,7 +54,7 @@ CASES: dict[str, tuple[str, Shapes, str]] = {
     "loha, ranks": (LINEAR, {**HADA, "hada_w2_a": (8, 3)}, "hada_w2_a has shape (8, 3), expected (8, 2)"),
     "lokr, ranks": (LINEAR, {"lokr_w1": (2, 3), "lokr_w2_a": (4, 1), "lokr_w2_b": (2, 4)}, "cannot be multiplied"),
     "glora, ranks": (LINEAR, {**GLORA, "a2.weight": (3, 12)}, "(3, 12)"),
-    # Of rank zero
+    # Rank zero
     "lora, rank 0": (LINEAR, {"lora_down.weight": (0, 12), "lora_up.weight": (8, 0)}, "at least one rank"),
     "loha, rank 0": (
         LINEAR,
@@ -67,7 +67,7 @@ CASES: dict[str, tuple[str, Shapes, str]] = {
         {"a1.weight": (12, 0), "a2.weight": (0, 12), "b1.weight": (8, 0), "b2.weight": (0, 12)},
         "a1",
     ),
-    # Of another layer
+    # Shapes of another layer
     "lora, columns": (LINEAR, {"lora_down.weight": (2, 11), "lora_up.weight": (8, 2)}, "(2, 11), expected (2, 12)"),
     "lora, rows": (LINEAR, {"lora_down.weight": (2, 12), "lora_up.weight": (9, 2)}, "(9, 2), expected (8, 2)"),
     "lora, kernel": (
@@ -93,7 +93,7 @@ CASES: dict[str, tuple[str, Shapes, str]] = {
     "full": (LINEAR, {"diff": (8, 13)}, "diff has shape (8, 13), expected (8, 12)"),
     "full, bias": (LINEAR, {"diff_b": (9,)}, "diff_b has shape (9,), expected (8,)"),
     "norm": (NORM, {"w_norm": (9,)}, "(9,), expected (8,)"),
-    # On layers that the type does not know
+    # Layers on which the type has no meaning
     "oft on groups": (GROUPED, {"oft_blocks": (2, 4, 4)}, "2 groups; a rotation would mix them"),
     "lora on a norm": (NORM, {"lora_down.weight": (2, 8), "lora_up.weight": (8, 2)}, "LayerNorm cannot carry this"),
     "glora on tokens": (TOKENS, {**GLORA, "a1.weight": (7, 2)}, "an embedding has no inputs that GLoRA could map"),
@@ -134,7 +134,7 @@ def tensors(path: str, shapes: Shapes, fill: float = 1.0) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_fault_is_named_and_nothing_loaded(name: str) -> None:
+def test_the_fault_is_reported_and_nothing_loaded(name: str) -> None:
     path, shapes, reason = CASES[name]
     model = net()
     before = snapshot(model)
@@ -145,7 +145,7 @@ def test_the_fault_is_named_and_nothing_loaded(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_without_faults_it_loads_and_not_with_nan(name: str) -> None:
+def test_a_valid_file_is_loaded_and_one_with_nan_refused(name: str) -> None:
     path, shapes = WHOLE[name]
     model = net()
     report = diffadapt.load_adapter(model, tensors(path, shapes), "a")
@@ -161,15 +161,15 @@ def test_without_faults_it_loads_and_not_with_nan(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_inspection_without_a_model_sees_the_same(name: str) -> None:
+def test_inspection_without_a_model_finds_the_same_types(name: str) -> None:
     path, shapes = WHOLE[name]
     report = diffadapt.inspect(tensors(path, shapes))
     assert report.types == {name: 1}
     assert report.unused == []
 
 
-def test_infinite_alpha_means_nothing_with_two_whole_factors() -> None:
-    """ai-toolkit writes ten thousand million, which float16 cannot hold."""
+def test_an_infinite_alpha_has_no_meaning_with_two_whole_factors() -> None:
+    """ai-toolkit writes 1e10, which float16 cannot hold."""
     model = net()
     state = {**tensors(LINEAR, WHOLE["lokr"][1]), f"base_model.model.{LINEAR}.alpha": torch.tensor(math.inf).half()}
     diffadapt.load_adapter(model, state, "a")

@@ -1,4 +1,4 @@
-"""Every source and every spelling of a LoRA comes out as the same weights, on the layers it was made for."""
+"""Every source and every spelling of a LoRA becomes the same weights, on the layers that it was made for."""
 
 import json
 from collections.abc import Callable
@@ -18,64 +18,59 @@ from diffusers import (
 from torch import Tensor, nn
 
 import diffadapt.files.hub
-from tests.support import files, models
+from tests.support import files, loras, models, spellings
 from tests.support.compare import assert_differs, assert_same
 from tests.support.full_size import clip_l, sd_unet, sdxl_unet
 from tests.support.hub import hub_cache
 from tests.support.models import draw
 
-ALPHAS = (1.0, 2.0, 8.0, 3.0)
-Spelling = Callable[[files.Parts], dict[str, Tensor]]
+Spelling = Callable[[loras.Parts], dict[str, Tensor]]
 
 
-def varied(index: int) -> float:
-    return ALPHAS[index % len(ALPHAS)]
-
-
-def baked(build: Callable[[], DiffusionPipeline], parts: files.Parts, strength: float = 1.0, **options: Any) -> Tensor:
-    """What the pipeline draws with the deltas added to its weights; not what it draws without."""
+def baked(build: Callable[[], DiffusionPipeline], parts: loras.Parts, strength: float = 1.0, **options: Any) -> Tensor:
+    """Return what the pipeline draws with the changes added to its weights, which must differ from the base."""
     base = draw(build(), **options)
-    picture = draw(files.bake(build(), parts, strength), **options)
+    picture = draw(loras.bake(build(), parts, strength), **options)
     assert_differs(picture, base)
     return picture
 
 
-@pytest.mark.parametrize("kind", ["file", "path as text", "folder", "state dict"])
-def test_source_kinds(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["file", "path as text", "folder", "state dict"])
+def test_an_adapter_is_loaded_from_every_kind_of_source(name: str, tmp_path: Path) -> None:
     pipe = models.sd15()
-    parts = files.parts_for(pipe)
-    tensors = files.peft_names(parts)
+    parts = loras.parts_for(pipe)
+    tensors = spellings.peft_names(parts)
     file = files.write(tmp_path / "pixel" / "pytorch_lora_weights.safetensors", tensors)
     sources = {"file": file, "path as text": str(file), "folder": file.parent, "state dict": tensors}
-    report = pipe.load_adapter(sources[kind])
-    assert report.name == ("default_0" if kind == "state dict" else pipe.adapters.names[0])
+    report = pipe.load_adapter(sources[name])
+    assert report.name == ("default_0" if name == "state dict" else pipe.adapters.names[0])
     assert report.used == len(tensors)
     assert_same(draw(pipe), baked(models.sd15, parts))
 
 
-def test_folder_with_weight_name_and_subfolder(tmp_path: Path) -> None:
+def test_a_file_in_a_folder_is_chosen_by_weight_name_and_subfolder(tmp_path: Path) -> None:
     pipe = models.sd15()
-    parts = files.parts_for(pipe)
-    files.write(tmp_path / "styles" / "ink.safetensors", files.peft_names(parts))
+    parts = loras.parts_for(pipe)
+    files.write(tmp_path / "styles" / "ink.safetensors", spellings.peft_names(parts))
     files.write(tmp_path / "styles" / "other.safetensors", {"other": torch.zeros(1)})
     pipe.load_adapter(tmp_path, weight_name="ink.safetensors", subfolder="styles")
     assert pipe.adapters.names == ["ink"]
     assert_same(draw(pipe), baked(models.sd15, parts))
 
 
-def test_folder_with_several_files_asks_for_weight_name(tmp_path: Path) -> None:
+def test_a_folder_with_several_files_needs_weight_name(tmp_path: Path) -> None:
     pipe = models.sd15()
     for name in ("ink", "oil"):
-        files.write(tmp_path / f"{name}.safetensors", files.peft_names(files.parts_for(pipe)))
+        files.write(tmp_path / f"{name}.safetensors", spellings.peft_names(loras.parts_for(pipe)))
     with pytest.raises(diffadapt.AdapterError, match=r"weight_name.*ink\.safetensors.*oil\.safetensors"):
         pipe.load_adapter(tmp_path)
 
 
-def test_missing_file_and_missing_weight_name_are_named(tmp_path: Path) -> None:
+def test_a_missing_file_and_a_missing_weight_name_are_reported(tmp_path: Path) -> None:
     pipe = models.sd15()
     with pytest.raises(diffadapt.AdapterError, match="no/such/file"):
         pipe.load_adapter(str(tmp_path / "no/such/file.safetensors"))
-    files.write(tmp_path / "ink.safetensors", files.peft_names(files.parts_for(pipe)))
+    files.write(tmp_path / "ink.safetensors", spellings.peft_names(loras.parts_for(pipe)))
     with pytest.raises(diffadapt.AdapterError, match=r"oil\.safetensors.*ink\.safetensors"):
         pipe.load_adapter(tmp_path, weight_name="oil.safetensors")
 
@@ -84,23 +79,23 @@ def test_missing_file_and_missing_weight_name_are_named(tmp_path: Path) -> None:
 def test_pickles_are_refused(suffix: str, tmp_path: Path) -> None:
     pipe = models.sd15()
     file = tmp_path / f"adapter{suffix}"
-    torch.save(files.peft_names(files.parts_for(pipe)), file)
+    torch.save(spellings.peft_names(loras.parts_for(pipe)), file)
     with pytest.raises(diffadapt.AdapterError, match="safetensors"):
         pipe.load_adapter(file)
     assert len(pipe.adapters) == 0
 
 
-def test_pickle_with_a_safetensors_name_is_refused(tmp_path: Path) -> None:
+def test_a_pickle_with_a_safetensors_name_is_refused(tmp_path: Path) -> None:
     pipe = models.sd15()
     file = tmp_path / "adapter.safetensors"
-    torch.save(files.peft_names(files.parts_for(pipe)), file)
+    torch.save(spellings.peft_names(loras.parts_for(pipe)), file)
     with pytest.raises(diffadapt.AdapterError, match=r"adapter\.safetensors"):
         pipe.load_adapter(file)
 
 
-def test_state_dict_is_never_changed() -> None:
+def test_a_given_state_dict_is_never_changed() -> None:
     pipe = models.sd15()
-    tensors = files.peft_names(files.parts_for(pipe))
+    tensors = spellings.peft_names(loras.parts_for(pipe))
     before = {key: tensor.clone() for key, tensor in tensors.items()}
     base = draw(pipe)
     pipe.load_adapter(tensors, "a", scale=0.5)
@@ -114,11 +109,11 @@ def test_state_dict_is_never_changed() -> None:
     assert not any(tensor.requires_grad for tensor in tensors.values())
 
 
-def test_file_may_change_after_loading(tmp_path: Path) -> None:
+def test_a_file_may_change_after_loading(tmp_path: Path) -> None:
     pipe = models.sd15()
-    parts = files.parts_for(pipe)
+    parts = loras.parts_for(pipe)
     file = tmp_path / "ink.safetensors"
-    files.write(file, files.peft_names(parts))
+    files.write(file, spellings.peft_names(parts))
     pipe.load_adapter(file)
     with file.open("r+b") as opened:
         opened.seek(file.stat().st_size // 2)
@@ -126,11 +121,11 @@ def test_file_may_change_after_loading(tmp_path: Path) -> None:
     assert_same(draw(pipe), baked(models.sd15, parts))
 
 
-def test_hub_id_from_the_cache(tmp_path: Path) -> None:
+def test_a_hub_id_is_loaded_from_the_cache(tmp_path: Path) -> None:
     pipe = models.sd15()
-    parts = files.parts_for(pipe)
+    parts = loras.parts_for(pipe)
     name = "pytorch_lora_weights.safetensors"
-    cache = hub_cache(tmp_path, "someone/pixel", name, files.peft_names(parts))
+    cache = hub_cache(tmp_path, "someone/pixel", name, spellings.peft_names(parts))
     pipe.load_adapter("someone/pixel", cache_dir=cache, local_files_only=True)
     assert pipe.adapters.names == ["pixel"]
     pipe.load_adapter(
@@ -139,10 +134,10 @@ def test_hub_id_from_the_cache(tmp_path: Path) -> None:
     assert_same(draw(pipe), baked(models.sd15, parts))
 
 
-def test_hub_arguments_reach_huggingface_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arguments_for_the_hub_reach_huggingface_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = models.sd15()
-    parts = files.parts_for(pipe)
-    file = files.write(tmp_path / "ink.safetensors", files.peft_names(parts))
+    parts = loras.parts_for(pipe)
+    file = files.write(tmp_path / "ink.safetensors", spellings.peft_names(parts))
     asked: dict[str, Any] = {}
 
     def download(repo_id: str, filename: str, **options: Any) -> str:
@@ -160,10 +155,12 @@ def test_hub_arguments_reach_huggingface_hub(tmp_path: Path, monkeypatch: pytest
     assert_same(draw(pipe), baked(models.sd15, parts))
 
 
-def test_hub_repository_without_weight_name_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_files_of_a_hub_repository_are_listed_without_weight_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pipe = models.sd15()
-    parts = files.parts_for(pipe)
-    file = files.write(tmp_path / "ink.safetensors", files.peft_names(parts))
+    parts = loras.parts_for(pipe)
+    file = files.write(tmp_path / "ink.safetensors", spellings.peft_names(parts))
     monkeypatch.setattr(
         diffadapt.files.hub, "list_repo_files", lambda *args, **options: ["README.md", "ink.safetensors"]
     )
@@ -175,7 +172,7 @@ def test_hub_repository_without_weight_name_is_listed(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("options", [{}, {"weight_name": "ink.safetensors"}, {"local_files_only": True}])
-def test_offline_error_says_what_to_do(
+def test_an_offline_error_says_what_to_do(
     options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -188,16 +185,16 @@ def test_offline_error_says_what_to_do(
 @pytest.mark.parametrize(
     "spelled",
     [
-        files.peft_names,
-        files.old_names,
-        files.kohya_names,
-        lambda parts: {key.replace(".weight", ".default.weight"): t for key, t in files.peft_names(parts).items()},
+        spellings.peft_names,
+        spellings.old_names,
+        spellings.kohya_names,
+        lambda parts: {key.replace(".weight", ".default.weight"): t for key, t in spellings.peft_names(parts).items()},
     ],
     ids=["peft", "lora.down", "kohya", "lora_A.default"],
 )
-def test_spellings_of_sd15(spelled: Spelling) -> None:
+def test_every_spelling_of_sd15_becomes_the_same_weights(spelled: Spelling) -> None:
     pipe = models.sd15()
-    parts = files.parts_for(pipe)
+    parts = loras.parts_for(pipe)
     tensors = spelled(parts)
     report = pipe.load_adapter(tensors)
     assert (report.used, report.unused) == (len(tensors), [])
@@ -206,45 +203,45 @@ def test_spellings_of_sd15(spelled: Spelling) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["", "unet."])
-def test_attention_processor_names(prefix: str) -> None:
+def test_names_of_attention_processors_become_the_same_weights(prefix: str) -> None:
     pipe = models.sd15()
-    parts = files.parts_for(pipe, ("unet",), r"to_[qkv]|to_out\.0")
-    report = pipe.load_adapter(files.processor_names(parts["unet"], prefix))
+    parts = loras.parts_for(pipe, ("unet",), r"to_[qkv]|to_out\.0")
+    report = pipe.load_adapter(spellings.processor_names(parts["unet"], prefix))
     assert report.format == "diffusers"
     assert_same(draw(pipe), baked(models.sd15, parts))
 
 
-def test_mixed_spellings_in_one_file() -> None:
+def test_a_file_may_mix_spellings() -> None:
     pipe = models.sd15()
-    parts = files.parts_for(pipe)
+    parts = loras.parts_for(pipe)
     unet = parts["unet"]
     in_processor = {path: factors for path, factors in unet.items() if "attn1" in path}
     others = {path: factors for path, factors in unet.items() if "attn1" not in path}
     tensors = {
-        **files.processor_names(in_processor, "unet."),
-        **files.peft_names({"unet": others}),
-        **files.old_names({"text_encoder": parts["text_encoder"]}),
+        **spellings.processor_names(in_processor, "unet."),
+        **spellings.peft_names({"unet": others}),
+        **spellings.old_names({"text_encoder": parts["text_encoder"]}),
     }
     report = pipe.load_adapter(tensors)
     assert (report.used, report.unused) == (len(tensors), [])
     assert_same(draw(pipe), baked(models.sd15, parts))
 
 
-def test_alpha_of_every_layer_from_metadata(tmp_path: Path) -> None:
+def test_the_metadata_can_hold_the_alpha_of_every_layer(tmp_path: Path) -> None:
     pipe = models.sd15()
-    parts = files.parts_for(pipe, alpha=varied)
-    metadata = files.alpha_metadata(parts)
-    report = pipe.load_adapter(files.write(tmp_path / "a.safetensors", files.peft_names(parts), metadata))
+    parts = loras.parts_for(pipe, alpha=loras.varied_alpha)
+    metadata = spellings.alpha_metadata(parts)
+    report = pipe.load_adapter(files.write(tmp_path / "a.safetensors", spellings.peft_names(parts), metadata))
     assert report.metadata == metadata
     assert_same(draw(pipe), baked(models.sd15, parts))
 
 
-def test_alpha_of_every_layer_of_a_text_encoder_is_saved(tmp_path: Path) -> None:
-    """In files CLIP's names have a level that the model has not; the patterns in the header are for either."""
+def test_the_alpha_of_every_layer_of_a_text_encoder_is_saved(tmp_path: Path) -> None:
+    """In files, CLIP's names have a level that the model lacks; the patterns in the header match both."""
     pipe = models.sd15()
-    parts = files.parts_for(pipe, ("unet", "text_encoder"), alpha=varied)
+    parts = loras.parts_for(pipe, ("unet", "text_encoder"), alpha=loras.varied_alpha)
     expected = baked(models.sd15, parts)
-    pipe.load_adapter(files.kohya_names(parts), "a")
+    pipe.load_adapter(spellings.kohya_names(parts), "a")
     saved = pipe.adapters.save("a", tmp_path / "saved.safetensors", format="diffusers")
     again, theirs = models.sd15(), models.sd15()
     again.load_adapter(saved)
@@ -253,30 +250,30 @@ def test_alpha_of_every_layer_of_a_text_encoder_is_saved(tmp_path: Path) -> None
     assert_same(draw(theirs), expected, 1e-4)
 
 
-def test_alpha_tensor_beside_dotted_names() -> None:
+def test_alpha_tensors_are_read_with_dotted_names() -> None:
     pipe = models.sd15()
-    parts = files.parts_for(pipe, alpha=varied)
-    tensors = files.peft_names(parts)
+    parts = loras.parts_for(pipe, alpha=loras.varied_alpha)
+    tensors = spellings.peft_names(parts)
     for component, layers in parts.items():
         tensors.update({f"{component}.{path}.alpha": torch.tensor(part.alpha) for path, part in layers.items()})
     assert pipe.load_adapter(tensors).unused == []
     assert_same(draw(pipe), baked(models.sd15, parts))
 
 
-def test_rank_stabilized_scale_from_metadata(tmp_path: Path) -> None:
+def test_the_metadata_can_ask_for_a_rank_stabilized_scale(tmp_path: Path) -> None:
     pipe = models.sd15()
-    parts = files.parts_for(pipe, ("unet",), alpha=lambda index: 8.0)
+    parts = loras.parts_for(pipe, ("unet",), alpha=lambda index: 8.0)
     config = {"unet.r": 4, "unet.lora_alpha": 4.0, "unet.use_rslora": True}
     metadata = {"lora_adapter_metadata": json.dumps(config)}
-    pipe.load_adapter(files.write(tmp_path / "a.safetensors", files.peft_names(parts), metadata))
-    # 4 / sqrt(4) is 8 / 4
+    pipe.load_adapter(files.write(tmp_path / "a.safetensors", spellings.peft_names(parts), metadata))
+    # 4 / sqrt(4) equals 8 / 4.
     assert_same(draw(pipe), baked(models.sd15, parts))
 
 
-def test_peft_folder(tmp_path: Path) -> None:
+def test_a_peft_folder_is_loaded_with_its_alpha(tmp_path: Path) -> None:
     pipe = models.sd15()
-    parts = files.parts_for(pipe, ("unet",), alpha=lambda index: 2.0)
-    files.write(tmp_path / "adapter_model.safetensors", files.peft_names(parts, "base_model.model."))
+    parts = loras.parts_for(pipe, ("unet",), alpha=lambda index: 2.0)
+    files.write(tmp_path / "adapter_model.safetensors", spellings.peft_names(parts, "base_model.model."))
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 2}))
     report = pipe.load_adapter(tmp_path)
     assert report.format == "peft"
@@ -284,10 +281,10 @@ def test_peft_folder(tmp_path: Path) -> None:
     assert_same(draw(pipe), baked(models.sd15, parts))
 
 
-def test_kohya_sd15_with_convolutions_and_text_encoder() -> None:
+def test_a_kohya_file_for_all_layers_of_sd15_is_loaded() -> None:
     pipe = models.sd15()
-    parts = files.parts_for(pipe, pattern=".*", alpha=varied)
-    tensors = files.kohya_names(parts)
+    parts = loras.parts_for(pipe, pattern=".*", alpha=loras.varied_alpha)
+    tensors = spellings.kohya_names(parts)
     report = pipe.load_adapter(tensors)
     assert (report.format, report.family) == ("kohya", "sd")
     assert (report.used, report.unused) == (len(tensors), [])
@@ -296,27 +293,29 @@ def test_kohya_sd15_with_convolutions_and_text_encoder() -> None:
 
 
 @pytest.mark.parametrize(("family", "build"), [("sd15", models.sd15_full), ("sdxl", models.sdxl)])
-def test_kohya_with_original_unet_names(family: str, build: Callable[[], DiffusionPipeline]) -> None:
+def test_a_kohya_file_may_have_the_original_names_of_the_unet(
+    family: str, build: Callable[[], DiffusionPipeline]
+) -> None:
     pipe = build()
-    parts = files.parts_for(pipe, ("unet",), ".*", alpha=varied)
+    parts = loras.parts_for(pipe, ("unet",), ".*", alpha=loras.varied_alpha)
     names = files.fixture(f"ldm_names_{family}")["names"]
     assert set(parts["unet"]) <= set(names)
-    report = pipe.load_adapter(files.kohya_names(parts, renamed=names))
+    report = pipe.load_adapter(spellings.kohya_names(parts, renamed=names))
     assert report.unused == []
     assert_same(draw(pipe), baked(build, parts))
 
 
-def test_kohya_sdxl_with_both_text_encoders() -> None:
+def test_a_kohya_file_for_sdxl_with_both_text_encoders_is_loaded() -> None:
     pipe = models.sdxl()
-    parts = files.parts_for(pipe, tuple(files.SDXL_PREFIXES), alpha=varied)
-    tensors = files.kohya_names(parts, files.SDXL_PREFIXES)
+    parts = loras.parts_for(pipe, tuple(spellings.SDXL_PREFIXES), alpha=loras.varied_alpha)
+    tensors = spellings.kohya_names(parts, spellings.SDXL_PREFIXES)
     report = pipe.load_adapter(tensors)
     assert (report.family, report.used, report.unused) == ("sdxl", len(tensors), [])
-    assert list(report.components) == list(files.SDXL_PREFIXES)
+    assert list(report.components) == list(spellings.SDXL_PREFIXES)
     assert_same(draw(pipe), baked(models.sdxl, parts))
 
 
-def test_tucker_core_of_a_convolution() -> None:
+def test_the_tucker_core_of_a_convolution_is_applied() -> None:
     pipe = models.sd15()
     path = "down_blocks.0.resnets.0.conv1"
     layer = pipe.unet.get_submodule(path)
@@ -344,24 +343,24 @@ def test_tucker_core_of_a_convolution() -> None:
 @pytest.mark.parametrize(
     ("family", "components", "pattern"),
     [
-        ("sdxl", ("unet", "text_encoder", "text_encoder_2"), files.ATTENTION),
+        ("sdxl", ("unet", "text_encoder", "text_encoder_2"), loras.ATTENTION),
         (
             "sd3",
             ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3"),
-            rf"{files.ATTENTION}|[qkvo]|wi_0",
+            rf"{loras.ATTENTION}|[qkvo]|wi_0",
         ),
         (
             "flux",
             ("transformer", "text_encoder", "text_encoder_2"),
-            rf"{files.ATTENTION}|[qkvo]|wo|proj_mlp|linear",
+            rf"{loras.ATTENTION}|[qkvo]|wo|proj_mlp|linear",
         ),
     ],
 )
-def test_dotted_names_on_every_component(family: str, components: tuple[str, ...], pattern: str) -> None:
+def test_dotted_names_are_loaded_on_every_component(family: str, components: tuple[str, ...], pattern: str) -> None:
     build = models.FAMILIES[family]
     pipe = build()
-    parts = files.parts_for(pipe, components, pattern)
-    report = pipe.load_adapter(files.peft_names(parts))
+    parts = loras.parts_for(pipe, components, pattern)
+    report = pipe.load_adapter(spellings.peft_names(parts))
     assert report.components == {name: len(layers) for name, layers in parts.items()}
     assert (report.family, report.unused) == (family, [])
     assert_same(draw(pipe), baked(build, parts))
@@ -379,7 +378,7 @@ def test_dotted_names_on_every_component(family: str, components: tuple[str, ...
         ("diffusers_flux_no_proj_mlp", {"transformer": FluxTransformer2DModel}, "diffusers", "flux"),
     ],
 )
-def test_every_name_of_a_real_file_resolves(
+def test_every_name_of_a_real_file_is_found(
     name: str, build: dict[str, Callable[[], nn.Module]], format: str, family: str
 ) -> None:
     tensors = files.placeholders(name)
@@ -392,7 +391,7 @@ def test_every_name_of_a_real_file_resolves(
     assert diffadapt.inspect(tensors).format == format
 
 
-def test_sd15_file_does_not_fit_sd2() -> None:
+def test_a_file_for_sd15_does_not_fit_sd2() -> None:
     with torch.device("meta"):
         target = {"unet": sd_unet(1024)}
     report = diffadapt.inspect(files.placeholders("kohya_sd15_locon"), target)
@@ -401,7 +400,7 @@ def test_sd15_file_does_not_fit_sd2() -> None:
 
 def test_inspect_reads_headers_and_touches_nothing(tmp_path: Path) -> None:
     pipe = models.sd15()
-    tensors = files.kohya_names(files.parts_for(pipe, alpha=varied))
+    tensors = spellings.kohya_names(loras.parts_for(pipe, alpha=loras.varied_alpha))
     file = files.write(tmp_path / "pixel.safetensors", tensors)
     report = diffadapt.inspect(file, pipe)
     assert (report.name, report.used, report.unused) == ("pixel", len(tensors), [])
@@ -410,10 +409,10 @@ def test_inspect_reads_headers_and_touches_nothing(tmp_path: Path) -> None:
     assert (without_target.format, without_target.used) == ("kohya", len(tensors))
 
 
-def test_report_says_what_went_where(tmp_path: Path) -> None:
+def test_the_report_says_what_was_loaded_where(tmp_path: Path) -> None:
     pipe = models.sd15()
-    parts = files.parts_for(pipe)
-    file = files.write(tmp_path / "pixel.safetensors", files.peft_names(parts), {"trigger": "pxl"})
+    parts = loras.parts_for(pipe)
+    file = files.write(tmp_path / "pixel.safetensors", spellings.peft_names(parts), {"trigger": "pxl"})
     report = pipe.load_adapter(file)
     assert (report.name, report.format, report.family) == ("pixel", "diffusers", "sd")
     assert report.metadata == {"trigger": "pxl"}
@@ -422,15 +421,15 @@ def test_report_says_what_went_where(tmp_path: Path) -> None:
         assert word in text
 
 
-def test_names_of_state_dicts_count_up() -> None:
+def test_state_dicts_get_numbered_names() -> None:
     pipe = models.sd15()
-    tensors = files.peft_names(files.parts_for(pipe))
+    tensors = spellings.peft_names(loras.parts_for(pipe))
     assert [pipe.load_adapter(tensors).name for _ in range(3)] == ["default_0", "default_1", "default_2"]
 
 
-def test_name_in_use_is_refused(tmp_path: Path) -> None:
+def test_a_name_in_use_is_refused(tmp_path: Path) -> None:
     pipe = models.sd15()
-    file = files.write(tmp_path / "pixel.safetensors", files.peft_names(files.parts_for(pipe)))
+    file = files.write(tmp_path / "pixel.safetensors", spellings.peft_names(loras.parts_for(pipe)))
     pipe.load_adapter(file)
     for name in (None, "pixel"):
         with pytest.raises(diffadapt.AdapterError, match="'pixel'"):
@@ -438,9 +437,9 @@ def test_name_in_use_is_refused(tmp_path: Path) -> None:
     assert pipe.adapters.names == ["pixel"]
 
 
-def test_scale_and_activate_of_load_adapter() -> None:
-    parts = files.parts_for(models.sd15())
-    tensors = files.peft_names(parts)
+def test_load_adapter_takes_scale_and_activate() -> None:
+    parts = loras.parts_for(models.sd15())
+    tensors = spellings.peft_names(parts)
     pipe = models.sd15()
     base = draw(pipe)
     pipe.load_adapter(tensors, "idle", activate=False)
@@ -450,67 +449,67 @@ def test_scale_and_activate_of_load_adapter() -> None:
     assert_same(draw(pipe), baked(models.sd15, parts, 0.5))
 
 
-def test_scale_by_component_of_load_adapter() -> None:
+def test_load_adapter_takes_a_scale_by_component() -> None:
     pipe = models.sd15()
-    parts = files.parts_for(pipe)
-    pipe.load_adapter(files.peft_names(parts), scale={"unet": 0.5, "text_encoder": 0.0})
+    parts = loras.parts_for(pipe)
+    pipe.load_adapter(spellings.peft_names(parts), scale={"unet": 0.5, "text_encoder": 0.0})
     assert_same(draw(pipe), baked(models.sd15, {"unet": parts["unet"]}, 0.5))
 
 
-def test_components_restricts_what_is_loaded() -> None:
+def test_components_restricts_where_an_adapter_is_loaded() -> None:
     pipe = models.sd15()
-    parts = files.parts_for(pipe)
-    report = pipe.load_adapter(files.peft_names(parts), components=["unet"])
+    parts = loras.parts_for(pipe)
+    report = pipe.load_adapter(spellings.peft_names(parts), components=["unet"])
     assert list(report.components) == ["unet"]
     assert {key.split(".")[0] for key, _ in report.unused} == {"text_encoder"}
     assert_same(draw(pipe), baked(models.sd15, {"unet": parts["unet"]}))
 
 
-def test_unknown_component_is_refused() -> None:
+def test_an_unknown_component_is_refused() -> None:
     pipe = models.sd15()
     with pytest.raises(diffadapt.AdapterError, match=r"text_encoder_2.*unet"):
-        pipe.load_adapter(files.peft_names(files.parts_for(pipe)), components=["text_encoder_2"])
+        pipe.load_adapter(spellings.peft_names(loras.parts_for(pipe)), components=["text_encoder_2"])
 
 
-def test_loaded_adapter_joins_the_active_ones() -> None:
+def test_a_loaded_adapter_becomes_active_next_to_the_others() -> None:
     pipe = models.sd15()
-    unet, text = (files.parts_for(pipe, (name,)) for name in ("unet", "text_encoder"))
-    pipe.load_adapter(files.peft_names(unet), "one")
-    pipe.load_adapter(files.kohya_names(text), "two", scale=0.5)
+    unet, text = (loras.parts_for(pipe, (name,)) for name in ("unet", "text_encoder"))
+    pipe.load_adapter(spellings.peft_names(unet), "one")
+    pipe.load_adapter(spellings.kohya_names(text), "two", scale=0.5)
     assert pipe.adapters.active == {"one": 1.0, "two": 0.5}
-    expected = files.bake(files.bake(models.sd15(), unet), text, 0.5)
+    expected = loras.bake(loras.bake(models.sd15(), unet), text, 0.5)
     assert_same(draw(pipe), draw(expected))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_dtype_of_the_adapter(dtype: torch.dtype) -> None:
+def test_an_adapter_is_loaded_in_the_given_dtype(dtype: torch.dtype) -> None:
     pipe = models.sd15()
-    base, parts = draw(pipe), files.parts_for(pipe)
-    pipe.load_adapter(files.peft_names(parts), "a", dtype=dtype)
+    base, parts = draw(pipe), loras.parts_for(pipe)
+    pipe.load_adapter(spellings.peft_names(parts), "a", dtype=dtype)
     adapted = {parameter.dtype for parameter in pipe.adapters["a"].components["unet"].parameters()}
     assert adapted == {dtype}
     assert_differs(draw(pipe), base)
     assert_same(draw(pipe), baked(models.sd15, parts), 1e-5 if dtype == torch.float32 else 5e-2)
 
 
-def test_dtype_follows_the_model() -> None:
+def test_the_default_dtype_is_that_of_the_model() -> None:
     pipe = models.sd15().to(torch.bfloat16)
-    pipe.load_adapter(files.peft_names(files.parts_for(pipe)), "a")
+    pipe.load_adapter(spellings.peft_names(loras.parts_for(pipe)), "a")
     assert {parameter.dtype for parameter in pipe.adapters["a"].components["unet"].parameters()} == {torch.bfloat16}
 
 
-def test_requires_grad_is_left_alone() -> None:
+def test_loading_leaves_requires_grad_alone() -> None:
     pipe = models.sd15()
     pipe.text_encoder.requires_grad_(False)
     before = {name: p.requires_grad for m in (pipe.unet, pipe.text_encoder) for name, p in m.named_parameters()}
-    pipe.load_adapter(files.peft_names(files.parts_for(pipe)), "a")
+    pipe.load_adapter(spellings.peft_names(loras.parts_for(pipe)), "a")
     after = {name: p.requires_grad for m in (pipe.unet, pipe.text_encoder) for name, p in m.named_parameters()}
     assert {name: after[name] for name in before} == before
     loaded = pipe.adapters["a"].components.values()
     assert not any(parameter.requires_grad for adapter in loaded for parameter in adapter.parameters())
 
 
-def test_pipeline_without_lora_support_of_its_own() -> None:
+def test_a_pipeline_without_lora_support_of_its_own_gets_adapters() -> None:
     def build() -> DDPMPipeline:
         torch.manual_seed(0)
         unet = UNet2DModel(
@@ -530,42 +529,42 @@ def test_pipeline_without_lora_support_of_its_own() -> None:
         return torch.from_numpy(images)
 
     pipe = build()
-    base, parts = picture(pipe), files.parts_for(pipe, ("unet",), rf"{files.ATTENTION}|conv1")
-    pipe.load_adapter(files.peft_names(parts))
+    base, parts = picture(pipe), loras.parts_for(pipe, ("unet",), rf"{loras.ATTENTION}|conv1")
+    pipe.load_adapter(spellings.peft_names(parts))
     assert_differs(picture(pipe), base)
-    assert_same(picture(pipe), picture(files.bake(build(), parts)))
+    assert_same(picture(pipe), picture(loras.bake(build(), parts)))
 
 
-def test_modular_pipeline() -> None:
+def test_a_modular_pipeline_gets_adapters() -> None:
     pipe = models.sdxl_modular()
     base = draw(pipe)
-    parts = files.parts_for(pipe, tuple(files.SDXL_PREFIXES))
-    report = pipe.load_adapter(files.kohya_names(parts, files.SDXL_PREFIXES), "a")
+    parts = loras.parts_for(pipe, tuple(spellings.SDXL_PREFIXES))
+    report = pipe.load_adapter(spellings.kohya_names(parts, spellings.SDXL_PREFIXES), "a")
     assert report.components == {name: len(layers) for name, layers in parts.items()}
     picture = draw(pipe)
     assert_differs(picture, base)
-    assert_same(picture, draw(files.bake(models.sdxl_modular(), parts)))
+    assert_same(picture, draw(loras.bake(models.sdxl_modular(), parts)))
     pipe.adapters.clear()
     assert torch.equal(draw(pipe), base)
 
 
-def test_single_model_takes_its_part_of_a_file() -> None:
+def test_a_single_model_takes_its_part_of_a_file() -> None:
     pipe = models.sd15()
-    parts = files.parts_for(pipe)
-    report = diffadapt.load_adapter(pipe.unet, files.peft_names(parts), name="pixel")
+    parts = loras.parts_for(pipe)
+    report = diffadapt.load_adapter(pipe.unet, spellings.peft_names(parts), name="pixel")
     assert list(report.components) == ["unet"]
     assert diffadapt.adapters(pipe.unet).names == ["pixel"]
     assert_same(draw(pipe), baked(models.sd15, {"unet": parts["unet"]}))
 
 
-def test_file_without_a_component_in_its_names_loads_into_a_single_model() -> None:
+def test_a_file_without_a_component_in_its_names_loads_into_a_single_model() -> None:
     pipe = models.sd15()
-    parts = files.parts_for(pipe, ("unet",))
-    diffadapt.load_adapter(pipe.unet, files.peft_names(parts, prefix=""))
+    parts = loras.parts_for(pipe, ("unet",))
+    diffadapt.load_adapter(pipe.unet, spellings.peft_names(parts, prefix=""))
     assert_same(draw(pipe), baked(models.sd15, parts))
 
 
-def test_adapter_added_to_a_model_starts_as_identity_and_trains() -> None:
+def test_a_new_adapter_changes_nothing_at_first_and_trains() -> None:
     pipe = models.sd15()
     base = draw(pipe)
     pipe.unet.requires_grad_(False)
@@ -581,13 +580,13 @@ def test_adapter_added_to_a_model_starts_as_identity_and_trains() -> None:
     assert all(parameter.grad is None for name, parameter in pipe.unet.named_parameters() if "diffadapt" not in name)
 
 
-def test_pattern_that_matches_nothing_is_refused() -> None:
+def test_a_pattern_that_matches_nothing_is_refused() -> None:
     unet = models.unet_sd15()
     with pytest.raises(diffadapt.AdapterError, match=r"to_queue.*to_q"):
         diffadapt.add_adapter(unet, diffadapt.LoraConfig(rank=4, target_modules=["to_queue"]))
 
 
-def test_layer_that_is_never_called_is_refused() -> None:
+def test_a_layer_that_is_never_called_is_refused() -> None:
     model = nn.Sequential(nn.MultiheadAttention(8, 2))
     with pytest.raises(diffadapt.AdapterError, match="MultiheadAttention"):
         diffadapt.add_adapter(model, diffadapt.LoraConfig(rank=2, target_modules=["out_proj"]))

@@ -1,4 +1,4 @@
-"""Damaged files: every fault is reported by the name of a tensor, and a refused pipeline is as it was, bit for bit."""
+"""Damaged files: every fault is reported by the name of a tensor, and the pipeline stays the same, bit for bit."""
 
 import random
 from collections.abc import Callable
@@ -10,37 +10,33 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 import diffadapt
-from tests.support import files, models
+from tests.support import files, loras, models, spellings
 from tests.support.compare import assert_unchanged, snapshot
 
 pytestmark = pytest.mark.slow
 
 Tensors = dict[str, Tensor]
-SPELLINGS: dict[str, Callable[[files.Parts], Tensors]] = {
-    "peft": files.peft_names,
-    "lora.down": files.old_names,
-    "kohya": files.kohya_names,
-    "processors": lambda parts: files.processor_names(parts["unet"], "unet."),
+SPELLINGS: dict[str, Callable[[loras.Parts], Tensors]] = {
+    "peft": spellings.peft_names,
+    "lora.down": spellings.old_names,
+    "kohya": spellings.kohya_names,
+    "processors": lambda parts: spellings.processor_names(parts["unet"], "unet."),
 }
-
-
-def varied(index: int) -> float:
-    return (1.0, 2.0, 8.0)[index % 3]
 
 
 def clean(pipe: DiffusionPipeline, spelling: str) -> Tensors:
     only_unet = spelling == "processors"
-    parts = files.parts_for(
+    parts = loras.parts_for(
         pipe,
         ("unet",) if only_unet else ("unet", "text_encoder"),
-        r"to_[qkv]|to_out\.0" if only_unet else files.ATTENTION,
-        alpha=varied,
+        r"to_[qkv]|to_out\.0" if only_unet else loras.ATTENTION,
+        alpha=loras.varied_alpha,
     )
     return SPELLINGS[spelling](parts)
 
 
 def assert_refused(pipe: DiffusionPipeline, tensors: Tensors, *named: str) -> None:
-    """Refused with one of the names in the message and in its list of faults, and nothing has changed."""
+    """Assert that a file is refused with one of the names in the message, and that nothing has changed."""
     before = snapshot(pipe)
     with pytest.raises(diffadapt.AdapterError) as caught:
         pipe.load_adapter(tensors, "damaged")
@@ -55,7 +51,7 @@ def matrices(tensors: Tensors) -> list[str]:
 
 
 def layer_of(key: str) -> str:
-    """The part of a key that all tensors of one layer share."""
+    """Return the part of a key that all tensors of one layer share."""
     for mark in (".lora", "_lora.", ".alpha"):
         position = key.rfind(mark)
         if position > 0:
@@ -63,7 +59,7 @@ def layer_of(key: str) -> str:
     return key
 
 
-# Faults: each changes a file in place at one of its keys, and returns the names of which the error has to give one.
+# Faults: each changes a file in place at one of its keys, and returns names of which the error must contain one.
 
 
 def drop(tensors: Tensors, key: str) -> list[str]:
@@ -145,7 +141,7 @@ FAULTS = {
 
 @pytest.fixture(scope="module")
 def untouched() -> DiffusionPipeline:
-    """One pipeline for all files that are refused: none of them may leave a trace."""
+    """One pipeline for all refused files, none of which may leave a trace."""
     return models.sd15()
 
 
@@ -160,7 +156,7 @@ def test_one_fault_is_reported_and_changes_nothing(untouched: DiffusionPipeline,
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_clean_file_loads_after_refusals(spelling: str) -> None:
+def test_a_clean_file_loads_after_a_refused_one(spelling: str) -> None:
     pipe = models.sd15()
     tensors = clean(pipe, spelling)
     damaged = dict(tensors)
@@ -174,7 +170,7 @@ def test_clean_file_loads_after_refusals(spelling: str) -> None:
     assert_unchanged(pipe, before)
 
 
-def test_refusal_leaves_loaded_adapters_alone() -> None:
+def test_a_refused_file_leaves_loaded_adapters_alone() -> None:
     pipe = models.sd15()
     tensors = clean(pipe, "peft")
     pipe.load_adapter(tensors, "first", scale=0.5)
@@ -186,7 +182,7 @@ def test_refusal_leaves_loaded_adapters_alone() -> None:
     assert torch.equal(models.draw(pipe), picture)
 
 
-def test_fault_in_one_component_leaves_the_others_alone() -> None:
+def test_a_fault_in_one_component_leaves_the_others_alone() -> None:
     pipe = models.sd15()
     tensors = clean(pipe, "peft")
     key = next(key for key in tensors if key.startswith("text_encoder"))
@@ -203,26 +199,26 @@ def test_all_faults_are_listed() -> None:
     assert {key for key, _ in caught.value.faults} == set(named)
 
 
-def test_one_tensor_under_two_names() -> None:
+def test_one_tensor_under_two_names_is_refused() -> None:
     pipe = models.sd15()
-    parts = files.parts_for(pipe)
+    parts = loras.parts_for(pipe)
     for twins in (
-        {**files.peft_names(parts), **files.old_names(parts)},
-        {**files.peft_names(parts), **files.processor_names(files.parts_for(pipe, ("unet",), "to_q")["unet"])},
+        {**spellings.peft_names(parts), **spellings.old_names(parts)},
+        {**spellings.peft_names(parts), **spellings.processor_names(loras.parts_for(pipe, ("unet",), "to_q")["unet"])},
     ):
         names = [key for key in twins if key.endswith((".up.weight", "lora_B.weight"))]
         assert_refused(pipe, twins, *names)
 
 
-def test_one_layer_under_two_unet_names() -> None:
+def test_one_layer_under_its_own_and_its_original_name_is_refused() -> None:
     pipe = models.sd15_full()
-    parts = files.parts_for(pipe, ("unet",), "to_q")
-    ldm = files.kohya_names(parts, renamed=files.fixture("ldm_names_sd15")["names"])
-    assert_refused(pipe, {**files.kohya_names(parts), **ldm}, *ldm)
+    parts = loras.parts_for(pipe, ("unet",), "to_q")
+    ldm = spellings.kohya_names(parts, renamed=files.fixture("ldm_names_sd15")["names"])
+    assert_refused(pipe, {**spellings.kohya_names(parts), **ldm}, *ldm)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_alpha_that_is_not_finite(value: float) -> None:
+def test_an_alpha_that_is_not_finite_is_refused(value: float) -> None:
     pipe = models.sd15()
     tensors = clean(pipe, "kohya")
     key = next(key for key in tensors if key.endswith(".alpha"))
@@ -230,7 +226,7 @@ def test_alpha_that_is_not_finite(value: float) -> None:
     assert_refused(pipe, tensors, layer_of(key))
 
 
-def test_alpha_that_is_no_number() -> None:
+def test_an_alpha_that_is_not_a_single_number_is_refused() -> None:
     pipe = models.sd15()
     tensors = clean(pipe, "kohya")
     key = next(key for key in tensors if key.endswith(".alpha"))
@@ -238,7 +234,7 @@ def test_alpha_that_is_no_number() -> None:
     assert_refused(pipe, tensors, layer_of(key))
 
 
-def test_alpha_without_factors() -> None:
+def test_an_alpha_without_factors_is_refused() -> None:
     pipe = models.sd15()
     tensors = {key: tensor for key, tensor in clean(pipe, "kohya").items() if "mid_block" not in key}
     key = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.alpha"
@@ -251,11 +247,11 @@ def test_alpha_without_factors() -> None:
     [{}, {"weight": torch.zeros(2, 2)}, {"conv_in.weight": torch.zeros(8, 4, 3, 3)}],
     ids=["nothing", "one weight", "a checkpoint"],
 )
-def test_what_is_no_adapter_at_all(tensors: Tensors) -> None:
+def test_a_state_dict_that_is_not_an_adapter_is_refused(tensors: Tensors) -> None:
     assert_refused(models.sd15(), tensors, *tensors, "state dict")
 
 
-def test_what_is_no_state_dict() -> None:
+def test_a_source_that_is_not_a_state_dict_is_refused() -> None:
     pipe = models.sd15()
     with pytest.raises(diffadapt.AdapterError, match="'a'"):
         pipe.load_adapter({"a": [1.0, 2.0]})  # type: ignore[dict-item]
@@ -264,10 +260,10 @@ def test_what_is_no_state_dict() -> None:
 @pytest.mark.parametrize(
     ("made_for", "loaded_into"), [("sdxl", "sd15"), ("sd15", "sdxl"), ("flux", "sd15"), ("flux", "sd3")]
 )
-def test_wrong_base_model(made_for: str, loaded_into: str) -> None:
+def test_an_adapter_for_another_base_model_is_refused(made_for: str, loaded_into: str) -> None:
     source = models.FAMILIES[made_for]()
     denoiser = "unet" if hasattr(source, "unet") else "transformer"
-    tensors = files.peft_names(files.parts_for(source, (denoiser,)))
+    tensors = spellings.peft_names(loras.parts_for(source, (denoiser,)))
     assert_refused(models.FAMILIES[loaded_into](), tensors, *tensors)
 
 
@@ -286,7 +282,7 @@ def test_wrong_base_model(made_for: str, loaded_into: str) -> None:
     ],
     ids=["empty", "6 bytes", "half", "one byte short", "one byte long", "length", "header", "dtype", "html"],
 )
-def test_damaged_bytes(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
+def test_a_file_with_damaged_bytes_is_refused(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
     pipe = models.sd15()
     file = files.write(tmp_path / "pixel.safetensors", clean(pipe, "peft"))
     file.write_bytes(damage(file.read_bytes()))
@@ -297,10 +293,10 @@ def test_damaged_bytes(damage: Callable[[bytes], bytes], tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"peft_type": "LORA", "r": 4, "lora_alpha": "four"}'])
-def test_damaged_adapter_config(text: str, tmp_path: Path) -> None:
+def test_a_damaged_adapter_config_is_refused(text: str, tmp_path: Path) -> None:
     pipe = models.sd15()
-    parts = files.parts_for(pipe, ("unet",))
-    files.write(tmp_path / "adapter_model.safetensors", files.peft_names(parts, "base_model.model."))
+    parts = loras.parts_for(pipe, ("unet",))
+    files.write(tmp_path / "adapter_model.safetensors", spellings.peft_names(parts, "base_model.model."))
     (tmp_path / "adapter_config.json").write_text(text)
     before = snapshot(pipe)
     with pytest.raises(diffadapt.AdapterError, match=r"adapter_config|alpha"):
@@ -309,10 +305,10 @@ def test_damaged_adapter_config(text: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"unet.r": 4, "unet.lora_alpha": [4]}'])
-def test_damaged_metadata(text: str, tmp_path: Path) -> None:
+def test_damaged_metadata_is_refused(text: str, tmp_path: Path) -> None:
     pipe = models.sd15()
-    parts = files.parts_for(pipe, ("unet",))
-    file = files.write(tmp_path / "a.safetensors", files.peft_names(parts), {"lora_adapter_metadata": text})
+    parts = loras.parts_for(pipe, ("unet",))
+    file = files.write(tmp_path / "a.safetensors", spellings.peft_names(parts), {"lora_adapter_metadata": text})
     before = snapshot(pipe)
     with pytest.raises(diffadapt.AdapterError, match=r"metadata|alpha"):
         pipe.load_adapter(file)
@@ -320,7 +316,7 @@ def test_damaged_metadata(text: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fault", ["rename", "foreign tensor", "drop", "NaN", "widen"])
-def test_not_strict_loads_the_rest_and_lists_what_it_left(fault: str) -> None:
+def test_loading_with_strict_false_uses_the_rest_and_lists_the_unused(fault: str) -> None:
     pipe = models.sd15()
     base = models.draw(pipe)
     tensors = clean(pipe, "peft")
@@ -334,9 +330,9 @@ def test_not_strict_loads_the_rest_and_lists_what_it_left(fault: str) -> None:
     assert not torch.equal(models.draw(pipe), base)
 
 
-def test_not_strict_still_refuses_a_file_of_which_nothing_fits() -> None:
+def test_loading_with_strict_false_refuses_a_file_of_which_nothing_fits() -> None:
     source = models.flux()
-    tensors = files.peft_names(files.parts_for(source, ("transformer",)))
+    tensors = spellings.peft_names(loras.parts_for(source, ("transformer",)))
     pipe = models.sd15()
     before = snapshot(pipe)
     with pytest.raises(diffadapt.AdapterError):
@@ -344,7 +340,7 @@ def test_not_strict_still_refuses_a_file_of_which_nothing_fits() -> None:
     assert_unchanged(pipe, before)
 
 
-def test_bad_scale_prefix_is_refused_before_anything_is_attached() -> None:
+def test_an_invalid_scale_is_refused_before_anything_is_attached() -> None:
     pipe = models.sd15()
     before = snapshot(pipe)
     for scale in ({"unet.down_block": 0.5}, {"vae": 1.0}, float("nan"), "much"):

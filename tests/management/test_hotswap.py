@@ -9,28 +9,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from transformers import CLIPTextModel
 
 import diffadapt
 from diffadapt.files.checkpoint import Location
 from diffadapt.runtime.bank import bank_of
-from tests.support import files, models
+from tests.support import loras, models, spellings
 from tests.support.compare import assert_differs, assert_same, assert_unchanged, snapshot
-from tests.support.small_models import predict, unet
-from tests.support.swaps import ATTENTION, CONFIGS, LORA, ON_CONVOLUTIONS, flux, make
+from tests.support.small_models import clip, flux, predict, unet
+from tests.support.swaps import ATTENTION, CONFIGS, LORA, ON_CONVOLUTIONS, make
 
 pytestmark = pytest.mark.slow
 
 
-def clip() -> CLIPTextModel:
-    torch.manual_seed(0)
-    config = models.clip_text_config()
-    config.num_hidden_layers = 1
-    return CLIPTextModel(config).eval()
-
-
 def alone(build: Callable[[], nn.Module], *sources: tuple[Path, Any]) -> Tensor:
-    """Output of a fresh model without slots."""
+    """Return the output of a new model without slots, with these adapters."""
     model = build()
     for number, (source, scale) in enumerate(sources):
         diffadapt.load_adapter(model, source, f"n{number}", scale=scale)
@@ -55,7 +47,7 @@ def test_every_type_swaps_without_a_recompile(case: str, counter: CompileCounter
     model = build()
     base = predict(model)
     adapters = diffadapt.adapters(model)
-    # Every slot is traced: with room for all types at once, once is enough.
+    # Every slot is traced. One slot is enough where it has room for all types.
     slots = 1 if case == "unet" else 2
     adapters.prepare_hotswap(list(sources.values()), slots=slots)
     call: nn.Module = model
@@ -65,7 +57,7 @@ def test_every_type_swaps_without_a_recompile(case: str, counter: CompileCounter
     else:
         model.compile_repeated_blocks(backend=counter, fullgraph=True)  # type: ignore[operator]
         with torch._dynamo.config.patch(error_on_recompile=False):
-            # Twice, as the first and the later blocks get inputs of different strides.
+            # Compile twice, since the first and the later blocks get inputs of different strides.
             for _ in range(2):
                 predict(call)
     graphs = counter.frame_count
@@ -100,7 +92,7 @@ def test_every_type_swaps_without_a_recompile(case: str, counter: CompileCounter
 
 
 @torch.no_grad()
-def test_what_has_no_room_changes_nothing_and_says_what_to_do(
+def test_an_adapter_without_room_changes_nothing_and_is_told_what_to_do(
     counter: CompileCounterWithBackend, tmp_path: Path
 ) -> None:
     fits = make(unet, CONFIGS["lora"], tmp_path / "fits")
@@ -170,8 +162,8 @@ def test_more_adapters_than_slots_take_turns(tmp_path: Path) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("reverse", [False, True])
-def test_order_of_the_tensors_in_a_file_is_of_no_matter(reverse: bool) -> None:
-    """Every layer keeps its own gate: the alphas and the strengths by block differ from layer to layer."""
+def test_the_order_of_the_tensors_in_a_file_does_not_matter(reverse: bool) -> None:
+    """Every layer keeps its own gate, although alphas and strengths differ from layer to layer."""
     pipe = models.sd15()
     found = pipe.unet.named_modules()
     linears = [(path, module) for path, module in found if path.endswith(("to_q", "to_k", "to_out.0"))]
@@ -195,7 +187,7 @@ def test_order_of_the_tensors_in_a_file_is_of_no_matter(reverse: bool) -> None:
 
 
 @torch.no_grad()
-def test_rows_that_are_not_next_to_one_another(tmp_path: Path) -> None:
+def test_an_adapter_may_get_rows_that_are_not_adjacent(tmp_path: Path) -> None:
     ranks = {"a": 3, "b": 1, "c": 3, "d": 6}
     sources = {n: make(flux, LORA(rank=r, target_modules=["to_q"], init=False), tmp_path / n) for n, r in ranks.items()}
     model = flux()
@@ -213,10 +205,10 @@ def test_rows_that_are_not_next_to_one_another(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_pipeline_with_text_encoders(tmp_path: Path) -> None:
+def test_a_pipeline_with_text_encoders_swaps_adapters(tmp_path: Path) -> None:
     pipe, plain = models.sd15(), models.sd15()
-    one = files.peft_names(files.parts_for(pipe, rank=4))
-    two = files.peft_names({"unet": files.parts_for(pipe, rank=2)["unet"]})
+    one = spellings.peft_names(loras.parts_for(pipe, rank=4))
+    two = spellings.peft_names({"unet": loras.parts_for(pipe, rank=2)["unet"]})
     copies = {key: tensor.clone() for key, tensor in one.items()}
     base = models.draw(pipe)
     print(pipe.adapters.prepare_hotswap([one]))
@@ -224,7 +216,7 @@ def test_pipeline_with_text_encoders(tmp_path: Path) -> None:
     plain.load_adapter(one, "a", scale={"unet": 0.5})
     assert_same(models.draw(pipe), models.draw(plain))
     assert_differs(models.draw(pipe), base)
-    # The new one has no part in the text encoder, and the user's scale stays.
+    # The new adapter has no layer in the text encoder, and the user's scale is kept.
     pipe.adapters.hotswap("a", two)
     assert list(pipe.adapters["a"].components) == ["unet"]
     assert pipe.adapters.active == {"a": {"unet": 0.5}}
@@ -252,7 +244,7 @@ def test_pipeline_with_text_encoders(tmp_path: Path) -> None:
 def test_tokens_come_and_go_with_a_swap() -> None:
     pipe = models.sd15()
     vectors = [torch.randn(2, models.WIDTH, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
-    layers = files.peft_names({"unet": files.parts_for(pipe)["unet"]})
+    layers = spellings.peft_names({"unet": loras.parts_for(pipe)["unet"]})
     one, two = ({**layers, "bundle_emb.critter.clip_l": part} for part in vectors)
     pipe.adapters.prepare_hotswap([one])
     base = models.draw(pipe, prompt="a critter")
@@ -279,19 +271,19 @@ def test_tokens_come_and_go_with_a_swap() -> None:
 
 
 @torch.no_grad()
-def test_component_without_slots_is_refused() -> None:
+def test_an_adapter_for_a_component_without_slots_is_refused() -> None:
     pipe = models.sd15()
-    parts = files.parts_for(pipe)
-    pipe.adapters.prepare_hotswap(files.peft_names({"unet": parts["unet"]}))
+    parts = loras.parts_for(pipe)
+    pipe.adapters.prepare_hotswap(spellings.peft_names({"unet": parts["unet"]}))
     with pytest.raises(diffadapt.AdapterError, match="text_encoder: no slots are reserved there"):
-        pipe.load_adapter(files.peft_names(parts), "a")
+        pipe.load_adapter(spellings.peft_names(parts), "a")
     assert pipe.adapters.names == []
-    pipe.load_adapter(files.peft_names(parts), "a", components=["unet"])
+    pipe.load_adapter(spellings.peft_names(parts), "a", components=["unet"])
     assert pipe.adapters.active == {"a": 1.0}
 
 
 @torch.no_grad()
-def test_adapters_that_are_there_already_get_slots(tmp_path: Path) -> None:
+def test_loaded_adapters_get_slots(tmp_path: Path) -> None:
     sources = [make(unet, CONFIGS[name], tmp_path / name) for name in ("lora", "dora", "oft")]
     model = unet()
     before = snapshot(model)
@@ -318,13 +310,13 @@ def test_adapters_that_are_there_already_get_slots(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_settings_say_what_to_reserve(tmp_path: Path) -> None:
+def test_slots_are_reserved_for_settings(tmp_path: Path) -> None:
     pipe = models.sd15()
     text = LORA(rank=4, target_modules=["q_proj", "v_proj"])
     reserved = pipe.adapters.prepare_hotswap([LORA(rank=8, target_modules="all-linear"), {"text_encoder": text}])
     assert set(reserved.layers) == {"unet", "text_encoder"}
-    parts = files.parts_for(pipe, rank=8)
-    pipe.load_adapter(files.peft_names({"unet": parts["unet"]}), "a")
+    parts = loras.parts_for(pipe, rank=8)
+    pipe.load_adapter(spellings.peft_names({"unet": parts["unet"]}), "a")
     assert_differs(models.draw(pipe), models.draw(models.sd15()))
     with pytest.raises(diffadapt.AdapterError, match="no component transformer"):
         pipe.adapters.prepare_hotswap({"transformer": text})
@@ -333,7 +325,7 @@ def test_settings_say_what_to_reserve(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_hotswap_without_slots_and_its_refusals(tmp_path: Path) -> None:
+def test_hotswap_works_without_slots_and_changes_nothing_if_it_fails(tmp_path: Path) -> None:
     one, two = (make(unet, CONFIGS[name], tmp_path / name) for name in ("lora", "loha"))
     model = unet()
     adapters = diffadapt.adapters(model)
@@ -348,7 +340,7 @@ def test_hotswap_without_slots_and_its_refusals(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_copies_dtypes_and_casting(tmp_path: Path) -> None:
+def test_slots_survive_copies_other_dtypes_and_layerwise_casting(tmp_path: Path) -> None:
     source = make(unet, CONFIGS["dora"], tmp_path / "dora")
     model = unet()
     adapters = diffadapt.adapters(model)
@@ -360,9 +352,9 @@ def test_copies_dtypes_and_casting(tmp_path: Path) -> None:
     assert_same(predict(again), output)
     diffadapt.adapters(again).activate({"a": 0.25})
     assert_same(predict(again), alone(unet, (source, 0.25)))
-    wide = again.double()
+    double = again.double()
     assert_same(
-        wide(torch.ones(1, 4, 8, 8).double(), 1, torch.ones(1, 4, models.WIDTH).double()).sample.float(),
+        double(torch.ones(1, 4, 8, 8).double(), 1, torch.ones(1, 4, models.WIDTH).double()).sample.float(),
         _at_ones(source, 0.25),
     )
     cast = unet()
@@ -382,7 +374,7 @@ def _at_ones(source: Path, scale: float) -> Tensor:
 
 
 @torch.no_grad()
-def test_slots_keep_to_half_precision(tmp_path: Path) -> None:
+def test_slots_compute_in_half_precision(tmp_path: Path) -> None:
     for name in ("oft on outputs", "dora", "lora with a bias"):
         source = make(unet, CONFIGS[name], tmp_path / name)
         outputs: list[Tensor] = []

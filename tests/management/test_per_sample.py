@@ -1,4 +1,4 @@
-"""Every prompt of a batch with its own mix of adapters, and activation that ends with its context."""
+"""`per_sample`: every prompt of a batch has its own mix of adapters. `activated`: activation for the time of a context."""
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import diffadapt
-from tests.support import files, models
+from tests.support import loras, models, spellings
 from tests.support.compare import assert_differs, assert_same
 from tests.support.small_models import unet
 
@@ -25,7 +25,7 @@ DENOISERS = {"sd15": "unet", "sdxl": "unet", "sd3": "transformer", "flux": "tran
 
 
 def drawn(pipe: DiffusionPipeline, prompts: list[str], first: int, images: int = 2, **options: Any) -> Tensor:
-    """Latents; the noise of a picture depends on its number alone."""
+    """Return latents; the noise of a picture depends on its number alone."""
     generators = [torch.Generator().manual_seed(first * images + i) for i in range(len(prompts) * images)]
     options = {"guidance_scale": 4.0, "num_inference_steps": 2, "height": 16, "width": 16, **options}
     with torch.no_grad():
@@ -44,8 +44,8 @@ def loaded(family: str, dora: bool = False) -> DiffusionPipeline:
     components = (denoiser, "text_encoder", *(("text_encoder_2",) if family != "sd15" else ()))
     pattern = r"to_[qkv]|[qkv]_proj|fc1|q|v|conv1"
     for name, rank in (("a", 4), ("b", 2)):
-        parts = files.parts_for(pipe, components if name == "a" else (denoiser,), pattern, rank)
-        pipe.load_adapter(files.peft_names(parts), name, activate=False)
+        parts = loras.parts_for(pipe, components if name == "a" else (denoiser,), pattern, rank)
+        pipe.load_adapter(spellings.peft_names(parts), name, activate=False)
     if dora:
         config = diffadapt.LoraConfig(rank=2, use_dora=True, target_modules=["to_q", "to_v"], init=False)
         diffadapt.add_adapter(getattr(pipe, denoiser), config, "c")
@@ -54,7 +54,7 @@ def loaded(family: str, dora: bool = False) -> DiffusionPipeline:
 
 @pytest.mark.parametrize("family", DENOISERS)
 @pytest.mark.parametrize("guidance", [4.0, 1.0], ids=["guided", "plain"])
-def test_every_row_is_what_a_run_of_its_own_gives(family: str, guidance: float) -> None:
+def test_every_row_of_a_batch_equals_a_separate_run(family: str, guidance: float) -> None:
     pipe = loaded(family)
     alone: list[Tensor] = []
     for number, mix in enumerate(MIXES):
@@ -71,14 +71,14 @@ def test_every_row_is_what_a_run_of_its_own_gives(family: str, guidance: float) 
         assert_differs(other, alone[number], 1e-4)
 
 
-def test_a_compiled_denoiser_takes_other_mixes_without_a_recompile(counter: CompileCounterWithBackend) -> None:
+def test_other_mixes_do_not_recompile_a_denoiser(counter: CompileCounterWithBackend) -> None:
     pipe, plain = models.sd15(), models.sd15()
     for owner in (pipe, plain):
         owner.unet = unet()
-        parts = files.parts_for(owner, pattern=r"to_[qv]|q_proj")
+        parts = loras.parts_for(owner, pattern=r"to_[qv]|q_proj")
         sources = {
-            "a": files.peft_names(parts),
-            "b": files.peft_names({"unet": files.parts_for(owner, rank=2)["unet"]}),
+            "a": spellings.peft_names(parts),
+            "b": spellings.peft_names({"unet": loras.parts_for(owner, rank=2)["unet"]}),
         }
         if owner is pipe:
             pipe.adapters.prepare_hotswap(list(sources.values()), slots=2, samples=2)
@@ -99,14 +99,14 @@ def test_a_compiled_denoiser_takes_other_mixes_without_a_recompile(counter: Comp
     assert_same(drawn(pipe, PROMPTS[:2], 0), uniform)
     assert counter.frame_count == 1
     pipe.unet = bare
-    # Another batch: the samples are all alike there, and that is all that can be.
+    # In a batch of another size, all samples have to have the same mix.
     assert_same(drawn(pipe, PROMPTS[:1], 0, images=1), drawn(plain, PROMPTS[:1], 0, images=1), 2e-5)
     with pytest.raises(diffadapt.AdapterError, match=r"3 mixes, but the slots of .* are for 2 samples"):
         with pipe.adapters.per_sample(MIXES):
             pass
 
 
-def test_refusals() -> None:
+def test_invalid_mixes_and_other_batches_are_refused() -> None:
     pipe = loaded("sd15")
     pipe.adapters.activate({"a": 0.5})
     before = drawn(pipe, PROMPTS[:2], 0)
@@ -125,7 +125,7 @@ def test_refusals() -> None:
         pass
 
 
-def test_types_in_one_batch_and_images_said_by_hand() -> None:
+def test_a_batch_can_mix_types_and_state_the_number_of_images() -> None:
     pipe = loaded("sd15", dora=True)
     mixes: list[Mix] = [{"c": 1.0}, {"a": 0.5, "c": -0.5}]
     alone: list[Tensor] = []
@@ -158,13 +158,13 @@ def test_activated_restores_exactly_what_was_active() -> None:
     with pytest.raises(diffadapt.AdapterError), adapters.activated({"a": float("nan")}):
         pass
     with adapters.activated("a"):
-        adapters.hotswap("a", files.peft_names({"unet": files.parts_for(pipe, rank=3)["unet"]}))
-        pipe.load_adapter(files.peft_names({"unet": files.parts_for(pipe, rank=1)["unet"]}), "new")
+        adapters.hotswap("a", spellings.peft_names({"unet": loras.parts_for(pipe, rank=3)["unet"]}))
+        pipe.load_adapter(spellings.peft_names({"unet": loras.parts_for(pipe, rank=1)["unet"]}), "new")
     assert adapters.active == {"a": scale}
     assert adapters["a"].ranks == (3,)
 
 
-def test_sixteen_threads_give_what_one_gives() -> None:
+def test_sixteen_threads_draw_what_one_draws() -> None:
     pipe = loaded("sd15")
     pipe.adapters.activate({"a": 0.1})
     mixes: list[Mix] = [{"a": number / 8, "b": 1.0} if number % 3 else {"b": -number / 8} for number in range(16)]
@@ -183,7 +183,7 @@ def test_sixteen_threads_give_what_one_gives() -> None:
     assert pipe.adapters.active == {"a": 0.1}
 
 
-def test_a_call_beside_the_request_of_another_thread_is_refused() -> None:
+def test_a_call_during_the_request_of_another_thread_is_refused() -> None:
     pipe = loaded("sd15")
     inside, leave = Event(), Event()
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import diffadapt
 from diffadapt import AdapterPool
-from tests.support import files, models
+from tests.support import files, loras, models, spellings
 from tests.support.compare import assert_differs, assert_same, assert_unchanged, snapshot
 
 pytestmark = pytest.mark.slow
@@ -26,14 +26,14 @@ def pipe() -> StableDiffusionPipeline:
 def sources(pipe: StableDiffusionPipeline, tmp_path: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for rank in range(1, 6):
-        tensors = files.peft_names(files.parts_for(pipe, rank=4))
+        tensors = spellings.peft_names(loras.parts_for(pipe, rank=4))
         mine = {key: tensor * rank / 3 for key, tensor in tensors.items()}
         found[f"s{rank}"] = files.write(tmp_path / f"s{rank}.safetensors", mine)
     return found
 
 
 def filled(pipe: StableDiffusionPipeline, sources: dict[str, Path], budget: float, loaded: int = 1) -> AdapterPool:
-    size = sum(tensor.nbytes for tensor in files.peft_names(files.parts_for(pipe, rank=4)).values())
+    size = sum(tensor.nbytes for tensor in spellings.peft_names(loras.parts_for(pipe, rank=4)).values())
     pool = AdapterPool(pipe.adapters, int(budget * size), loaded)
     for name, source in sources.items():
         pool.add(name, source)
@@ -47,7 +47,7 @@ def drawn_alone(source: Path, scale: float) -> Tensor:
 
 
 @pytest.mark.parametrize("prepared", [False, True], ids=["plain", "slots"])
-def test_adapters_come_when_they_are_wanted_and_go_by_age(
+def test_adapters_are_loaded_on_demand_and_the_oldest_are_dropped(
     pipe: StableDiffusionPipeline, sources: dict[str, Path], prepared: bool
 ) -> None:
     base = models.draw(pipe)
@@ -81,7 +81,7 @@ def test_adapters_come_when_they_are_wanted_and_go_by_age(
     assert_unchanged(pipe, before)
 
 
-def test_reading_in_the_background_and_what_goes_wrong(
+def test_files_are_read_in_the_background_and_broken_ones_reported(
     pipe: StableDiffusionPipeline, sources: dict[str, Path], tmp_path: Path
 ) -> None:
     broken = tmp_path / "broken.safetensors"
@@ -102,7 +102,7 @@ def test_reading_in_the_background_and_what_goes_wrong(
     pool.close()
 
 
-def test_many_threads(pipe: StableDiffusionPipeline, sources: dict[str, Path]) -> None:
+def test_many_threads_draw_what_one_draws(pipe: StableDiffusionPipeline, sources: dict[str, Path]) -> None:
     pipe.adapters.prepare_hotswap([next(iter(sources.values()))], slots=1)
     pool = filled(pipe, sources, budget=2.5)
     serial: dict[str, Tensor] = {}
@@ -127,7 +127,7 @@ def net() -> nn.Module:
 
 
 @pytest.mark.parametrize("prepared", [False, True], ids=["plain", "slots"])
-def test_nothing_is_left_of_hundreds_of_swaps(net: nn.Module, prepared: bool) -> None:
+def test_hundreds_of_swaps_leave_no_tensor_behind(net: nn.Module, prepared: bool) -> None:
     adapters = diffadapt.adapters(net)
     generator = torch.Generator().manual_seed(0)
     sources = [
@@ -151,7 +151,7 @@ def test_nothing_is_left_of_hundreds_of_swaps(net: nn.Module, prepared: bool) ->
             adapters.hotswap("a", sources[(number + 1) % 3])
             adapters.remove("a")
 
-    # What earlier tests left may go only now.
+    # Garbage of earlier tests may be collected only now.
     cycles(20)
     tensors()
     cycles(20)

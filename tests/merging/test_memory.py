@@ -1,4 +1,4 @@
-"""Memory that is taken from chunks, and memory that is used again."""
+"""Copies in the memory of an arena, and scratch memory that is reused."""
 
 import mmap
 
@@ -10,7 +10,7 @@ from diffadapt.merging.memory import Arena, Scratch
 
 
 @pytest.mark.parametrize("large_pages", [True, False])
-def test_copies_of_an_arena_are_tensors_of_their_own(large_pages: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_in_an_arena_do_not_overlap(large_pages: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_CHUNK", 1 << 12)
     if not large_pages:
         monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
@@ -29,10 +29,10 @@ def test_copies_of_an_arena_are_tensors_of_their_own(large_pages: bool, monkeypa
         before = [other.double() for other in others]
         copy.zero_()
         assert not copy.double().any()
-        assert all(torch.equal(other.double(), was) for other, was in zip(others, before, strict=True))
+        assert all(torch.equal(other.double(), old) for other, old in zip(others, before, strict=True))
 
 
-def test_scratch_is_used_again() -> None:
+def test_scratch_memory_is_reused() -> None:
     scratch = Scratch()
     first, second = scratch.like(torch.zeros(4, 4)), scratch.like(torch.zeros(4, 4), 1)
     assert first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr()

@@ -1,4 +1,4 @@
-"""One adapter merged in the place of another: the parameters, and the graphs compiled over them, stay."""
+"""`hotswap` of a merged adapter: parameters and compiled graphs stay the same."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +12,7 @@ import diffadapt
 from diffadapt.errors import AdapterError
 from diffadapt.merging.undo_by_correction import UndoByCorrection
 from diffadapt.runtime.bank import bank_of
-from tests.support import files, models
+from tests.support import loras, models, spellings
 from tests.support.compare import assert_differs, assert_same, assert_unchanged, snapshot
 from tests.support.small_models import predict, unet
 from tests.support.swaps import CONFIGS, ON_CONVOLUTIONS, make
@@ -35,7 +35,9 @@ NAMES = (
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("compact", [None, True, False])
-def test_every_type_in_the_place_of_another(compact: bool | None, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_a_merged_adapter_of_any_type_replaces_any_other(
+    compact: bool | None, dtype: torch.dtype, tmp_path: Path
+) -> None:
     sources = {name: make(unet, ALL[name], tmp_path / name) for name in NAMES}
     model = unet().to(dtype)
     before = snapshot(model)
@@ -62,10 +64,11 @@ def test_every_type_in_the_place_of_another(compact: bool | None, dtype: torch.d
     assert_unchanged(model, before)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("prepared", [False, True])
-def test_a_compiled_model_stays_compiled(prepared: bool, counter: CompileCounterWithBackend, tmp_path: Path) -> None:
-    # Without slots a layer that had no adapter changes its class for one.
+def test_a_compiled_model_is_not_recompiled(prepared: bool, counter: CompileCounterWithBackend, tmp_path: Path) -> None:
+    # Without slots, a layer that gets its first adapter changes its class.
     names = ("lokr whole", "oft", "dora", "lora", "lora elsewhere", *(("conv loha", "conv oft") if prepared else ()))
     sources = {name: make(unet, ALL[name], tmp_path / name) for name in names}
     model = unet()
@@ -95,6 +98,7 @@ def test_a_compiled_model_stays_compiled(prepared: bool, counter: CompileCounter
         assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_merged_adapter_has_no_seat_and_gets_one_when_it_is_unmerged(
     counter: CompileCounterWithBackend, tmp_path: Path
@@ -132,7 +136,7 @@ def test_a_swap_that_fails_changes_nothing(
     adapters = diffadapt.adapters(model)
     adapters.merge("a", compact=compact)
     if fault == "mixture":
-        # It multiplies weights that the first one does not change, and the second one would.
+        # It multiplies weights that the first adapter does not change, but the second one would.
         oft = diffadapt.OFTConfig(block_size=4, target_modules=r".*\.to_q", init=False)
         diffadapt.load_adapter(model, make(unet, oft, tmp_path / "b"), "b")
     before, kept, old = snapshot(model), adapters.undo_bytes, adapters["a"].components["unet"]
@@ -162,19 +166,19 @@ def refuse_once() -> Callable[..., None]:
 
 
 @torch.no_grad()
-def test_components_come_and_go() -> None:
+def test_a_merged_adapter_may_be_swapped_for_one_on_other_components() -> None:
     pipe = models.sd15().to(torch.bfloat16)
     before = snapshot(pipe)
-    unet_only = files.parts_for(pipe, ("unet",), "to_q")
-    text_only = files.parts_for(pipe, ("text_encoder",), "q_proj")
-    everything = {**files.parts_for(pipe, ("unet",), "to_k"), **text_only}
-    pipe.load_adapter(files.kohya_names(unet_only), "a", scale=0.5)
+    unet_only = loras.parts_for(pipe, ("unet",), "to_q")
+    text_only = loras.parts_for(pipe, ("text_encoder",), "q_proj")
+    everything = {**loras.parts_for(pipe, ("unet",), "to_k"), **text_only}
+    pipe.load_adapter(spellings.kohya_names(unet_only), "a", scale=0.5)
     pipe.adapters.merge("a")
     for parts in (text_only, everything, unet_only, text_only):
-        pipe.adapters.hotswap("a", files.kohya_names(parts))
+        pipe.adapters.hotswap("a", spellings.kohya_names(parts))
         assert set(pipe.adapters["a"].components) == set(parts)
         alone = models.sd15().to(torch.bfloat16)
-        alone.load_adapter(files.kohya_names(parts), "a", scale=0.5)
+        alone.load_adapter(spellings.kohya_names(parts), "a", scale=0.5)
         alone.adapters.merge("a")
         for component in ("unet", "text_encoder"):
             state, expected = (getattr(owner, component).state_dict() for owner in (pipe, alone))
@@ -183,8 +187,8 @@ def test_components_come_and_go() -> None:
     assert_unchanged(pipe, before)
 
 
-def test_a_weight_of_two_layers_is_not_merged() -> None:
-    """A language model's last layer has the weight of its first: what changes one of them would change the other."""
+def test_a_weight_that_two_layers_share_is_not_merged() -> None:
+    """The first and the last layer of a language model share a weight: changing one would change the other."""
 
     class Tied(nn.Module):
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Merging without copies of the weights: every bit comes back from what rounding lost."""
+"""Merging without copies of the weights: every bit is restored from what rounding lost."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from diffadapt.merging.undo_by_correction import UndoByCorrection
 from diffadapt.merging.weight_update import LowRankUpdate
 from diffadapt.runtime.bank import bank_of
 from diffadapt.runtime.undo import UndoByCopy
+from tests.support.cases import for_each
 from tests.support.compare import assert_unchanged, snapshot
 from tests.support.small_models import unet
 from tests.support.swaps import CONFIGS, ON_CONVOLUTIONS, make
@@ -22,8 +23,8 @@ from tests.support.swaps import CONFIGS, ON_CONVOLUTIONS, make
 ALL = {name: config for name, config in (CONFIGS | ON_CONVOLUTIONS).items() if name not in ("lora with a bias", "full")}
 
 
-@pytest.mark.parametrize("count", [0, 1, 7])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+@for_each(count=[0, 1, 7])
 def test_corrections_are_exact(count: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     actual = torch.randn(70, 100, generator=generator).to(dtype)
@@ -43,10 +44,12 @@ def test_corrections_are_exact(count: int, dtype: torch.dtype) -> None:
         corrections.apply_(other)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", ALL)
-def test_every_type_is_undone_bit_for_bit_for_less_than_a_copy(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+@for_each(dtype=[torch.bfloat16, torch.float16, torch.float32])
+@torch.no_grad()
+def test_every_type_is_undone_bit_for_bit_with_less_memory_than_a_copy(
+    name: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
     source = make(unet, ALL[name], tmp_path / "a")
     model, copied = unet().to(dtype), unet().to(dtype)
     before = snapshot(model)
@@ -68,12 +71,12 @@ def test_every_type_is_undone_bit_for_bit_for_less_than_a_copy(name: str, dtype:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["lora", "dora", "dora by input", "loha", "lokr whole", "oft", "boft on outputs"])
-def test_a_fraction_of_a_copy_is_kept_of_layers_of_usual_size(name: str) -> None:
+def test_the_corrections_of_a_layer_of_usual_size_take_a_fraction_of_a_copy(name: str) -> None:
     torch.manual_seed(0)
     layer = nn.Linear(320, 640, bias=False).bfloat16()
     net, before = nn.Sequential(layer), layer.weight.clone()
     adapter = diffadapt.add_adapter(net, replace(CONFIGS[name], target_modules=["0"]), "a")
-    # As strong as usual: the weight changes by a few percent.
+    # As strong as usual: the weight changes by at most a few percent.
     diffadapt.adapters(net).activate({"a": 1e-3 if "dora" in name else 1e-2})
     adapter.requires_grad_(False)
     diffadapt.adapters(net).merge("a", compact=True)
@@ -85,7 +88,7 @@ def test_a_fraction_of_a_copy_is_kept_of_layers_of_usual_size(name: str) -> None
 
 
 @torch.no_grad()
-def test_several_adapters_one_after_the_other_and_what_needs_the_originals(tmp_path: Path) -> None:
+def test_adapters_merged_in_turn_are_undone_also_after_the_originals_were_needed(tmp_path: Path) -> None:
     names = ("lora", "dora", "oft", "conv oft")
     model = unet().to(torch.bfloat16)
     before = snapshot(model)
@@ -104,7 +107,7 @@ def test_several_adapters_one_after_the_other_and_what_needs_the_originals(tmp_p
 
 
 @torch.no_grad()
-def test_a_weight_changed_meanwhile_is_told(tmp_path: Path) -> None:
+def test_a_weight_that_was_changed_after_merging_is_reported(tmp_path: Path) -> None:
     model = unet().to(torch.bfloat16)
     diffadapt.load_adapter(model, make(unet, ALL["lora"], tmp_path / "a"), "a", scale=0.1)
     diffadapt.adapters(model).merge("a", compact=True)
@@ -114,21 +117,20 @@ def test_a_weight_changed_meanwhile_is_told(tmp_path: Path) -> None:
         diffadapt.adapters(model).unmerge()
 
 
-# What is kept has to suit whatever the original is predicted with later.
+# The corrections must be right for every way in which the original may be predicted later.
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float32], ids=str)
-@pytest.mark.parametrize("product", ["float32", "float64"])
-@pytest.mark.parametrize("kind", ["lora", "lora in float32", "loha", "dora", "lokr whole"])
+@pytest.mark.parametrize("name", ["lora", "lora in float32", "loha", "dora", "lokr whole"])
+@for_each(product=["float32", "float64"], dtype=[torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float32])
 @torch.no_grad()
 def test_other_threads_and_another_order_of_ranks_restore_every_bit(
-    kind: str, product: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    name: str, product: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(192, 320, bias=False))
-    adapter = diffadapt.add_adapter(net, replace(CONFIGS[kind.split(" in ")[0]], target_modules=["0"]), "a")
+    adapter = diffadapt.add_adapter(net, replace(CONFIGS[name.split(" in ")[0]], target_modules=["0"]), "a")
     adapter.requires_grad_(False)
-    adapter.to(torch.float32 if "float32" in kind else torch.bfloat16)
+    adapter.to(torch.float32 if "float32" in name else torch.bfloat16)
     net[0].weight[:, ::7] = 0.0
     net[0].weight[:2, ::7] = -0.0
     net[0].weight.data = net[0].weight.data.to(dtype)
@@ -139,11 +141,11 @@ def test_other_threads_and_another_order_of_ranks_restore_every_bit(
     assert not torch.equal(net[0].weight.float(), before.float())
     assert [type(way) for way in bank_of(net).undo] == [UndoByCorrection]
     order = torch.randperm(2)
-    for name, axis in (("lora_down", 0), ("lora_up", 1), ("hada_w1_a", 1), ("hada_w1_b", 0)):
-        tensor = adapter.layers["0"].tensors.get(name)
+    for factor, axis in (("lora_down", 0), ("lora_up", 1), ("hada_w1_a", 1), ("hada_w1_b", 0)):
+        tensor = adapter.layers["0"].tensors.get(factor)
         if tensor is not None and tensor.shape[axis] == 2:
             tensor.copy_(tensor.index_select(axis, order))
-    # The other ways to compute a product, too: in float64 as on other devices.
+    # Also compute the product in other ways, such as in float64, which other devices use.
     monkeypatch.setattr("diffadapt.merging.weight_update._rounds_once", lambda like: False)
     monkeypatch.setattr("diffadapt.merging.weight_update._multiplies_in_float32", lambda: product == "float32")
     threads = torch.get_num_threads()
@@ -164,7 +166,7 @@ def test_every_prediction_is_within_the_bounds(rank: int, dtype: torch.dtype) ->
     net = nn.Sequential(nn.Linear(256, 384, bias=False).to(dtype))
     adapter = diffadapt.add_adapter(net, replace(CONFIGS["lora"], rank=rank, target_modules=["0"]), "a")
     adapter.requires_grad_(False).to(torch.bfloat16)
-    # Far stronger than usual, so that much is near a tie.
+    # Far stronger than usual, so that many elements are near a tie.
     diffadapt.adapters(net).activate({"a": 3.0})
     layers, weight, rows = (adapter.layers["0"],), net[0].weight.detach(), slice(None)
     way = LowRankUpdate.of(layers, weight, back=True)
@@ -172,8 +174,8 @@ def test_every_prediction_is_within_the_bounds(rank: int, dtype: torch.dtype) ->
     low, high = way.bounds(weight, rows, Scratch())
     same = low == high
     assert 0.9 < same.float().mean() < 1 or dtype == torch.float32
-    wide = LowRankUpdate(way.up.double() * way.scale, way.down.double(), 1.0, way.total)
-    for other in (way, wide, *(permuted(wide, seed) for seed in range(4)), *(permuted(way, seed) for seed in range(4))):
+    double = LowRankUpdate(way.up.double() * way.scale, way.down.double(), 1.0, way.total)
+    for other in (way, double, *(permuted(of, seed) for of in (double, way) for seed in range(4))):
         found = weight.clone()
         other.predict_(found, rows)
         assert torch.equal(found[same], low[same])
@@ -187,7 +189,7 @@ def permuted(way: LowRankUpdate, seed: int) -> LowRankUpdate:
 
 @torch.no_grad()
 def test_a_bfloat16_product_is_rounded_once_on_this_processor() -> None:
-    """What `folding._rounds_once` says of it, beside the same in float32."""
+    """It is compared with the same product in float32. `weight_update._rounds_once` relies on it."""
     torch.manual_seed(0)
     for rank in (1, 16, 17, 128, 512):
         weight, up, down = (torch.randn(shape).bfloat16() for shape in ((384, 256), (384, rank), (rank, 256)))
@@ -200,7 +202,7 @@ def test_a_bfloat16_product_is_rounded_once_on_this_processor() -> None:
 
 
 @torch.no_grad()
-def test_by_default_low_rank_changes_in_half_precision_are_compact(tmp_path: Path) -> None:
+def test_by_default_only_low_rank_changes_in_half_precision_are_compact(tmp_path: Path) -> None:
     for name, dtype, is_compact in (
         ("lora", torch.bfloat16, True),
         ("loha", torch.float16, True),
@@ -221,7 +223,7 @@ def test_by_default_low_rank_changes_in_half_precision_are_compact(tmp_path: Pat
 
 
 @torch.no_grad()
-def test_a_model_made_wider_meanwhile_gets_its_weights_back(tmp_path: Path) -> None:
+def test_a_model_converted_to_float32_after_merging_gets_its_weights_back(tmp_path: Path) -> None:
     model = unet().to(torch.bfloat16)
     before = {path: parameter.clone() for path, parameter in model.named_parameters()}
     diffadapt.load_adapter(model, make(unet, ALL["lora"], tmp_path / "a"), "a", scale=0.1)

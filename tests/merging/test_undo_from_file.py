@@ -1,4 +1,4 @@
-"""Merging that keeps nothing: the weights are read again from the files that the model came from."""
+"""Merging without copies: the original weights are read again from the files that the model came from."""
 
 import io
 import os
@@ -20,7 +20,7 @@ from diffadapt.merging.undo_by_correction import UndoByCorrection
 from diffadapt.merging.undo_from_file import UndoFromFile
 from diffadapt.runtime.bank import bank_of
 from diffadapt.runtime.undo import UndoByCopy
-from tests.support import files, models
+from tests.support import loras, models, spellings
 from tests.support.compare import assert_differs, assert_same, assert_unchanged, snapshot
 from tests.support.hub import hub_cache
 from tests.support.small_models import predict, unet
@@ -33,13 +33,13 @@ NAME = "diffusion_pytorch_model.safetensors"
 
 
 def saved(folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
-    """The folder of a small UNet."""
+    """Save a small UNet, and return its folder."""
     unet().to(dtype).save_pretrained(folder, **options)
     return folder
 
 
 def loaded(folder: Path, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
-    """That UNet, in memory of its own: diffusers leaves weights in the pages of the file that nobody writes."""
+    """Load that UNet into separate memory; diffusers would map the file into memory until a weight is written."""
     model = UNet2DConditionModel.from_pretrained(folder, dtype=dtype).eval()
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
@@ -59,7 +59,7 @@ def loaded(folder: Path, dtype: torch.dtype = torch.float32) -> UNet2DConditionM
     ],
     ids=str,
 )
-def test_every_type_is_undone_and_swapped_with_nothing_kept(
+def test_every_type_is_undone_and_swapped_without_copies(
     stored: torch.dtype, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     folder = saved(tmp_path / "unet", stored)
@@ -89,13 +89,13 @@ def test_every_type_is_undone_and_swapped_with_nothing_kept(
 
 @torch.no_grad()
 @pytest.mark.parametrize("form", ["remembered", "pipeline", "folders", "files", "shards"])
-def test_where_the_files_are(form: str, tmp_path: Path) -> None:
+def test_the_files_are_found_in_every_form_of_base_files(form: str, tmp_path: Path) -> None:
     options = {"max_shard_size": "20KB"} if form == "shards" else {}
     models.sd15().save_pretrained(tmp_path, **options)
     pipe = DiffusionPipeline.from_pretrained(tmp_path)
     before = snapshot(pipe)
-    parts = files.parts_for(pipe)
-    pipe.load_adapter(files.kohya_names(parts), "a", scale=0.5)
+    parts = loras.parts_for(pipe)
+    pipe.load_adapter(spellings.kohya_names(parts), "a", scale=0.5)
     given: dict[str, Any] = {
         "remembered": True,
         "shards": True,
@@ -105,8 +105,8 @@ def test_where_the_files_are(form: str, tmp_path: Path) -> None:
     }
     assert (len(list((tmp_path / "unet").glob("*.safetensors"))) > 1) == (form == "shards")
     pipe.adapters.merge(base_files=given[form])
-    kinds = {type(way) for part in (pipe.unet, pipe.text_encoder) for way in bank_of(part).undo}
-    assert (pipe.adapters.undo_bytes, kinds) == (0, {UndoFromFile})
+    ways = {type(way) for model in (pipe.unet, pipe.text_encoder) for way in bank_of(model).undo}
+    assert (pipe.adapters.undo_bytes, ways) == (0, {UndoFromFile})
     pipe.adapters.unmerge()
     pipe.adapters.merge(base_files={"unet": tmp_path / "unet"})
     assert {type(way) for way in bank_of(pipe.unet).undo} == {UndoFromFile}
@@ -115,7 +115,9 @@ def test_where_the_files_are(form: str, tmp_path: Path) -> None:
     assert_unchanged(pipe, before)
 
 
-def test_a_model_loaded_by_its_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_files_of_a_model_from_the_hub_are_found_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache = hub_cache(tmp_path / "hub", "someone/pixel", f"unet/{NAME}", load_file(saved(tmp_path / "unet") / NAME))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
     model = loaded(tmp_path / "unet")
@@ -131,8 +133,8 @@ def test_a_model_loaded_by_its_name_on_the_hub(tmp_path: Path, monkeypatch: pyte
     assert adapters.merged == []
 
 
-def test_names_of_the_original_layout_are_found_by_their_ends_and_what_is_in_them(tmp_path: Path) -> None:
-    """Every block has a `transformer_blocks.0.attn1.to_q`."""
+def test_weights_under_original_names_are_found_by_their_endings_and_values(tmp_path: Path) -> None:
+    """The ending alone is not unique: every block has a `transformer_blocks.0.attn1.to_q`."""
     model = models.unet_sd15(2).requires_grad_(False)
     prefixes: dict[str, str] = {}
     tensors = {}
@@ -159,18 +161,18 @@ def test_names_of_the_original_layout_are_found_by_their_ends_and_what_is_in_the
 
 @torch.no_grad()
 @pytest.mark.parametrize("compact", [None, True, False])
-def test_weights_that_are_not_what_the_file_has_are_kept(compact: bool | None, tmp_path: Path) -> None:
+def test_weights_that_differ_from_the_file_are_copied(compact: bool | None, tmp_path: Path) -> None:
     model = loaded(saved(tmp_path / "unet", torch.bfloat16), torch.bfloat16)
     diffadapt.load_adapter(model, make(unet, ALL["lora"], tmp_path / "a"), "a", scale=0.05)
     weights = [host.get_parameter("weight") for host in bank_of(model).hosts.values()]
     weights[0][-1, -1] += 1
-    # The same number, and other bits.
+    # The same number with other bits.
     weights[1][0, 0] = -0.0
     before = snapshot(model)
     adapters = diffadapt.adapters(model)
     adapters.merge(base_files=True, compact=compact)
-    kinds = [type(way) for way in bank_of(model).undo]
-    assert kinds == [UndoByCopy if compact is False else UndoByCorrection] * 2 + [UndoFromFile] * (len(weights) - 2)
+    ways = [type(way) for way in bank_of(model).undo]
+    assert ways == [UndoByCopy if compact is False else UndoByCorrection] * 2 + [UndoFromFile] * (len(weights) - 2)
     assert 0 < adapters.undo_bytes <= weights[0].nbytes + weights[1].nbytes
     adapters.unmerge()
     assert_unchanged(model, before)
@@ -178,7 +180,7 @@ def test_weights_that_are_not_what_the_file_has_are_kept(compact: bool | None, t
 
 @torch.no_grad()
 @pytest.mark.parametrize("change", ["deleted", "replaced", "written", "cut off"])
-def test_a_file_that_changes_meanwhile(change: str, tmp_path: Path) -> None:
+def test_a_file_that_changes_after_merging_is_read_if_it_still_can_be(change: str, tmp_path: Path) -> None:
     model = loaded(saved(tmp_path / "unet"))
     diffadapt.load_adapter(model, make(unet, ALL["lora"], tmp_path / "a"), "a", scale=0.5)
     before, file = snapshot(model), tmp_path / "unet" / NAME
@@ -233,7 +235,7 @@ def damaged(file: Path) -> dict[str, Any]:
     ],
     ids=["nowhere", "component", "other model", "damaged", "unreadable"],
 )
-def test_what_cannot_be_used_is_said_before_anything_changes(
+def test_unusable_files_are_refused_before_anything_changes(
     fault: Callable[[Path], dict[str, Any]], tmp_path: Path
 ) -> None:
     model = loaded(saved(tmp_path / "unet"))
@@ -279,7 +281,7 @@ def test_a_merge_that_fails_halfway_changes_nothing(tmp_path: Path) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("compact", [True, False])
-def test_a_model_all_of_whose_weights_are_merged_is_known_by_what_they_were(compact: bool, tmp_path: Path) -> None:
+def test_the_file_of_a_fully_merged_model_is_recognised_by_its_original_weights(compact: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(32, 48, bias=False)).requires_grad_(False)
     save_file(model.state_dict(), tmp_path / "model.safetensors")
@@ -295,14 +297,14 @@ def test_a_model_all_of_whose_weights_are_merged_is_known_by_what_they_were(comp
 
 
 @torch.no_grad()
-def test_copies_of_a_merged_model(tmp_path: Path) -> None:
+def test_copies_of_a_merged_model_restore_their_weights(tmp_path: Path) -> None:
     model = loaded(saved(tmp_path / "unet"))
     base = predict(model)
     diffadapt.load_adapter(model, make(unet, ALL["oft"], tmp_path / "a"), "a", scale=0.5)
     diffadapt.adapters(model).merge("a", base_files=True)
     assert_differs(predict(model), base, 1e-4)
     copied, content = deepcopy(model), pickle.dumps(model)
-    # Whoever reads the pickle may be on another machine.
+    # A pickle may be read on another machine.
     torch.save(model, buffer := io.BytesIO())
     assert {type(way) for way in bank_of(copied).undo} == {UndoFromFile}
     diffadapt.adapters(model).clear()
@@ -316,7 +318,7 @@ def test_copies_of_a_merged_model(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_what_needs_the_originals_reads_them(tmp_path: Path) -> None:
+def test_original_weights_are_read_when_they_are_needed(tmp_path: Path) -> None:
     folder = saved(tmp_path / "unet")
     oft, lora = (make(unet, ALL[name], tmp_path / name) for name in ("oft", "conv loha"))
     expected = loaded(folder)
@@ -329,7 +331,7 @@ def test_what_needs_the_originals_reads_them(tmp_path: Path) -> None:
     adapters.to_lora({"a": 1.0}, "b", rank=3)
     pairs = [list(diffadapt.adapters(owner)["b"].components["unet"].parameters()) for owner in (model, expected)]
     assert all(torch.equal(mine, other) for mine, other in zip(*pairs, strict=True))
-    # What is merged later without files is kept otherwise, and what was merged before goes on being read.
+    # A later merge without files keeps copies; weights merged before are still read.
     diffadapt.load_adapter(model, lora, "c", scale=0.5)
     adapters.merge("c")
     assert {type(way) for way in bank_of(model).undo} == {UndoFromFile, UndoByCopy}
@@ -340,7 +342,7 @@ def test_what_needs_the_originals_reads_them(tmp_path: Path) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("form", ["compiled", "layerwise casting", "group offloading", "sequential offloading"])
-def test_models_that_keep_their_weights_in_another_way(form: str, tmp_path: Path) -> None:
+def test_compiled_casting_and_offloaded_models_are_undone(form: str, tmp_path: Path) -> None:
     model: Any = loaded(saved(tmp_path / "unet"))
     cpu = torch.device("cpu")
     if form == "compiled":

@@ -1,4 +1,4 @@
-"""diffusers' own per-call scale reaches denoiser and text encoders, with and without peft, and is gone afterwards."""
+"""diffusers' own call scale reaches denoiser and text encoders, with and without peft, and ends with the call."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -9,9 +9,10 @@ from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline, StableD
 from torch import Tensor, nn
 
 import diffadapt
-from tests.support import files, models
+from tests.support import loras, models, spellings
 from tests.support.compare import assert_differs, assert_same, assert_unchanged, snapshot
 from tests.support.models import draw
+from tests.support.small_models import predict
 
 pytestmark = pytest.mark.slow
 
@@ -35,20 +36,20 @@ def _with_and_without_peft(request: pytest.FixtureRequest) -> None:
         request.getfixturevalue("peft_hidden")
 
 
-def loaded(family: str) -> tuple[DiffusionPipeline, dict[str, dict[str, files.Factors]]]:
+def loaded(family: str) -> tuple[DiffusionPipeline, dict[str, dict[str, loras.Factors]]]:
     pipe = models.FAMILIES[family]()
-    parts = files.parts_for(pipe, COMPONENTS[family])
-    pipe.load_adapter(files.peft_names(parts), "a")
+    parts = loras.parts_for(pipe, COMPONENTS[family])
+    pipe.load_adapter(spellings.peft_names(parts), "a")
     return pipe, parts
 
 
-def expected(family: str, parts: files.Parts, strength: float) -> Tensor:
-    return draw(files.bake(models.FAMILIES[family](), parts, strength))
+def expected(family: str, parts: loras.Parts, strength: float) -> Tensor:
+    return draw(loras.bake(models.FAMILIES[family](), parts, strength))
 
 
 @pytest.mark.usefixtures("_with_and_without_peft")
 @pytest.mark.parametrize("family", KEYWORDS)
-def test_scale_of_one_call(family: str) -> None:
+def test_a_call_scale_multiplies_the_strength_during_one_call(family: str) -> None:
     pipe, parts = loaded(family)
     full = draw(pipe)
     options = {KEYWORDS[family]: {"scale": 0.5}}
@@ -63,10 +64,10 @@ def test_scale_of_one_call(family: str) -> None:
 
 
 @pytest.mark.usefixtures("_with_and_without_peft")
-def test_scale_reaches_the_text_encoder() -> None:
+def test_the_call_scale_reaches_the_text_encoder() -> None:
     pipe = models.sd15()
-    parts = files.parts_for(pipe, ("text_encoder",))
-    pipe.load_adapter(files.peft_names(parts))
+    parts = loras.parts_for(pipe, ("text_encoder",))
+    pipe.load_adapter(spellings.peft_names(parts))
     halved = draw(pipe, cross_attention_kwargs={"scale": 0.5})
     assert_same(halved, expected("sd15", parts, 0.5))
     assert_differs(halved, draw(pipe), 1e-3)
@@ -74,31 +75,31 @@ def test_scale_reaches_the_text_encoder() -> None:
 
 @pytest.mark.usefixtures("_with_and_without_peft")
 @pytest.mark.parametrize("by_position", [False, True])
-def test_scale_of_encode_prompt(by_position: bool) -> None:
+def test_encode_prompt_takes_a_scale(by_position: bool) -> None:
     pipe, parts = loaded("sd15")
     full, _ = pipe.encode_prompt(models.PROMPT, "cpu", 1, False)
     if by_position:
         half, _ = pipe.encode_prompt(models.PROMPT, "cpu", 1, False, None, None, None, 0.5)
     else:
         half, _ = pipe.encode_prompt(models.PROMPT, "cpu", 1, False, lora_scale=0.5)
-    plain = files.bake(models.sd15(), {"text_encoder": parts["text_encoder"]}, 0.5)
+    plain = loras.bake(models.sd15(), {"text_encoder": parts["text_encoder"]}, 0.5)
     assert_same(half, plain.encode_prompt(models.PROMPT, "cpu", 1, False)[0])
     assert_differs(half, full, 1e-3)
     assert torch.equal(pipe.encode_prompt(models.PROMPT, "cpu", 1, False)[0], full)
 
 
 @pytest.mark.usefixtures("_with_and_without_peft")
-def test_scale_with_guidance_multiplies_the_active_scales() -> None:
+def test_the_call_scale_multiplies_strengths_by_component_under_guidance() -> None:
     pipe, parts = loaded("sd15")
     pipe.adapters.activate({"a": {"unet": 0.8, "text_encoder": 0.4}})
     picture = draw(pipe, guidance_scale=4.0, cross_attention_kwargs={"scale": 0.5})
-    plain = files.bake(models.sd15(), parts, {"unet": 0.4, "text_encoder": 0.2})
+    plain = loras.bake(models.sd15(), parts, {"unet": 0.4, "text_encoder": 0.2})
     assert_same(picture, draw(plain, guidance_scale=4.0))
 
 
 @pytest.mark.usefixtures("_with_and_without_peft")
 @pytest.mark.parametrize("kind", [StableDiffusionPipeline, StableDiffusionImg2ImgPipeline])
-def test_scale_in_another_pipeline_with_the_same_models(kind: type[DiffusionPipeline]) -> None:
+def test_the_call_scale_works_in_another_pipeline_with_the_same_models(kind: type[DiffusionPipeline]) -> None:
     pipe, parts = loaded("sd15")
 
     def picture(pipe: DiffusionPipeline, **options: Any) -> Tensor:
@@ -116,23 +117,23 @@ def test_scale_in_another_pipeline_with_the_same_models(kind: type[DiffusionPipe
     full = picture(pipe)
     half = picture(pipe, cross_attention_kwargs={"scale": 0.5})
     assert_differs(half, full, 1e-3)
-    assert_same(half, picture(files.bake(models.sd15(), parts, 0.5)))
+    assert_same(half, picture(loras.bake(models.sd15(), parts, 0.5)))
 
 
 @pytest.mark.usefixtures("_with_and_without_peft")
-def test_scale_in_a_modular_pipeline() -> None:
+def test_the_call_scale_works_in_a_modular_pipeline() -> None:
     pipe = models.sdxl_modular()
-    parts = files.parts_for(pipe, COMPONENTS["sdxl"])
-    pipe.load_adapter(files.peft_names(parts))
+    parts = loras.parts_for(pipe, COMPONENTS["sdxl"])
+    pipe.load_adapter(spellings.peft_names(parts))
     full = draw(pipe)
     half = draw(pipe, cross_attention_kwargs={"scale": 0.5})
     assert_differs(half, full, 1e-3)
-    assert_same(half, draw(files.bake(models.sdxl_modular(), parts, 0.5)))
+    assert_same(half, draw(loras.bake(models.sdxl_modular(), parts, 0.5)))
     assert torch.equal(draw(pipe), full)
 
 
 @pytest.mark.usefixtures("_with_and_without_peft")
-def test_failed_call_leaves_no_scale_behind() -> None:
+def test_a_failed_call_leaves_no_scale_behind() -> None:
     pipe, _ = loaded("sd15")
     full = draw(pipe)
 
@@ -140,7 +141,7 @@ def test_failed_call_leaves_no_scale_behind() -> None:
         raise RuntimeError("stop")
 
     for model in (pipe.unet, pipe.text_encoder):
-        handle = next(iter(files.layers_of(model).values())).register_forward_pre_hook(stop)
+        handle = next(iter(loras.layers_of(model).values())).register_forward_pre_hook(stop)
         with pytest.raises(RuntimeError, match="stop"):
             draw(pipe, cross_attention_kwargs={"scale": 0.5})
         handle.remove()
@@ -148,12 +149,12 @@ def test_failed_call_leaves_no_scale_behind() -> None:
 
 
 @pytest.mark.usefixtures("_with_and_without_peft")
-def test_calls_with_scales_leave_nothing_behind_after_clear() -> None:
+def test_calls_with_a_scale_leave_nothing_behind_after_clear() -> None:
     pipe = models.sd15()
     draw(pipe, cross_attention_kwargs={})
-    pipe._lora_scale = 0.5  # diffusers keeps the last one itself
+    pipe._lora_scale = 0.5  # diffusers itself stores the last scale.
     before = snapshot(pipe)
-    pipe.load_adapter(files.peft_names(files.parts_for(pipe)))
+    pipe.load_adapter(spellings.peft_names(loras.parts_for(pipe)))
     draw(pipe, cross_attention_kwargs={"scale": 0.5})
     pipe.adapters.clear()
     draw(pipe, cross_attention_kwargs={})
@@ -163,31 +164,7 @@ def test_calls_with_scales_leave_nothing_behind_after_clear() -> None:
 # Gradients
 
 
-def unet_call(unet: nn.Module, scale: float | None) -> Tensor:
-    options = {} if scale is None else {"cross_attention_kwargs": {"scale": scale}}
-    return unet(fixed(1, 4, 8, 8), 7, fixed(1, 4, models.WIDTH), **options).sample
-
-
-def flux_call(transformer: nn.Module, scale: float | None) -> Tensor:
-    return transformer(
-        hidden_states=fixed(1, 4, 16),
-        encoder_hidden_states=fixed(1, 3, models.WIDTH),
-        pooled_projections=fixed(1, models.WIDTH),
-        timestep=torch.tensor([0.5]),
-        img_ids=torch.zeros(4, 3),
-        txt_ids=torch.zeros(3, 3),
-        joint_attention_kwargs=None if scale is None else {"scale": scale},
-    ).sample
-
-
-def fixed(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(3))
-
-
-MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, float | None], Tensor]]] = {
-    "unet": (models.unet_sd15, unet_call),
-    "flux": (models.flux_transformer, flux_call),
-}
+MODELS: dict[str, Callable[[], nn.Module]] = {"unet": models.unet_sd15, "flux": models.flux_transformer}
 
 
 def trainable(build: Callable[[], nn.Module], checkpointing: bool) -> tuple[nn.Module, nn.Module]:
@@ -203,42 +180,39 @@ def trainable(build: Callable[[], nn.Module], checkpointing: bool) -> tuple[nn.M
     return model.train(), adapter
 
 
-def gradients(kind: str, scales: Iterable[float | None], checkpointing: bool) -> list[Tensor]:
-    """Of one backward after a forward for each scale."""
-    build, call = MODELS[kind]
-    model, adapter = trainable(build, checkpointing)
-    sum(call(model, scale).square().sum() for scale in scales).backward()  # type: ignore[union-attr]
+def gradients(name: str, scales: Iterable[float | None], checkpointing: bool) -> list[Tensor]:
+    """Return the gradients of one backward pass after a forward pass with each scale."""
+    model, adapter = trainable(MODELS[name], checkpointing)
+    sum(predict(model, scale).square().sum() for scale in scales).backward()  # type: ignore[union-attr]
     return [parameter.grad for parameter in adapter.parameters() if parameter.grad is not None]
 
 
 @pytest.mark.usefixtures("_with_and_without_peft")
 @pytest.mark.parametrize("scales", [(0.5,), (0.5, 2.0), (None, 0.5), (0.5, None), (2.0, 0.0)], ids=str)
-@pytest.mark.parametrize("kind", MODELS)
-def test_gradients_under_checkpointing(kind: str, scales: tuple[float | None, ...]) -> None:
-    reference = gradients(kind, scales, checkpointing=False)
-    full = gradients(kind, [None] * len(scales), checkpointing=False)
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_under_checkpointing_are_those_without(name: str, scales: tuple[float | None, ...]) -> None:
+    reference = gradients(name, scales, checkpointing=False)
+    full = gradients(name, [None] * len(scales), checkpointing=False)
     assert max((left - right).abs().max() for left, right in zip(reference, full, strict=True)) > 1e-2
-    for actual, expected in zip(gradients(kind, scales, checkpointing=True), reference, strict=True):
+    for actual, expected in zip(gradients(name, scales, checkpointing=True), reference, strict=True):
         assert_same(actual, expected)
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_call_scale_has_the_gradients_of_the_same_strength(kind: str) -> None:
-    build, call = MODELS[kind]
-    model, adapter = trainable(build, checkpointing=False)
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_with_a_call_scale_are_those_of_the_same_strength(name: str) -> None:
+    model, adapter = trainable(MODELS[name], checkpointing=False)
     diffadapt.adapters(model).activate({"default": 0.5})
-    call(model, None).square().sum().backward()
+    predict(model).square().sum().backward()
     expected = [parameter.grad for parameter in adapter.parameters()]
-    for actual, reference in zip(gradients(kind, (0.5,), checkpointing=True), expected, strict=True):
+    for actual, reference in zip(gradients(name, (0.5,), checkpointing=True), expected, strict=True):
         assert_same(actual, reference)
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_checkpointing_leaves_the_model_as_it_was(kind: str) -> None:
-    build, call = MODELS[kind]
-    model, _ = trainable(build, checkpointing=True)
+@pytest.mark.parametrize("name", MODELS)
+def test_checkpointing_leaves_nothing_on_the_model(name: str) -> None:
+    model, _ = trainable(MODELS[name], checkpointing=True)
     before = snapshot(model)
-    call(model, 0.5).square().sum().backward()
+    predict(model, 0.5).square().sum().backward()
     for parameter in model.parameters():
         parameter.grad = None
     assert_unchanged(model, before)
@@ -248,7 +222,7 @@ def test_gradients_reach_every_layer_of_a_frozen_base() -> None:
     model, adapter = trainable(models.unet_sd15, checkpointing=True)
     model.requires_grad_(False)
     adapter.requires_grad_(True)
-    unet_call(model, 0.5).square().sum().backward()
+    predict(model, 0.5).square().sum().backward()
     # The deepest self-attention sees a single position, so its queries have a gradient of zero.
     values = [p for name, p in adapter.named_parameters() if "to_q" not in name]
     assert all(parameter.grad.abs().sum() > 0 for parameter in values)

@@ -1,36 +1,35 @@
 """Compiled models: no graph breaks, and no recompile when only numbers change."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import diffadapt
-from tests.support import files, models
+from tests.support import loras, models, small_models, spellings
 from tests.support.compare import assert_differs, assert_same, assert_unchanged, snapshot
 from tests.support.small_models import predict, unet
 
 pytestmark = pytest.mark.slow
 
-Layers = dict[str, files.Factors]
+Layers = dict[str, loras.Factors]
 
 
-def flux() -> FluxTransformer2DModel:
-    torch.manual_seed(0)
-    return models.flux_transformer(blocks=1)
+flux = partial(small_models.flux, blocks=1)
 
 
 def layers_of(model: nn.Module, rank: int = 4) -> Layers:
-    return files.factors_for(files.layers_of(model, rf"{files.ATTENTION}|conv1|proj_mlp"), rank)
+    return loras.factors_for(loras.layers_of(model, rf"{loras.ATTENTION}|conv1|proj_mlp"), rank)
 
 
 def load(model: nn.Module, layers: Layers, name: str, **options: Any) -> None:
     component = "unet" if isinstance(model, UNet2DConditionModel) else "transformer"
-    diffadapt.load_adapter(model, files.peft_names({component: layers}), name=name, **options)
+    diffadapt.load_adapter(model, spellings.peft_names({component: layers}), name=name, **options)
 
 
 @torch.no_grad()
@@ -85,7 +84,7 @@ def test_pipeline_with_a_compiled_component(counter: CompileCounterWithBackend) 
     model = flux()
     pipe.transformer = torch.compile(model, backend=counter, fullgraph=True)
     parts = {"transformer": layers_of(model), "text_encoder": layers_of(pipe.text_encoder)}
-    report = pipe.load_adapter(files.peft_names(parts), "a")
+    report = pipe.load_adapter(spellings.peft_names(parts), "a")
     assert report.components == {name: len(layers) for name, layers in parts.items()}
     assert_same(predict(pipe.transformer), expected(flux, (parts["transformer"], 1.0)))
     pipe.adapters.activate({"a": {"transformer": 0.5}})
@@ -107,8 +106,7 @@ def test_model_compiled_in_place(counter: CompileCounterWithBackend) -> None:
 
 @torch.no_grad()
 def test_blocks_compiled_one_by_one(counter: CompileCounterWithBackend) -> None:
-    torch.manual_seed(0)
-    model = models.flux_transformer()
+    model = small_models.flux()
     load(model, layers_of(model), "a")
     eager = predict(model)
     model.compile_repeated_blocks(backend=counter, fullgraph=True)
@@ -152,7 +150,7 @@ def test_refused_load_leaves_a_compiled_model_as_it_was(counter: CompileCounterW
     model = flux()
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     base, before = predict(compiled), snapshot(model)
-    tensors = files.peft_names({"transformer": layers_of(model)})
+    tensors = spellings.peft_names({"transformer": layers_of(model)})
     tensors.popitem()
     with pytest.raises(diffadapt.AdapterError):
         diffadapt.load_adapter(compiled, tensors)

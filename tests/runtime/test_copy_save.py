@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from torch import Tensor, nn
+from torch import nn
 from transformers import CLIPTextModel
 
 import diffadapt
-from tests.support import files, models
+from tests.support import loras, models, small_models, spellings
 from tests.support.compare import assert_differs, assert_same, assert_unchanged, snapshot
 from tests.support.models import draw
 
@@ -20,16 +20,12 @@ from tests.support.models import draw
 @pytest.fixture
 def pipe() -> DiffusionPipeline:
     pipe = models.sd15()
-    pipe.load_adapter(files.peft_names(files.parts_for(pipe)), "a", scale=0.7)
-    pipe.load_adapter(files.kohya_names(files.parts_for(pipe, ("unet",), "conv1", rank=2)), "b", activate=False)
+    pipe.load_adapter(spellings.peft_names(loras.parts_for(pipe)), "a", scale=0.7)
+    pipe.load_adapter(spellings.kohya_names(loras.parts_for(pipe, ("unet",), "conv1", rank=2)), "b", activate=False)
     return pipe
 
 
-def predict(unet: nn.Module) -> Tensor:
-    generator = torch.Generator().manual_seed(5)
-    sample = torch.randn(1, 4, 8, 8, generator=generator)
-    with torch.no_grad():
-        return unet(sample, 7, torch.randn(1, 4, models.WIDTH, generator=generator)).sample
+predict = torch.no_grad()(small_models.predict)
 
 
 def assert_same_weights(model: nn.Module, base: nn.Module) -> None:
@@ -126,9 +122,9 @@ def test_load_state_dict_replaces_the_base_and_keeps_the_adapter(pipe: Diffusion
     other = models.sd15()
     for parameter in other.unet.parameters():
         parameter.data.mul_(1.1)
-    parts = files.parts_for(other, ("unet",))
+    parts = loras.parts_for(other, ("unet",))
     pipe.unet.load_state_dict(other.unet.state_dict())
-    assert_same(predict(pipe.unet), predict(files.bake(other, parts, 0.7).unet))
+    assert_same(predict(pipe.unet), predict(loras.bake(other, parts, 0.7).unet))
 
 
 def test_saved_models_reload_as_the_base(pipe: DiffusionPipeline, tmp_path: Path) -> None:
@@ -151,7 +147,7 @@ def test_saved_pipeline_reloads_as_the_base(pipe: DiffusionPipeline, tmp_path: P
     assert_same_weights(again.unet, plain.unet)
     # Weights at another alignment in memory round differently.
     assert_same(draw(again), draw(plain), 1e-6)
-    again.load_adapter(files.peft_names(files.parts_for(again)), "a", scale=0.7)
+    again.load_adapter(spellings.peft_names(loras.parts_for(again)), "a", scale=0.7)
     assert_same(draw(again), picture, 1e-6)
 
 
@@ -166,21 +162,21 @@ def test_names_that_diffusers_and_transformers_act_on_are_not_taken(pipe: Diffus
     for model in (pipe.unet, pipe.text_encoder):
         assert not hasattr(model, "peft_config")
         assert not getattr(model, "_hf_peft_config_loaded", False)
-        assert isinstance(next(iter(files.layers_of(model).values())), nn.Linear)
+        assert isinstance(next(iter(loras.layers_of(model).values())), nn.Linear)
 
 
 def test_pipeline_moves_with_its_adapters(pipe: DiffusionPipeline) -> None:
     pipe.to(torch.float64)
     assert {p.dtype for p in pipe.adapters["a"].components["unet"].parameters()} == {torch.float64}
     plain = models.sd15().to(torch.float64)
-    assert_same(draw(pipe), draw(files.bake(plain, files.parts_for(plain), 0.7)), 1e-6)
+    assert_same(draw(pipe), draw(loras.bake(plain, loras.parts_for(plain), 0.7)), 1e-6)
 
 
 def test_clear_restores_classes_attributes_and_keys() -> None:
     pipe = models.flux()
     base, before = draw(pipe), snapshot(pipe)
-    parts = files.parts_for(pipe, ("transformer", "text_encoder", "text_encoder_2"), f"{files.ATTENTION}|[qkvo]")
-    pipe.load_adapter(files.peft_names(parts), "a")
+    parts = loras.parts_for(pipe, ("transformer", "text_encoder", "text_encoder_2"), f"{loras.ATTENTION}|[qkvo]")
+    pipe.load_adapter(spellings.peft_names(parts), "a")
     assert_differs(draw(pipe), base)
     pipe.adapters.clear()
     assert_unchanged(pipe, before)

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from diffusers.hooks import apply_layerwise_casting
 from torch import Tensor
 
-from tests.support import files, models
+from tests.support import loras, models, spellings
 from tests.support.compare import assert_differs, assert_same
 from tests.support.models import draw
 
@@ -21,13 +21,13 @@ CPU = torch.device("cpu")
 ORDERS = ["hook first", "adapter first", "hook between two adapters"]
 
 
-def first(pipe: DiffusionPipeline) -> dict[str, dict[str, files.Factors]]:
-    return files.parts_for(pipe, tuple(name for name in ("unet", "transformer", "text_encoder") if hasattr(pipe, name)))
+def first(pipe: DiffusionPipeline) -> dict[str, dict[str, loras.Factors]]:
+    return loras.parts_for(pipe, tuple(name for name in ("unet", "transformer", "text_encoder") if hasattr(pipe, name)))
 
 
-def second(pipe: DiffusionPipeline) -> dict[str, dict[str, files.Factors]]:
+def second(pipe: DiffusionPipeline) -> dict[str, dict[str, loras.Factors]]:
     name = "unet" if hasattr(pipe, "unet") else "transformer"
-    return files.parts_for(pipe, (name,), "to_q|conv1|proj_mlp", rank=2)
+    return loras.parts_for(pipe, (name,), "to_q|conv1|proj_mlp", rank=2)
 
 
 def prepared(
@@ -36,8 +36,8 @@ def prepared(
     """A pipeline with both adapters and the hook, installed in this order."""
     plain, pipe = build(), build()
     loads = [
-        lambda: pipe.load_adapter(files.peft_names(first(plain)), "first"),
-        lambda: pipe.load_adapter(files.peft_names(second(plain)), "second", scale=0.5),
+        lambda: pipe.load_adapter(spellings.peft_names(first(plain)), "first"),
+        lambda: pipe.load_adapter(spellings.peft_names(second(plain)), "second", scale=0.5),
     ]
     position = {"hook first": 0, "hook between two adapters": 1, "adapter first": 2}[order]
     for step in (*loads[:position], lambda: hook(pipe), *loads[position:]):
@@ -49,7 +49,7 @@ def expected(build: Callable[[], DiffusionPipeline] = models.sd15) -> Tensor:
     """Both adapters without any hook."""
     plain = build()
     base = draw(plain)
-    files.bake(files.bake(plain, first(plain)), second(plain), 0.5)
+    loras.bake(loras.bake(plain, first(plain)), second(plain), 0.5)
     picture = draw(plain)
     assert_differs(picture, base)
     return picture
@@ -86,7 +86,7 @@ def test_adapters_are_managed_under_offloading(offload: str) -> None:
     pipe = prepared("hook first", OFFLOADS[offload])
     pipe.adapters.activate({"first": 0.5})
     plain = models.sd15()
-    assert_same(draw(pipe), draw(files.bake(plain, first(plain), 0.5)))
+    assert_same(draw(pipe), draw(loras.bake(plain, first(plain), 0.5)))
     with pipe.adapters.disabled():
         assert_same(draw(pipe), draw(models.sd15()), 1e-7)
     pipe.adapters.clear()
@@ -159,7 +159,7 @@ def test_layerwise_casting_of_everything_leaves_adapters_in_their_dtype(order: s
 def test_adapter_computes_in_the_compute_dtype_and_not_in_the_stored_one() -> None:
     pipe = models.sd15()
     pipe.unet.enable_layerwise_casting(storage_dtype=FP8, compute_dtype=torch.bfloat16)
-    pipe.load_adapter(files.peft_names(second(pipe)), "a")
+    pipe.load_adapter(spellings.peft_names(second(pipe)), "a")
     assert {p.dtype for p in pipe.adapters["a"].components["unet"].parameters()} == {torch.bfloat16}
 
 
@@ -187,10 +187,10 @@ def test_clear_under_layerwise_casting_is_bit_exact() -> None:
 def test_forward_hooks_of_a_user_keep_the_base_output() -> None:
     """A tensor that a hook has kept must not change when the adapter adds to the layer's output."""
     pipe = models.sd15()
-    path, layer = next(iter(files.layers_of(pipe.unet, "to_q").items()))
+    path, layer = next(iter(loras.layers_of(pipe.unet, "to_q").items()))
     kept: list[tuple[Tensor, Tensor]] = []
     layer.register_forward_hook(lambda module, args, output: kept.append((output, output.clone())))
-    pipe.load_adapter(files.peft_names(files.parts_for(pipe, ("unet",), "to_q")))
+    pipe.load_adapter(spellings.peft_names(loras.parts_for(pipe, ("unet",), "to_q")))
     draw(pipe)
     assert kept
     assert all(torch.equal(output, copy) for output, copy in kept), path

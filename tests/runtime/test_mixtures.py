@@ -99,7 +99,7 @@ def test_the_formula(names: tuple[str, ...]) -> None:
     out, columns = weight.shape
     inside, outside, gain, change = torch.eye(columns).double(), torch.eye(out).double(), torch.ones(out).double(), 0
     for adapter in bank.adapters.values():
-        ready = compose.with_weight(adapter.layers["0"], weight)
+        ready = compose.prepare_for_weight(adapter.layers["0"], weight)
         one = torch.ones(())
         kind, spec, stages = ready.layer.adapter_type, ready.layer.spec, ready.layer.stages
         if "input" in stages:
@@ -213,7 +213,7 @@ def test_kept_norm_follows_every_change(change: str, name: str) -> None:
         after = model(input)
         for adapter in diffadapt.adapters(model)["dora"].components.values():
             for layer in adapter.layers.values():
-                layer.__dict__["_kept"] = None
+                layer.__dict__["_cache"] = None
         assert torch.equal(model(input), after)
         if change != "dtype":
             assert_differs(after, before, 1e-3)

@@ -11,7 +11,7 @@ from diffadapt.families.published import published
 from diffadapt.runtime.targets import Targets
 from diffadapt.strengths.block_lists import block_weights
 from diffadapt.strengths.by_prefix import resolve_prefixes
-from tests.support import files, models
+from tests.support import loras, models, spellings
 from tests.support.compare import assert_differs
 from tests.support.models import draw
 
@@ -98,7 +98,7 @@ def test_lists_that_are_none(values: str | list[float], family: str | None, mess
 
 def test_on_an_adapter_without_layers_in_some_blocks() -> None:
     pipe = models.sd15_full()
-    pipe.load_adapter(files.peft_names(files.parts_for(pipe, ("unet",))), "a")
+    pipe.load_adapter(spellings.peft_names(loras.parts_for(pipe, ("unet",))), "a")
     full = draw(pipe)
     pipe.adapters.activate({"a": block_weights([0.3] * 8 + [0.6] * 9)})
     weighted = draw(pipe)
@@ -112,7 +112,7 @@ def test_on_an_adapter_without_layers_in_some_blocks() -> None:
 
 def test_list_for_another_model() -> None:
     pipe = models.flux()
-    pipe.load_adapter(files.peft_names(files.parts_for(pipe, ("transformer", "text_encoder"))), "a")
+    pipe.load_adapter(spellings.peft_names(loras.parts_for(pipe, ("transformer", "text_encoder"))), "a")
     with pytest.raises(AdapterError, match=r"no layer under 'text_encoder_2', 'unet\.conv_in', .*; it has"):
         pipe.adapters.activate({"a": block_weights([0.0] * 12)})
     pipe.adapters.activate({"a": block_weights([0.0] * 57)})

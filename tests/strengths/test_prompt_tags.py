@@ -8,7 +8,7 @@ import torch
 from diffadapt import AdapterError, Piecewise, parse_prompt
 from diffadapt.strengths.block_lists import block_weights
 from diffadapt.strengths.by_prefix import SharedStrengths
-from tests.support import files, models
+from tests.support import loras, models, spellings
 from tests.support.compare import assert_differs
 from tests.support.models import draw
 
@@ -121,8 +121,8 @@ def test_several_prompts() -> None:
 
 def test_picture_is_that_of_the_activation_written_out() -> None:
     pipe: Any = models.sd15()
-    pipe.load_adapter(files.peft_names(files.parts_for(pipe)), "a")
-    pipe.load_adapter(files.peft_names(files.parts_for(pipe, ("unet",), rank=2)), "b")
+    pipe.load_adapter(spellings.peft_names(loras.parts_for(pipe)), "a")
+    pipe.load_adapter(spellings.peft_names(loras.parts_for(pipe, ("unet",), rank=2)), "b")
     base = draw(pipe, prompt="a fox", num_inference_steps=5)
     prompt, activation = parse_prompt("a fox <lora:a:0.4:0.9> <lora:b:0.5:0.25-0.75>")
     pipe.adapters.activate(activation)

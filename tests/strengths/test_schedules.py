@@ -29,7 +29,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import diffadapt
 from diffadapt import AdapterError, Cosine, Linear, Piecewise
 from diffadapt.strengths.schedules import START, Moment
-from tests.support import files, models
+from tests.support import loras, models, spellings
 from tests.support.compare import assert_differs, assert_same, assert_unchanged, snapshot
 from tests.support.models import draw
 
@@ -43,7 +43,7 @@ DENOISERS = {"sd15": "unet", "sdxl": "unet", "sd3": "transformer", "flux": "tran
 
 def loaded(build: Callable[[], Any], components: Sequence[str] = ("unet", "text_encoder"), **options: Any) -> Any:
     pipe = build()
-    pipe.load_adapter(files.peft_names(files.parts_for(pipe, tuple(components))), "a", **options)
+    pipe.load_adapter(spellings.peft_names(loras.parts_for(pipe, tuple(components))), "a", **options)
     return pipe
 
 
@@ -187,7 +187,7 @@ def test_schedules_and_numbers_by_prefix() -> None:
 def test_schedule_as_the_scale_of_a_file(loading: str) -> None:
     pipe = loaded(models.sd15, ["unet"], scale=RAMP)
     if loading == "hotswap":
-        pipe.adapters.hotswap("a", files.peft_names(files.parts_for(pipe, ("unet",), rank=2)))
+        pipe.adapters.hotswap("a", spellings.peft_names(loras.parts_for(pipe, ("unet",), rank=2)))
     seen = recorded(pipe)
     draw(pipe, num_inference_steps=5)
     assert seen == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
@@ -352,7 +352,7 @@ def test_scheduler_keeps_its_signatures_and_can_be_copied() -> None:
 
 def test_context_restores_what_was_active() -> None:
     pipe = loaded(models.sd15)
-    pipe.load_adapter(files.peft_names(files.parts_for(pipe, ("unet",), rank=2)), "b", activate=False)
+    pipe.load_adapter(spellings.peft_names(loras.parts_for(pipe, ("unet",), rank=2)), "b", activate=False)
     pipe.adapters.activate({"a": {"unet.up_blocks": 0.123, "text_encoder": 0.7}})
     active, base = pipe.adapters.active, draw(pipe)
     attributes = set(vars(pipe.scheduler)), set(vars(pipe))
@@ -387,7 +387,7 @@ def test_nothing_is_left_on_a_pipeline() -> None:
     pipe = models.sd15()
     draw(pipe)
     before, attributes = snapshot(pipe), set(vars(pipe.scheduler))
-    pipe.load_adapter(files.peft_names(files.parts_for(pipe)), "a")
+    pipe.load_adapter(spellings.peft_names(loras.parts_for(pipe)), "a")
     pipe.adapters.activate({"a": RAMP})
     draw(pipe)
     pipe.adapters.clear()
@@ -400,8 +400,8 @@ def test_loop_of_ones_own_over_a_single_model() -> None:
     unet = models.unet_sd15()
     pipe = models.sd15()
     pipe.unet = unet
-    parts = files.parts_for(pipe, ("unet",))
-    diffadapt.load_adapter(unet, files.peft_names(parts), "a")
+    parts = loras.parts_for(pipe, ("unet",))
+    diffadapt.load_adapter(unet, spellings.peft_names(parts), "a")
     adapters = diffadapt.adapters(unet)
 
     def loop(set_strength: Callable[[int], None]) -> Tensor:
@@ -445,7 +445,7 @@ def test_compiled_denoiser_is_not_compiled_again(
     pipe = models.flux()
     torch.manual_seed(0)
     pipe.transformer = models.flux_transformer(blocks=1)
-    pipe.load_adapter(files.peft_names(files.parts_for(pipe, ("transformer",))), "a")
+    pipe.load_adapter(spellings.peft_names(loras.parts_for(pipe, ("transformer",))), "a")
     if slots:
         pipe.adapters.prepare_hotswap()
     options = {"num_inference_steps": 3, "guidance_scale": 1.0}

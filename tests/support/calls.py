@@ -1,6 +1,6 @@
-"""One call of every family's small denoiser (`denoisers.SMALL`): small latents, a short prompt, all in float64.
+"""The arguments of a call of every small denoiser (`denoisers.SMALL`): small latents and a short prompt, in float64.
 
-Row i of every argument is drawn from seed i alone, so that it is the same in a batch of any size.
+Row i of every argument is drawn from seed i alone, so that it is the same in batches of any size.
 """
 
 import warnings
@@ -15,7 +15,7 @@ Draw = Callable[[Generator], Any]
 
 _TOKENS = 5
 _SIDE = 4
-# Taken as lists of rows.
+# Arguments that are lists of rows.
 _LISTS = {"x", "cap_feats", "img_shapes"}
 
 
@@ -32,7 +32,7 @@ def _same(value: Any) -> Draw:
 
 
 def _together(**draws: Draw) -> Draw:
-    """A dictionary of arguments as one argument."""
+    """Return one argument that is a dictionary of arguments."""
     return lambda generator: {name: draw(generator) for name, draw in draws.items()}
 
 
@@ -41,12 +41,12 @@ def _joined(argument: str, rows: list[Any]) -> Any:
         return rows
     if isinstance(rows[0], dict):
         return {name: _joined(name, [row[name] for row in rows]) for name in rows[0]}
-    # The features of all layers of a text encoder come in one tensor, by layers first.
+    # The features of all layers of a text encoder come in one tensor, whose first dimension is the layer.
     return torch.stack(rows, dim=int(argument == "encoder_hidden_states_llama3"))
 
 
 def _call(draws: Mapping[str, Draw], **shared: Any) -> Callable[[int], dict[str, Any]]:
-    """A call with what `draws` gives for each row, and what all rows share."""
+    """Return a function of the batch size that returns the arguments: drawn for each row, and shared by all rows."""
 
     def call(batch: int) -> dict[str, Any]:
         generators = [Generator().manual_seed(row) for row in range(batch)]
@@ -55,12 +55,12 @@ def _call(draws: Mapping[str, Draw], **shared: Any) -> Callable[[int], dict[str,
     return call
 
 
-def _text(*width: int) -> dict[str, Draw]:
-    return {"encoder_hidden_states": _normal(_TOKENS, *width)}
+def _text(*shape: int) -> dict[str, Draw]:
+    return {"encoder_hidden_states": _normal(_TOKENS, *shape)}
 
 
 def _prompt(suffix: str = "", tokens: int = _TOKENS, width: int = 64) -> dict[str, Draw]:
-    """Features of a prompt without padding."""
+    """Return features of a prompt, and the mask of a prompt without padding."""
     return {
         f"encoder_hidden_states{suffix}": _normal(tokens, width),
         f"encoder_attention_mask{suffix}": _same(torch.ones(tokens, dtype=torch.bool)),
@@ -72,12 +72,12 @@ def _pooled(width: int) -> dict[str, Draw]:
 
 
 def _packed(channels: int = 16) -> dict[str, Draw]:
-    """Latents as tokens."""
+    """Return latents in the form of tokens."""
     return {"hidden_states": _normal(_SIDE * _SIDE, channels)}
 
 
 def _positions(axes: int = 3) -> Tensor:
-    """Row and column of every token of the picture, on the second and third axis."""
+    """Return the row and column of every token of the picture, on the second and third axis."""
     ids = torch.zeros(_SIDE, _SIDE, axes, dtype=torch.float64)
     ids[..., 1] = torch.arange(_SIDE)[:, None]
     ids[..., 2] = torch.arange(_SIDE)
@@ -89,7 +89,7 @@ def _ids(axes: int = 3) -> dict[str, Tensor]:
 
 
 def _indicated(text: int = _TOKENS, image: int = _SIDE * _SIDE) -> dict[str, Draw]:
-    """Text and image in one sequence, each token marked as one of them."""
+    """Return text and image in one sequence, with the kind of every token."""
     tokens = text + image
     return {
         "hidden_states": _normal(tokens, 16),
@@ -118,13 +118,13 @@ CALLS: dict[str, Callable[[int], dict[str, Any]]] = {
     ),
     "sd3": _call(_IMAGE | _STEP | _text(64) | _pooled(64)),
     "flux": _call(_packed() | _FLOW | _GUIDANCE | _text(64) | _pooled(48), **_ids()),
-    # Half of the channels are the control picture's.
+    # Half of the channels belong to the control picture.
     "flux control": _call(_packed(32) | _FLOW | _GUIDANCE | _text(64) | _pooled(48), **_ids()),
     "chroma": _call(_packed() | _FLOW | _text(64), **_ids()),
     "flux2": _call(_packed() | _FLOW | _GUIDANCE | _text(64), **_ids(4)),
     "auraflow": _call(_IMAGE | _FLOW | _text(64)),
     "qwen": _call(_packed() | _FLOW | _text(64) | _SHAPES),
-    # After the prompt one slot for every 2 x 2 tokens of the picture.
+    # The prompt is followed by one position for every 2 x 2 tokens of the picture.
     "qwen21": _call(
         _packed()
         | _FLOW
@@ -164,7 +164,7 @@ CALLS: dict[str, Callable[[int], dict[str, Any]]] = {
     "wan": _call(
         _VIDEO
         | _STEP
-        # The model takes all but the last 512 tokens for those of the image.
+        # The model regards all but the last 512 tokens as those of the image.
         | {"encoder_hidden_states": _normal(512, 64), "encoder_hidden_states_image": _normal(3, 40)}
     ),
     "ltx": _call(_PATCHES | _STEP | _prompt(), **_GRID),
@@ -185,9 +185,9 @@ CALLS: dict[str, Callable[[int], dict[str, Any]]] = {
 
 
 def output(model: nn.Module, call: Mapping[str, Any]) -> Tensor:
-    """All that the model returns, (rows, values): LTX 2 gives sound besides the pictures."""
+    """Return everything that the model returns, of shape (rows, values); LTX 2 returns sound as well as pictures."""
     with torch.no_grad(), warnings.catch_warnings():
-        # Krea 2's norm takes float32 whatever the model has, beside a weight in the model's dtype.
+        # Krea 2's norm computes in float32, whatever the dtype of the model and of the weight.
         warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
         parts = model(**call, return_dict=False)
     return torch.stack([torch.cat([part.flatten() for part in row]) for row in zip(*parts, strict=True)])

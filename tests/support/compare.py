@@ -1,4 +1,4 @@
-"""What tests compare: outputs, and everything about a pipeline that an adapter must not change."""
+"""Comparison of outputs, and of everything in a pipeline that an adapter must not change."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 def assert_same(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
-    """Equal within `tolerance` of the largest value, and finite."""
+    """Assert that `actual` is finite and equals `expected` within `tolerance` times the largest value, or times 1."""
     assert actual.isfinite().all()
     expected = expected.detach()
     error = (actual.detach().double() - expected.double()).abs().max()
@@ -16,13 +16,13 @@ def assert_same(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> No
 
 
 def assert_differs(actual: Tensor, base: Tensor, least: float = 1e-2) -> None:
-    """An adapter that does nothing passes every other check: make sure that it does something."""
+    """Assert that two outputs differ, since an adapter without any effect would pass every other check."""
     assert actual.isfinite().all()
     assert (actual.detach().double() - base.detach().double()).abs().max() > least
 
 
 def snapshot(owner: DiffusionPipeline | nn.Module) -> dict[str, Any]:
-    """Weights, buffers, module paths, classes and attribute names of every model, and the hooks on it."""
+    """Return weights, buffers, module paths, classes, attribute names and hooks of every model."""
     taken: dict[str, Any] = {}
     for component, model in models_of(owner).items():
         for key, value in model.state_dict().items():
@@ -38,7 +38,7 @@ def snapshot(owner: DiffusionPipeline | nn.Module) -> dict[str, Any]:
 
 
 def assert_unchanged(owner: DiffusionPipeline | nn.Module, before: dict[str, Any]) -> None:
-    """Bit for bit, class for class, name for name what `snapshot` saw."""
+    """Assert that everything is what `snapshot` saw, bit for bit."""
     after = snapshot(owner)
     assert list(after) == list(before)
     changed = [key for key, value in after.items() if not _equal(value, before[key])]
@@ -54,6 +54,6 @@ def models_of(owner: DiffusionPipeline | nn.Module) -> dict[str, nn.Module]:
 def _equal(left: Any, right: Any) -> bool:
     if not isinstance(left, Tensor):
         return left == right
-    # Bits, not values: NaN equals itself, and 0.0 is not -0.0.
-    same_kind = left.dtype == right.dtype and left.shape == right.shape
-    return same_kind and torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8))
+    # Compare bits, not values: NaN equals itself, and 0.0 differs from -0.0.
+    is_alike = left.dtype == right.dtype and left.shape == right.shape
+    return is_alike and torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8))

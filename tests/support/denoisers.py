@@ -1,7 +1,7 @@
 """A small denoiser of every family, built from its own class: one block of each kind, few channels, random weights.
 
-Sizes are multiples of 8, so that rotated blocks fit into every layer, and differ between layers as they do in the
-published models, so that a tensor of another layer does not fit by accident.
+Sizes are multiples of 8, so that rotation blocks fit every layer. They differ between layers as in published models,
+so that a tensor of another layer does not fit by accident.
 """
 
 import warnings
@@ -12,7 +12,7 @@ from typing import Any
 import diffusers
 import torch
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from tests.support import models
 
@@ -21,12 +21,12 @@ _SQUARE: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 16}
 
 @dataclass(frozen=True)
 class Small:
-    """Models of one family.
+    """The small models of one family.
 
     Attributes:
-        pipeline: the class in diffusers that people load this family's adapters with.
-        components: how each is built; the denoiser first.
-        tall: the denoiser with the outputs of the published one, where diffusers' converter counts on their number.
+        pipeline: The class in diffusers with which people load adapters of this family.
+        components: How each component is built; the denoiser comes first.
+        tall: How a denoiser with as many outputs as the published one is built, if diffusers' converter expects that.
     """
 
     pipeline: str
@@ -34,7 +34,7 @@ class Small:
     tall: Callable[[], nn.Module] | None = None
 
     def build(self, tall: bool = False) -> dict[str, nn.Module]:
-        """The models, always with the same weights, none of them zero."""
+        """Return the models by component, always with the same weights, none of which are zero."""
         torch.manual_seed(0)
         makers = dict(self.components)
         if tall and self.tall is not None:
@@ -57,7 +57,10 @@ def _transformer(pipeline: str, name: str, tall: Callable[[], nn.Module] | None 
 
 
 def _tall(name: str, part: int = 64, **config: Any) -> Callable[[], nn.Module]:
-    """A model whose linear layers have all their outputs and a `part`th of their inputs: it cannot run as a whole."""
+    """Return a function that builds a model whose linear layers have all outputs and 1 / `part` of the inputs.
+
+    The model cannot run as a whole.
+    """
 
     def build() -> nn.Module:
         with torch.device("meta"):
@@ -76,7 +79,7 @@ def _tall(name: str, part: int = 64, **config: Any) -> Callable[[], nn.Module]:
 
 
 def _unet(**config: Any) -> Callable[[], nn.Module]:
-    """SD 1 and 2 with two of four levels."""
+    """Return a function that builds the UNet of SD 1 or 2 with two of its four levels."""
     return _denoiser(
         "UNet2DConditionModel",
         sample_size=8,
@@ -90,14 +93,12 @@ def _unet(**config: Any) -> Callable[[], nn.Module]:
     )
 
 
-def _clip(kind: Callable[[CLIPTextConfig], nn.Module] = CLIPTextModel) -> nn.Module:
-    config = models.clip_text_config()
-    config.num_hidden_layers = 1
-    return kind(config)
+def _clip() -> nn.Module:
+    return models.clip_text(layers=1)
 
 
 def _clip_with_projection() -> nn.Module:
-    return _clip(CLIPTextModelWithProjection)
+    return CLIPTextModelWithProjection(models.clip_text_config(layers=1))
 
 
 def _t5() -> nn.Module:
@@ -122,7 +123,7 @@ SMALL: dict[str, Small] = {
     "sd": Small("StableDiffusionPipeline", {"unet": _unet(cross_attention_dim=32), "text_encoder": _clip}),
     "sd2": Small(
         "StableDiffusionPipeline",
-        # By this width of the text a UNet is known as SD 2's.
+        # The width of the text identifies the UNet of SD 2.
         {"unet": _unet(cross_attention_dim=1024, use_linear_projection=True), "text_encoder": _clip},
     ),
     "sdxl": Small(
@@ -156,7 +157,7 @@ SMALL: dict[str, Small] = {
                 sample_size=8,
                 in_channels=8,
                 out_channels=8,
-                # The last one is built otherwise.
+                # The last block is built differently.
                 num_layers=2,
                 joint_attention_dim=64,
                 caption_projection_dim=32,
@@ -183,7 +184,7 @@ SMALL: dict[str, Small] = {
     "flux control": Small(
         "FluxControlPipeline",
         {"transformer": _denoiser("FluxTransformer2DModel", **_FLUX | {"in_channels": 32, "out_channels": 16})},
-        # Its converter takes all blocks for granted.
+        # Its converter expects all blocks.
         tall=_tall("FluxTransformer2DModel", 384, in_channels=128, out_channels=64, guidance_embeds=True),
     ),
     "chroma": _transformer(

@@ -1,8 +1,8 @@
-"""The dialects that adapter files are written in: how each program calls layers and tensors, and where it puts alpha.
+"""The dialects of adapter files: how each program names layers and tensors, and where it stores alpha.
 
-Written from the programs' own code and not with the library's writers, except for one thing: which layers of a model
-are one layer in its original layout is taken from `diffadapt.families`, whose tables `test_families` holds against
-diffusers' converters of whole checkpoints. Sources are named in `diffadapt/formats/`.
+They follow the code of the programs and do not use the library's writers, with one exception: which layers of a model
+are fused in its original layout is taken from `diffadapt.families`, whose tables `test_families` compares with
+diffusers' converters of whole checkpoints. The sources are named in `diffadapt/formats/`.
 """
 
 import re
@@ -24,10 +24,10 @@ class Layer:
     """A layer of a file.
 
     Attributes:
-        stem: its name there, what is in a key before the tensor's name.
-        component: of the pipeline.
-        parts: the model's layers that it consists of, in the order of its outputs.
-        swapped: it has the second half of its outputs first.
+        stem: Its name there: the key without the name of the tensor.
+        component: The component of the pipeline that it belongs to.
+        parts: The layers of the model that it consists of, in the order of its outputs.
+        swapped: The second half of its outputs comes first.
     """
 
     stem: str
@@ -36,18 +36,18 @@ class Layer:
     swapped: bool = False
 
     def joined(self, tensors: Sequence[Tensor]) -> Tensor:
-        """One tensor, of the file's layer, from those of the model's layers."""
+        """Return the tensor of the file's layer, given those of the model's layers."""
         whole = torch.cat(list(tensors))
         return torch.cat(whole.chunk(2)[::-1]) if self.swapped else whole
 
-    def cut(self, whole: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-        """The opposite."""
+    def split(self, whole: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+        """Return the tensors of the model's layers, given that of the file's layer."""
         return list((torch.cat(whole.chunk(2)[::-1]) if self.swapped else whole).split(list(sizes)))
 
 
 Models = Mapping[str, nn.Module]
 Hosts = Mapping[str, Sequence[str]]
-"""component -> paths of the layers to write, those of text encoders last."""
+"""Component -> paths of the layers to write; text encoders come last."""
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,16 @@ class Dialect:
     """One way of writing files.
 
     Attributes:
-        name: as people call it.
-        format: what the library calls it.
-        layers: `(family, models, paths)` -> the file's layers; none where nobody writes this dialect for the family.
-        spellings: name in `formulas` -> what stands in the key; a tensor that is not here has no place in the dialect.
-        text_spellings: the same in text encoders, where it differs.
-        alpha: where a layer's alpha is.
-        separator: between the layer and the tensor.
-        takes: what else a layer's content has to be.
-        whole: a file has every layer or none.
-        small: the only one of `denoisers.SMALL` that it is for.
+        name: The common name.
+        format: The name of the format in the library.
+        layers: `(family, models, paths)` -> the file's layers; none if nobody writes this dialect for the family.
+        spellings: Name of a tensor in `formulas` -> its name in keys; a tensor without one cannot be written.
+        text_spellings: The names in text encoders that differ.
+        alpha: Where the alpha of a layer is stored.
+        separator: What stands between the names of layer and tensor.
+        takes: Further conditions on the content of a layer.
+        whole: A file has every layer or none.
+        small: The only model of `denoisers.SMALL` that the dialect is for.
     """
 
     name: str
@@ -79,7 +79,7 @@ class Dialect:
     small: str | None = None
 
     def holds(self, content: Content) -> bool:
-        """Whether the dialect has a place for all of it."""
+        """Return whether the dialect can express all of the content."""
         number = content.tensors.get("alpha")
         if number is not None and (self.alpha is None or (self.alpha != "tensor" and not number.isfinite())):
             return False
@@ -88,7 +88,7 @@ class Dialect:
         return set(content.tensors) - {"alpha"} <= set(self.spellings) and self.takes(content)
 
     def spelled(self, layer: Layer, content: Content) -> dict[str, Tensor]:
-        """The keys of one layer."""
+        """Return the tensors of one layer by key."""
         text = self.text_spellings if layer.component.startswith("text_encoder") else {}
         spellings = {**self.spellings, **text, **({"alpha": "alpha"} if self.alpha == "tensor" else {})}
         return {
@@ -99,7 +99,7 @@ class Dialect:
 
 
 def _needs_config(content: Content) -> bool:
-    """Whether the same tensors mean something else without a PEFT config."""
+    """Return whether the same tensors mean something else without a PEFT config."""
     return "alpha" in content.config or content.config.get("use_cayley_neumann") is False
 
 
@@ -139,16 +139,16 @@ DOWN, UP = {"lora_A.weight": "down.weight"}, {"lora_B.weight": "up.weight"}
 
 _UNETS = ("sd", "sd2", "sdxl")
 _TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-_KOHYA_TEXT = {
+KOHYA_TEXT = {
     "sd": ("lora_te_",),
     "sd2": ("lora_te_",),
     "sdxl": ("lora_te1_", "lora_te2_"),
     "sd3": ("lora_te1_", "lora_te2_", "lora_te3_"),
-    # sd-scripts' T5 is the third, also where there is no second CLIP.
+    # In sd-scripts T5 is the third, even without a second CLIP.
     "flux": ("lora_te1_", "lora_te3_"),
 }
-_ONETRAINER_TEXT = {**_KOHYA_TEXT, "flux": ("lora_te1_", "lora_te2_")}
-_COMFY_TEXT = {
+_ONETRAINER_TEXT = {**KOHYA_TEXT, "flux": ("lora_te1_", "lora_te2_")}
+COMFY_TEXT = {
     "sd": ("clip_l",),
     "sd2": ("clip_h",),
     "sdxl": ("clip_l", "clip_g"),
@@ -159,9 +159,9 @@ _COMFY_TEXT = {
 
 @cache
 def original_names(model: nn.Module) -> dict[str, tuple[tuple[str, ...], bool]]:
-    """Name in the original layout -> the model's layers, and whether their halves are the other way round."""
+    """Return original name of a layer -> the layers of the model, and whether the halves of its outputs are swapped."""
     targets = Targets(model)
-    # Of a layout that is only read, the names are among the aliases.
+    # The names of a layout that is only read are among the aliases.
     written = {name: tuple(piece for piece, _ in parts) for name, parts in families.layout(targets).items()}
     found = written or families.aliases(targets)
     return {name: (tuple(piece.path for piece in pieces), pieces[0].swapped) for name, pieces in found.items()}
@@ -172,7 +172,7 @@ def _own(family: str, model: nn.Module, paths: Sequence[str]) -> list[tuple[str,
 
 
 def _original(family: str, model: nn.Module, paths: Sequence[str]) -> list[tuple[str, tuple[str, ...], bool]]:
-    """Layers that are in one are there together or not at all."""
+    """Name layers as in the original layout; a fused layer needs all of its parts."""
     wanted, named = set(paths), original_names(model)
     found = [(name, parts, swapped) for name, (parts, swapped) in named.items() if wanted.issuperset(parts)]
     covered = {part for _, parts, _ in found for part in parts}
@@ -180,7 +180,7 @@ def _original(family: str, model: nn.Module, paths: Sequence[str]) -> list[tuple
 
 
 def _numbered(family: str, model: nn.Module, paths: Sequence[str]) -> list[tuple[str, tuple[str, ...], bool]]:
-    """The original names, with the parts of fused layers numbered."""
+    """Name layers as in the original layout, with the parts of fused layers numbered."""
     return [
         (name if len(parts) == 1 else f"{name}.{number}", (part,), swapped)
         for name, parts, swapped in _original(family, model, paths)
@@ -201,13 +201,15 @@ def _named(
     alone: bool = False,
     only: Callable[[str, Models], bool] = lambda family, models: True,
 ) -> Callable[[str, Models, Hosts], list[Layer]]:
-    """
+    """Return the `layers` of a dialect that names every layer.
+
     Args:
-        naming: what the denoiser's layers are called.
-        prefix: `(family, component)` -> what is before the names of the denoiser.
-        text: family -> what is before the names of text encoders, in the order of the pipeline; `None` without them.
-        alone: without the other models that some denoisers have beside them.
-        only: for which families there are such files.
+        naming: Names the layers of a denoiser.
+        prefix: `(family, component)` -> the prefix of the denoiser's names.
+        text: Family -> the prefixes of text encoders, in the order of the pipeline; `None` for files without them.
+        flat: Underscores instead of dots.
+        alone: Files hold the first denoiser only, not the other models that some families have.
+        only: Whether such files exist for a family.
     """
 
     def layers(family: str, models: Models, hosts: Hosts) -> list[Layer]:
@@ -219,7 +221,7 @@ def _named(
                 if text is None or family not in text:
                     continue
                 before = text[family][_TEXT_ENCODERS.index(component)]
-                # CLIP's paths have had a `text_model` level until transformers 5, and files still do.
+                # CLIP's paths had a `text_model` level before transformers 5, and files still have it.
                 level = "text_model." if any(path.startswith("encoder.layers.") for path in paths) else ""
                 named = [(level + path, (path,), False) for path in paths]
             elif alone and found:
@@ -254,7 +256,7 @@ def _has_fused(family: str, models: Models) -> bool:
 
 
 def _processors(family: str, models: Models, hosts: Hosts) -> list[Layer]:
-    """diffusers before 0.17: on the attention's processor, without the component."""
+    """Name layers as diffusers before 0.17: as parts of the attention processor, without the component."""
     found: list[Layer] = []
     if family in _UNETS:
         for path in hosts.get("unet", ()):
@@ -272,29 +274,34 @@ def _xlabs(family: str, models: Models, hosts: Hosts) -> list[Layer]:
             if match:
                 stream = {"img": "1", "txt": "2"}.get(match[3], "")
                 kind = match[4] or {"linear1": "qkv", "linear2": "proj"}[match[5]]
-                # Of the first layer of a single block query, key and value only.
+                # Of the first layer of a single block, only query, key and value.
                 stem = f"{match[1]}_blocks.{match[2]}.processor.{kind}_lora{stream}"
                 found.append(Layer(stem, "transformer", parts[:3]))
     return found
 
 
-def _cloneofsimo(family: str, models: Models, hosts: Hosts) -> list[Layer]:
-    """By number, in the order of diffusers 0.11: down, up, middle; attention, feed-forward, cross-attention."""
-    if family not in ("sd", "sd2"):
-        return []
-    firsts = [path.removesuffix(".attn1.to_q") for path in hosts.get("unet", ()) if path.endswith(".attn1.to_q")]
+def numbered_layers(component: str, paths: Sequence[str]) -> list[str]:
+    """Return the layers of a component in the order of cloneofsimo's files, given the paths of all of them.
+
+    It is the order of diffusers 0.11: down, up, middle; within a block attention, feed-forward, cross-attention.
+    """
+    if component == "text_encoder":
+        texts = [path.removesuffix(".k_proj") for path in paths if path.endswith("self_attn.k_proj")]
+        return [f"{path}.{layer}_proj" for path in texts for layer in ("k", "v", "q", "out")]
+    firsts = [path.removesuffix(".attn1.to_q") for path in paths if path.endswith(".attn1.to_q")]
     blocks = [path for start in ("down", "up", "mid") for path in firsts if path.startswith(start)]
     attention = ("to_q", "to_k", "to_v", "to_out.0")
     inside = (*(f"attn1.{name}" for name in attention), "ff.net.0.proj", *(f"attn2.{name}" for name in attention))
-    orders = {"unet": [f"{block}.{layer}" for block in blocks for layer in inside]}
-    texts = [
-        path.removesuffix(".k_proj") for path in hosts.get("text_encoder", ()) if path.endswith("self_attn.k_proj")
-    ]
-    orders["text_encoder"] = [f"{path}.{layer}_proj" for path in texts for layer in ("k", "v", "q", "out")]
+    return [f"{block}.{layer}" for block in blocks for layer in inside]
+
+
+def _cloneofsimo(family: str, models: Models, hosts: Hosts) -> list[Layer]:
+    if family not in ("sd", "sd2"):
+        return []
     return [
         Layer(f"{component}:{number}", component, (path,))
-        for component, order in orders.items()
-        for number, path in enumerate(order)
+        for component in ("unet", "text_encoder")
+        for number, path in enumerate(numbered_layers(component, hosts.get(component, ())))
     ]
 
 
@@ -302,9 +309,9 @@ def _diffusers_text(family: str) -> Sequence[str]:
     return [f"{component}." for component in _TEXT_ENCODERS]
 
 
-_EVERY_TEXT = {family: _diffusers_text(family) for family in _KOHYA_TEXT}
+_EVERY_TEXT = {family: _diffusers_text(family) for family in KOHYA_TEXT}
 _COMFY_PREFIXES = {
-    family: [f"text_encoders.{name}.transformer." for name in names] for family, names in _COMFY_TEXT.items()
+    family: [f"text_encoders.{name}.transformer." for name in names] for family, names in COMFY_TEXT.items()
 }
 
 
@@ -317,11 +324,11 @@ def _of_unets(family: str, models: Models) -> bool:
 
 
 DIALECTS: tuple[Dialect, ...] = (
-    Dialect("kohya", "kohya", _named(_as_sd_scripts, _kohya_prefix, _KOHYA_TEXT, flat=True), KOHYA),
+    Dialect("kohya", "kohya", _named(_as_sd_scripts, _kohya_prefix, KOHYA_TEXT, flat=True), KOHYA),
     Dialect(
         "kohya, LDM names",
         "kohya",
-        _named(_original, _always("lora_unet_"), _KOHYA_TEXT, flat=True, only=_of_unets),
+        _named(_original, _always("lora_unet_"), KOHYA_TEXT, flat=True, only=_of_unets),
         KOHYA,
     ),
     Dialect("LyCORIS", "kohya", _named(_own, _always("lycoris_"), flat=True, alone=True), KOHYA),
@@ -363,7 +370,7 @@ DIALECTS: tuple[Dialect, ...] = (
         "kohya",
         _named(_own, _always("oft_unet_"), flat=True, only=_of_unets),
         {"oft_blocks": "oft_blocks"},
-        # It limits every rotation, by 0 to nothing at all.
+        # It constrains every rotation; an alpha of 0 allows none.
         takes=lambda content: bool(content.tensors["alpha"] > 0),
     ),
     Dialect(

@@ -1,7 +1,7 @@
-"""How much work the library has with names, counted and not timed: its calls, and what its expressions look at.
+"""The effort of reading names, counted and not timed: the library's calls, and the steps of its regular expressions.
 
-`re` does not say how often it tried. So every expression is followed once more, by backtracking as `re` does it, and
-what is found is compared with what `re` finds.
+`re` does not report its steps. Therefore every expression is matched a second time, by backtracking in the way of `re`,
+and the results are compared.
 """
 
 import importlib
@@ -16,7 +16,7 @@ import pytest
 
 _PARSER: Any = importlib.import_module("re._parser")
 _MOST = 2 * 10**5
-"""Steps after which an expression is given up: for names of some hundred characters it takes forever."""
+"""Number of steps after which an expression is given up: with names of a few hundred characters it takes forever."""
 _CLASSES: dict[str, Callable[[str], bool]] = {
     "CATEGORY_DIGIT": str.isdecimal,
     "CATEGORY_SPACE": str.isspace,
@@ -27,19 +27,19 @@ Node = tuple[Any, Any]
 
 
 def assert_linear(work: Callable[[int], object], size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twice the size is at most twice the work, in calls and in every expression."""
-    # The first time some things are done that are never done again.
+    """Assert that twice the size takes at most twice the effort, in calls and in every expression."""
+    # The first run does some things that are never done again.
     _, once, twice = (effort(partial(work, size * times), monkeypatch) for times in (1, 1, 2))
     assert once["calls"]
-    # A tenth and some more, as a size of 0 takes work, too, and names differ.
+    # Allow a tenth and a constant more, since a size of 0 takes effort, too, and names differ.
     steep = {what: (once[what], count) for what, count in twice.items() if count > 2.2 * once[what] + 50}
     assert not steep, f"more than linear: {steep}"
 
 
 def effort(work: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Steps of every expression that `work` uses, and the calls that the library makes.
+    """Return the steps of every expression that `work` uses, and the number of calls that the library makes ("calls").
 
-    An expression is counted where it is a variable of a module, or in a tuple or list that is one.
+    An expression is counted if it is a variable of a module, or in a tuple or list that is one.
     """
     counts: Counter[str] = Counter()
 
@@ -63,7 +63,7 @@ def effort(work: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> Count
 
 
 def _counted(value: Any, counts: Counter[str]) -> Any:
-    """The same with every expression in it counted; the very same if there is none."""
+    """Return the same value with every expression replaced by a counting one; the same object if it has none."""
     if isinstance(value, re.Pattern):
         return Expression(value, counts)
     if type(value) in (list, tuple):
@@ -74,7 +74,7 @@ def _counted(value: Any, counts: Counter[str]) -> Any:
 
 
 class Expression:
-    """Stands in for a compiled expression and counts what it does."""
+    """A compiled expression that counts its steps."""
 
     def __init__(self, real: re.Pattern[str], counts: Counter[str]) -> None:
         self._real, self._counts = real, counts
@@ -82,7 +82,7 @@ class Expression:
         self._nodes: Sequence[Node] = _PARSER.parse(real.pattern, real.flags)
 
     def __getattr__(self, name: str) -> Any:
-        # What is not counted.
+        # Methods that are not counted.
         return getattr(self._real, name)
 
     def match(self, text: str, start: int = 0) -> re.Match[str] | None:
@@ -103,13 +103,13 @@ class Expression:
         sys.setprofile(None)
         end = next(ends, None)
         sys.setprofile(profile)
-        # What takes forever is given up before `re` is asked.
+        # An expression that takes forever is given up before `re` is called.
         found = real(text)
         assert end == (None if found is None else found.end()), self._real.pattern
         return found
 
     def _ends(self, nodes: Sequence[Node], text: str, at: int) -> Iterator[int]:
-        """Where a match of `nodes` from `at` on can end, in the order in which it is tried."""
+        """Yield the ends of all matches of `nodes` that start at `at`, in the order in which they are tried."""
         if not len(nodes):
             yield at
             return
@@ -162,7 +162,7 @@ class Expression:
 
 
 def _fits(kind: str, value: Any, letter: str) -> bool:
-    """Whether a node for one letter matches this one."""
+    """Return whether a node for one letter matches this letter."""
     if kind == "ANY":
         return letter != "\n"
     if kind == "LITERAL":

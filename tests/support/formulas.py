@@ -1,7 +1,7 @@
-"""Every adapter type as a plain formula in float64: random tensors for one layer, and the weight it has with them.
+"""Every adapter type as a plain formula in float64: random tensors for one layer, and the resulting weight.
 
-Nothing of the library is used here. Tensors are named as in files, LoRA's factors as PEFT has them; a layer's weight is
-(out, in, *kernel) or, of a norm, (channels). Formulas and layouts: PEFT 0.21.2 `tuners/`, LyCORIS f49d30d
+The library is not used here. Tensors have the names of files, LoRA's factors those of PEFT. The weight of a layer has
+the shape (out, in, *kernel), that of a norm (channels,). Formulas and layouts: PEFT 0.21.2 `tuners/`, LyCORIS f49d30d
 `lycoris/modules/` and `functional/`.
 """
 
@@ -16,10 +16,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Content:
-    """A file's tensors for one layer, and the weight and the bias that the layer has with them.
+    """The tensors of a file for one layer, and the weight and bias that the layer has with them.
 
     Attributes:
-        config: what the `adapter_config.json` of a PEFT folder says beside.
+        tensors: Name in files -> tensor.
+        weight: The resulting weight.
+        bias: The resulting bias.
+        config: Settings in the `adapter_config.json` of a PEFT folder.
     """
 
     tensors: dict[str, Tensor]
@@ -29,14 +32,14 @@ class Content:
 
 
 Variant = Callable[[Tensor, Tensor | None], Content | None]
-"""`(weight, bias) -> Content`, `None` for a layer that the type cannot be on."""
+"""`(weight, bias) -> Content`; `None` for a layer on which the type has no meaning."""
 
 Factors = Callable[..., tuple[dict[str, Tensor], Tensor]]
-"""`(out, in, *kernel) -> tensors, their product`."""
+"""`(out, in, *kernel) -> (tensors, their product)`."""
 
 
 def normal(*shape: int, mean: float = 0.0) -> Tensor:
-    """Random numbers that a file in single precision holds exactly."""
+    """Return random numbers that float32 holds exactly."""
     return (mean + 0.3 * torch.randn(*shape)).double()
 
 
@@ -45,11 +48,11 @@ def alpha(value: float) -> dict[str, Tensor]:
 
 
 def eight(size: int) -> int:
-    """Rows of a factor, or of a block, of which every layer here has a multiple; fewer in very small ones."""
+    """Return a size for a factor or block that divides that of every layer here: 8, or less in very small layers."""
     return math.gcd(8, size)
 
 
-# Additive changes: tensors, and the change at scale 1
+# Additive changes: tensors, and their change at scale 1
 
 
 def lora_factors(out: int, *fan_in: int, rank: int = 4) -> tuple[dict[str, Tensor], Tensor]:
@@ -104,7 +107,7 @@ def added(factors: Factors, scale: float, config: Mapping[str, Any] | None = Non
 
 
 def lora_of_any_scale(weight: Tensor, bias: Tensor | None) -> Content:
-    """Another rank and another alpha in every layer."""
+    """Choose a random rank and alpha for every layer."""
     rank, number = int(torch.randint(2, 5, ())), float(torch.randint(1, 7, ()))
     tensors, change = lora_factors(*weight.shape, rank=rank)
     return Content({**tensors, **alpha(number)}, weight + number / rank * change, bias)
@@ -119,7 +122,7 @@ def lora_with_bias(weight: Tensor, bias: Tensor | None) -> Content | None:
 
 
 def control(weight: Tensor, bias: Tensor | None) -> Content | None:
-    """Black Forest Labs' control LoRAs: factors and a bias, and norms as they are from now on."""
+    """Follow Black Forest Labs' control LoRAs: factors and a bias, and new weights of norms."""
     if weight.ndim == 1:
         new = normal(len(weight), mean=1.0)
         return Content({"scale": new}, new, bias)
@@ -131,7 +134,7 @@ def control(weight: Tensor, bias: Tensor | None) -> Content | None:
 
 
 def block_diagonal(weight: Tensor, bias: Tensor | None) -> Content:
-    """As `split_qkv` of sd-scripts: a rank for every 32 rows, all together in one LoRA, and the alpha of one."""
+    """Follow `split_qkv` of sd-scripts: a LoRA for every 32 rows, together block-diagonal, with the alpha of one."""
     parts = [(normal(4, weight.shape[1]), normal(32, 4)) for _ in range(len(weight) // 32)]
     down, up = torch.cat([down for down, _ in parts]), torch.block_diag(*(up for _, up in parts))
     tensors = {"lora_A.weight": down, "lora_B.weight": up, **alpha(4.0)}
@@ -139,7 +142,7 @@ def block_diagonal(weight: Tensor, bias: Tensor | None) -> Content:
 
 
 def dora(of: Variant, by_input: bool = False) -> Variant:
-    """One length for every output, or for every input."""
+    """Add a magnitude for every output, or for every input, to an additive change."""
 
     def make(weight: Tensor, bias: Tensor | None) -> Content | None:
         base = of(weight, bias)
@@ -147,9 +150,9 @@ def dora(of: Variant, by_input: bool = False) -> Variant:
             return None
         kept = 1 if by_input else 0
         others = [dim for dim in range(weight.ndim) if dim != kept]
-        length = torch.linalg.vector_norm(base.weight, dim=others, keepdim=True)
-        magnitude = length * normal(*length.shape, mean=1.0)
-        return Content({**base.tensors, "dora_scale": magnitude}, magnitude * base.weight / length, bias)
+        norm = torch.linalg.vector_norm(base.weight, dim=others, keepdim=True)
+        magnitude = norm * normal(*norm.shape, mean=1.0)
+        return Content({**base.tensors, "dora_scale": magnitude}, magnitude * base.weight / norm, bias)
 
     return make
 
@@ -182,7 +185,7 @@ def full_bias_alone(weight: Tensor, bias: Tensor | None) -> Content | None:
 
 
 def norm(weight: Tensor, bias: Tensor | None) -> Content:
-    """As LyCORIS calls the changes of norm layers."""
+    """Make a full change under the names that LyCORIS has for norm layers."""
     changed = full(weight, bias)
     names = {"diff": "w_norm", "diff_b": "b_norm"}
     return Content({names[name]: t for name, t in changed.tensors.items()}, changed.weight, changed.bias)
@@ -217,7 +220,7 @@ def ia3_of_peft(weight: Tensor, bias: Tensor | None) -> Content:
 
 def ia3_of_peft_on_input(weight: Tensor, bias: Tensor | None) -> Content | None:
     if weight.ndim > 2:
-        # By its shape alone it could be one for outputs.
+        # Its shape would not distinguish it from factors for outputs.
         return None
     factors = normal(1, weight.shape[1], mean=1.0)
     return Content({"ia3_l": factors}, weight * factors, bias)
@@ -245,7 +248,7 @@ def cayley(skew: Tensor) -> Tensor:
 
 
 def triangles(triangle: Tensor, size: int) -> Tensor:
-    """Skew-symmetric matrices from what is above their diagonals."""
+    """Return skew-symmetric matrices, given the elements above their diagonals."""
     upper = torch.zeros(len(triangle), size, size, dtype=torch.float64)
     rows, columns = torch.triu_indices(size, size, 1)
     upper[:, rows, columns] = triangle
@@ -253,35 +256,35 @@ def triangles(triangle: Tensor, size: int) -> Tensor:
 
 
 def oft_of_peft(shared: bool = False, exact: bool = False, scaled: bool = False, **extra: Tensor) -> Variant:
-    """On the inputs, of a convolution on those of the whole patch. Without a config it is the Neumann series."""
+    """Rotate the inputs, in a convolution those of the whole patch. Without a config, PEFT uses the Neumann series."""
 
     def make(weight: Tensor, bias: Tensor | None) -> Content | None:
         columns, size = weight[0].numel(), 8
         if columns % size:
-            # PEFT has one size for all layers.
+            # PEFT has one block size for all layers.
             return None
         number = columns // size
         triangle = normal(1 if shared else number, size * (size - 1) // 2) / 3
         q = triangles(triangle / (2 * (size - 1) ** 0.5 if scaled else 1), size)
         if exact:
-            # It turns the other way round.
-            turn = cayley(-q)
+            # It rotates in the opposite direction.
+            rotation = cayley(-q)
         else:
-            turn = torch.eye(size, dtype=torch.float64) + 2 * q + 2 * q @ q + 2 * q @ q @ q + q @ q @ q @ q
-        turn = torch.block_diag(*turn.expand(number, size, size))
+            rotation = torch.eye(size, dtype=torch.float64) + 2 * q + 2 * q @ q + 2 * q @ q @ q + q @ q @ q @ q
+        rotation = torch.block_diag(*rotation.expand(number, size, size))
         config = {"r": 0, "oft_block_size": size, "block_share": shared, "use_cayley_neumann": not exact}
-        turned = (weight.flatten(1) @ turn.T).view_as(weight)
-        return Content({"oft_R.weight": triangle, **extra}, turned, bias, config)
+        rotated = (weight.flatten(1) @ rotation.T).view_as(weight)
+        return Content({"oft_R.weight": triangle, **extra}, rotated, bias, config)
 
     return make
 
 
 def oft_of_onetrainer(lengths: bool = False) -> Variant:
-    """Its scaled OFT says so by a tensor beside the others; with `lengths` it is a DoRA of a rotation, as in forks."""
-    turned = oft_of_peft(scaled=True, **{"oft_R.scaled_oft": torch.tensor(True)})
+    """Make its scaled OFT, which has a tensor as a flag; with `lengths` it is a DoRA of a rotation, as in forks."""
+    rotated = oft_of_peft(scaled=True, **{"oft_R.scaled_oft": torch.tensor(True)})
 
     def make(weight: Tensor, bias: Tensor | None) -> Content | None:
-        content = turned(weight, bias)
+        content = rotated(weight, bias)
         if content is None or not lengths:
             return content
         norm, wanted = normal(len(weight), mean=2.0), normal(len(weight), mean=2.0)
@@ -299,11 +302,11 @@ def oft_of_lycoris(size: Callable[[int], int], rescaled: bool = False, constrain
         blocks = normal(out // width, width, width)
         skew = blocks - blocks.mT
         if constraint:
-            # All blocks together; small enough to have an effect.
+            # The constraint is on all blocks together, and small enough to have an effect.
             assert skew.norm() > constraint * out
             skew = skew * constraint * out / skew.norm()
-        turned = (torch.block_diag(*cayley(skew)).T @ weight.flatten(1)).view_as(weight)
-        return _rescaled({"oft_blocks": blocks, **alpha(constraint)}, turned, bias, rescaled)
+        rotated = (torch.block_diag(*cayley(skew)).T @ weight.flatten(1)).view_as(weight)
+        return _rescaled({"oft_blocks": blocks, **alpha(constraint)}, rotated, bias, rescaled)
 
     return make
 
@@ -313,9 +316,9 @@ def oft_of_old_lycoris(weight: Tensor, bias: Tensor | None) -> Content | None:
     if size < 2:
         return None
     skew = normal(len(weight) // size, size, size)
-    turn = cayley(skew - skew.mT)
-    turned = (torch.block_diag(*turn).T @ weight.flatten(1)).view_as(weight)
-    return Content({"oft_diag": turn}, turned, bias)
+    rotation = cayley(skew - skew.mT)
+    rotated = (torch.block_diag(*rotation).T @ weight.flatten(1)).view_as(weight)
+    return Content({"oft_diag": rotation}, rotated, bias)
 
 
 def boft_of_lycoris(size: Callable[[int], int], factors: int, rescaled: bool = False) -> Variant:
@@ -324,18 +327,18 @@ def boft_of_lycoris(size: Callable[[int], int], factors: int, rescaled: bool = F
         if width < 2 or out % (2 ** (factors - 1) * width):
             return None
         blocks = normal(factors, out // width, width, width)
-        turned = weight.flatten(1)
+        rotated = weight.flatten(1)
         for i in range(factors):
             order = torch.arange(out).view(-1, 2, 2**i * width // 2).transpose(1, 2).flatten()
-            step = torch.block_diag(*cayley(blocks[i] - blocks[i].mT)) @ turned[order]
-            turned = torch.empty_like(turned).index_copy(0, order, step)
-        return _rescaled({"oft_blocks": blocks, **alpha(0.0)}, turned.view_as(weight), bias, rescaled)
+            step = torch.block_diag(*cayley(blocks[i] - blocks[i].mT)) @ rotated[order]
+            rotated = torch.empty_like(rotated).index_copy(0, order, step)
+        return _rescaled({"oft_blocks": blocks, **alpha(0.0)}, rotated.view_as(weight), bias, rescaled)
 
     return make
 
 
 def _rescaled(tensors: dict[str, Tensor], weight: Tensor, bias: Tensor | None, wanted: bool) -> Content:
-    """LyCORIS' optional factor for every output."""
+    """Add LyCORIS' optional factor for every output."""
     if wanted:
         tensors["rescale"] = per_output(normal(len(weight), mean=1.0), weight)
         weight = weight * tensors["rescale"]
@@ -353,10 +356,10 @@ def boft_of_peft(weight: Tensor, bias: Tensor | None) -> Content | None:
         to_pairs = torch.eye(columns, dtype=torch.float64)[order]
         rotation = cayley((blocks[i].mT - blocks[i]) / 2)
         total = to_pairs.T @ torch.block_diag(*rotation) @ to_pairs @ total
-    turned = per_output(factors, weight) * (weight.flatten(1) @ total.T).view_as(weight)
+    rotated = per_output(factors, weight) * (weight.flatten(1) @ total.T).view_as(weight)
     config = {"boft_block_size": size, "boft_n_butterfly_factor": 2}
     stored = factors.view(1, -1) if weight.ndim > 2 else factors.view(-1, 1)
-    return Content({"boft_R": blocks, "boft_s": stored}, turned, bias, config)
+    return Content({"boft_R": blocks, "boft_s": stored}, rotated, bias, config)
 
 
 VARIANTS: dict[str, tuple[str, Variant]] = {
@@ -383,7 +386,7 @@ VARIANTS: dict[str, tuple[str, Variant]] = {
     "ia3-lycoris": ("ia3-lycoris", ia3_of_lycoris),
     "ia3-lycoris-input": ("ia3-lycoris", ia3_of_lycoris_on_input),
     "oft-peft": ("oft", oft_of_peft()),
-    # OneTrainer writes an alpha that means nothing there.
+    # OneTrainer writes an alpha that has no meaning here.
     "oft-peft-shared": ("oft", oft_of_peft(shared=True, **alpha(1.0))),
     "oft-scaled": ("oft", oft_of_onetrainer()),
     "oft-scaled-lengths": ("oft", oft_of_onetrainer(lengths=True)),
@@ -395,4 +398,4 @@ VARIANTS: dict[str, tuple[str, Variant]] = {
     "boft-three-factors": ("boft", boft_of_lycoris(eight, 3)),
     "boft-peft": ("boft", boft_of_peft),
 }
-"""Name -> the library's name of the type, and the formula; all of them exact on a part of a layer, too."""
+"""Name -> the library's name of the adapter type, and the formula. All of them are exact on parts of a layer, too."""

@@ -1,4 +1,4 @@
-"""Models of their published sizes, to be built without memory (`torch.device("meta")`)."""
+"""Models of their published sizes, to be built on the meta device."""
 
 from diffusers import UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel

@@ -1,4 +1,4 @@
-"""A hub's cache without a hub."""
+"""A cache of huggingface_hub without a download."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from tests.support import files
 
 
 def hub_cache(folder: Path, repo: str, name: str, tensors: dict[str, Tensor]) -> Path:
-    """The cache of huggingface_hub with one file of one repository in it."""
+    """Write a cache of huggingface_hub with one file of one repository, and return its folder."""
     commit = "0" * 40
     storage = folder / f"models--{repo.replace('/', '--')}"
     (storage / "refs").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""What becomes of a file: here, saved in every format and loaded again, and in plain diffusers."""
+"""What becomes of a file: loaded here, saved in every format and loaded again, and loaded in plain diffusers."""
 
 import hashlib
 import logging
@@ -31,10 +31,10 @@ class RoundTrips:
     """What becomes of an adapter that is saved in every format and loaded again.
 
     Attributes:
-        saved: the formats it came back from bit for bit.
-        joined: the formats in which it came back as the same weights by other factors.
-        changed: the formats it came back from otherwise, with what was wrong.
-        refused: the formats that cannot hold it, with the reason.
+        saved: The formats from which it came back bit for bit.
+        joined: The formats from which it came back with other factors, but the same weights.
+        changed: The formats from which it came back different, with the difference.
+        refused: The formats that cannot express it, with the reason.
     """
 
     saved: tuple[str, ...] = ()
@@ -48,9 +48,15 @@ class Outcome:
     """One row of the matrix.
 
     Attributes:
+        family: The name of the family.
+        dialect: The name of the dialect.
+        kind: The name of the kind, in `matrix.KINDS`.
+        layers: The number of layers of the models that the file changes.
+        tensors: The number of tensors in the file.
         loads: "yes", or why not.
-        equals: "yes", or which outputs or weights do not.
-        diffusers: what plain diffusers makes of the file.
+        equals: "yes", or which outputs or weights differ.
+        trips: The round trips through all formats.
+        diffusers: What plain diffusers makes of the file.
     """
 
     family: str
@@ -65,7 +71,7 @@ class Outcome:
 
 
 def judge(bench: Workbench, file: File, folder: Path, *, peer: bool = True) -> Outcome:
-    """Load a file, compare, save and load again, and have diffusers load it."""
+    """Load a file, compare it with the formulas, save it and load it again, and, with `peer`, load it in diffusers."""
     path = file.write(folder / "file")
     outcome = Outcome(bench.name, file.dialect.name, file.kind, len(file.wanted), len(file.tensors), "yes")
     if peer:
@@ -108,9 +114,9 @@ _tripped: WeakKeyDictionary[Workbench, dict[str, RoundTrips]] = WeakKeyDictionar
 
 
 def round_trips(bench: Workbench, file: File, folder: Path, formats: Sequence[str] = WRITERS) -> RoundTrips:
-    """Save the adapter "a" in every format, and compare what comes back with what is there, bit for bit.
+    """Save the adapter "a" in every format, load it again, and compare it bit for bit.
 
-    Dialects differ in names only, so many files are the same adapter: each is saved once.
+    Dialects differ in names only, so many files contain the same adapter. Each adapter is saved once.
     """
     before, known = states(bench.loaded), _tripped.setdefault(bench, {})
     content = _fingerprint(before)
@@ -159,19 +165,19 @@ def _fingerprint(found: Mapping[Where, LayerState]) -> str:
 
 
 def _load(bench: Workbench, target: Path) -> None:
-    """The adapter as it comes back; of several components PEFT has a folder for each."""
+    """Load a saved adapter as "a"; PEFT has a folder for each component."""
     manager = bench.manager
     folders = sorted(path.name for path in target.iterdir() if path.is_dir()) if target.is_dir() else []
     if not folders:
         manager.load(target, "a")
     for folder in folders:
-        # One after the other they would need a name each.
+        # Loaded one after the other into the same manager, they would need different names.
         part = Adapters(Owner(lambda folder=folder: {folder: bench.models[folder]}))
         part.load(target, "a", where=Location(subfolder=folder))
 
 
 def states(manager: Adapters) -> dict[Where, LayerState]:
-    """The content of the adapter "a", by layer."""
+    """Return the content of the adapter "a" by layer."""
     return {
         (component, path): layer.state
         for component, adapter in manager["a"].components.items()
@@ -196,12 +202,12 @@ def _difference(before: Mapping[Where, LayerState], after: Mapping[Where, LayerS
 
 
 def _settings_of(layer: LayerState) -> dict[str, float]:
-    """All but the rank, which is in the scale."""
+    """Return all settings except the rank, which is part of the scale."""
     return {name: value for name, value in layer.settings.items() if name != "rank"}
 
 
 def reason(error: Exception) -> str:
-    """The first line that says why."""
+    """Return the first line of a message that states the reason."""
     lines = [line.strip() for line in str(error).splitlines()]
     why = [line for line in lines[1:] if not line.startswith("this looks like")]
     return why[0] if why and "cannot be used" in lines[0] else lines[0]
@@ -211,13 +217,13 @@ def reason(error: Exception) -> str:
 
 
 def loader(pipeline: str) -> type[LoraBaseMixin] | None:
-    """What loads adapters in a pipeline of diffusers, if anything does."""
+    """Return the class that loads adapters in a pipeline of diffusers; `None` if there is none."""
     mixins = [base for base in getattr(diffusers, pipeline).__mro__ if "LoraLoaderMixin" in base.__name__]
     return mixins[0] if mixins else None
 
 
 def _in_diffusers(bench: Workbench, file: File, path: Path, folder: Path) -> str:
-    """What diffusers makes of the file, where that matters on models of the published number of outputs."""
+    """Return what diffusers makes of the file, on models with the published number of outputs if that matters."""
     other = bench.for_diffusers
     if other is bench or not file.kind.startswith(("LoRA", "DoRA", "control")):
         return in_diffusers(bench, file, path)
@@ -227,10 +233,11 @@ def _in_diffusers(bench: Workbench, file: File, path: Path, folder: Path) -> str
 
 
 def in_diffusers(bench: Workbench, file: File, path: Path) -> str:
-    """What `load_lora_weights` of the family's pipeline makes of a file, with peft and without this library.
+    """Return what `load_lora_weights` of the family's pipeline makes of a file, with peft and without this library.
 
-    "yes", "wrong" (an output differs), "drops n of m keys" (layers are left as they were, all others are right),
-    "refuses" (an error), or "no loader" (the pipeline has no such method).
+    Returns:
+        "yes", "wrong" (an output differs), "drops n of m keys" (some layers are unchanged, all others are right),
+        "refuses" (an error), or "no loader" (the pipeline has no such method).
     """
     mixin = loader(bench.small.pipeline)
     if mixin is None:
@@ -267,7 +274,7 @@ def _touched(models: Mapping[str, nn.Module]) -> bool:
 
 
 def _stub(mixin: type[LoraBaseMixin], models: Mapping[str, nn.Module]) -> Any:
-    """A pipeline of which only the models and the loader are there."""
+    """Return a pipeline that has only models and a loader."""
     pipe = type("Pipeline", (mixin,), {"components": dict(models), "hf_device_map": None})()
     for name in ("unet", "transformer", "text_encoder", "text_encoder_2", "text_conditioner"):
         setattr(pipe, name, models.get(name))

@@ -1,4 +1,4 @@
-"""Real files of which only the names and shapes are known, on the published models; and files that are no adapters."""
+"""Real files, known by their names and shapes only, on the published models; and files that are not adapters."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -25,10 +25,14 @@ class Listed:
     """What becomes of a real file's tensors on the published models.
 
     Attributes:
-        kind: how much of the file is known, as the list says.
-        family: recognised, or "".
-        used: tensors that are used or, where shapes are not known, whose layer is found; `None` without such models.
-        reason: why the first of the others is not.
+        name: The name of the list.
+        kind: How much of the file is known, as the list states.
+        tensors: The number of tensors.
+        format: The name of the recognised format.
+        family: The recognised family, or "".
+        used: The number of tensors that are used, or, without shapes, whose layer is found; `None` without such models.
+        reason: Why the first of the others is not used.
+        by_name: The shapes are unknown.
     """
 
     name: str
@@ -43,12 +47,12 @@ class Listed:
 
 @cache
 def published_models(family: str) -> list[dict[str, nn.Module]]:
-    """The models without weights, built once: they are only looked at."""
+    """Return the published models of a family without weights, built once. They must not be changed."""
     return list(published(family))
 
 
 def listed(file: Path) -> Listed:
-    """A list of keys and shapes on models without weights."""
+    """Inspect a list of keys and shapes on models without weights."""
     content = json.loads(file.read_text())
     shapes = shapes_of(content)
     known = {key: shape for key, shape in shapes.items() if shape is not None}
@@ -62,7 +66,7 @@ def listed(file: Path) -> Listed:
         candidates = published_models(family)
     except AdapterError as error:
         return replace(found, reason=reason(error))
-    # As in `convert`: of a family's models the one that has most of the file's layers.
+    # Like `convert`, choose the model of the family that has most of the file's layers.
     return max((_listed_on(on, found, shapes, header) for on in candidates), key=lambda listed: listed.used or 0)
 
 
@@ -73,7 +77,7 @@ def _listed_on(
         verdicts = detect(header).locate(header, Names({name: Targets(model) for name, model in on.items()}))
         missed = [verdict.reason for verdict in verdicts.values() if isinstance(verdict, Unused)]
         return replace(found, used=len(shapes) - len(missed), reason=missed[0] if missed else "", by_name=True)
-    # Alphas are read with the names.
+    # Alphas need values, since they are read with the names.
     tensors = {
         key: torch.empty(shape, device="meta") if shape else torch.tensor(4.0)
         for key, shape in shapes.items()
@@ -83,7 +87,7 @@ def _listed_on(
     return replace(found, used=report.used, reason=report.unused[0][1] if report.unused else "")
 
 
-# Files that are no adapters
+# Files that are not adapters
 
 FOREIGN: dict[str, tuple[str, ...]] = {
     "IP-Adapter": ("image_proj.proj.0.weight", "ip_adapter.1.to_k_ip.weight"),
@@ -93,7 +97,7 @@ FOREIGN: dict[str, tuple[str, ...]] = {
 
 
 def refusal(keys: Sequence[str]) -> tuple[str, str]:
-    """The format that a file with these keys is recognised as, and what its refusal says."""
+    """Return the name of the format that recognises a file with these keys, and the message of its refusal."""
     header = Header(tuple(keys))
     format = detect(header)
     try:

@@ -1,8 +1,8 @@
-"""Files of every family, dialect and adapter type, made in memory, and what they have to become.
+"""Files of every family, dialect and adapter type, made in memory, and the weights and outputs that they must produce.
 
-A file has all the layers of a small model that the dialect has names for. What is right is computed in float64 by the
-plain formulas of `formulas`, from the tensors as the file has them, on the layer as the file has it: the output of
-every layer on random inputs, and its weight. `judge` says what becomes of a file.
+A file has all layers of a small model for which the dialect has names. The expected output of every layer for a random
+input, and its expected weight, are computed in float64 by the plain formulas of `formulas`, from the tensors and the
+layers of the file. `judge` compares them with what becomes of a file.
 """
 
 import copy
@@ -47,21 +47,21 @@ from tests.support.formulas import (
 )
 
 TOLERANCE = 1e-4
-"""Of the largest change that an adapter makes to what is compared."""
+"""Allowed error, relative to the largest change that an adapter makes to the compared tensor."""
 
 Where = tuple[str, str]
-"""Component, and path of a layer there."""
+"""Component, and path of a layer in it."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A type of adapter as rows of the matrix have it.
+    """An adapter type, or a variant of one, that is a row of the matrix.
 
     Attributes:
-        variants: the first that a dialect has a place for is the one that it writes.
-        layers: kinds of layers it is put on.
-        paths: those of them whose paths are like this.
-        dialect: the only one it is in, and that has no other.
+        variants: Formulas; a dialect writes the first one that it can express.
+        layers: The kinds of layers that get the adapter.
+        paths: A regular expression for the paths of these layers.
+        dialect: The only dialect that has this row; it has no other.
     """
 
     variants: tuple[Variant, ...]
@@ -75,10 +75,10 @@ def _of(*names: str) -> Kind:
 
 
 _PEFT_WHOLE = added(lokr(""), 0.5, {"r": 4, "alpha": 2.0}, **alpha(2.0))
-"""PEFT divides alpha by the rank in its config also where no tensor has it."""
+"""PEFT divides alpha by the rank in its config even if no tensor has this rank."""
 
 KINDS: dict[str, Kind] = {
-    # What most trainers write if nothing is set.
+    # What most trainers write by default.
     "LoRA in blocks, one alpha": Kind(
         (added(lora_factors, 0.5, **alpha(2.0)), VARIANTS["lora"][1]),
         ("linear",),
@@ -116,7 +116,7 @@ KINDS: dict[str, Kind] = {
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a layer has to be and to compute with the adapter, and what without."""
+    """The weight, bias and output that a layer must have with the adapter, and those it has without."""
 
     weight: Tensor
     bias: Tensor | None
@@ -135,7 +135,7 @@ class Wanted:
 
 
 def _close(found: Tensor, expected: Tensor, other: Tensor) -> bool:
-    """Equal within `TOLERANCE` of the difference between what is expected and what it could be mistaken for."""
+    """Return whether a tensor is equal to `expected` within `TOLERANCE` of the difference between it and `other`."""
     if found.shape != expected.shape or not found.isfinite().all():
         return False
     error = (found.detach().double() - expected).abs().max()
@@ -144,46 +144,46 @@ def _close(found: Tensor, expected: Tensor, other: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Made:
-    """What is in a file for one of its layers, and what the model's layers have to become."""
+    """The content of one layer of a file, and what the layers of the model must become."""
 
     content: Content
     wanted: Mapping[Where, Wanted]
 
 
 class Workbench:
-    """One family's small models, and what they compute."""
+    """The small models of one family, and what they compute."""
 
     def __init__(self, name: str, *, tall: bool = False) -> None:
         self.name = name
         self.small = SMALL[name]
         self.models = self.small.build(tall)
-        self._wide = {component: copy.deepcopy(model).double() for component, model in self.models.items()}
+        self._in_float64 = {component: copy.deepcopy(model).double() for component, model in self.models.items()}
         self.loaded = Adapters(Owner(lambda: self.models))
         self._made: dict[Any, list[Made | None]] = {}
         self._spare: dict[str, nn.Module] | None = None
 
     @cached_property
     def for_diffusers(self) -> "Workbench":
-        """The same with as many outputs as diffusers' converters count on."""
+        """The workbench with as many outputs as diffusers' converters expect."""
         return self if self.small.tall is None else Workbench(self.name, tall=True)
 
     def lend(self) -> dict[str, nn.Module]:
-        """Copies of the models, for others to change."""
+        """Return copies of the models, which may be changed."""
         spare, self._spare = self._spare, None
         return spare or {component: copy.deepcopy(model) for component, model in self.models.items()}
 
     def give_back(self, models: dict[str, nn.Module]) -> None:
-        """Copies that nobody has changed, for the next one."""
+        """Take back unchanged copies for the next `lend`."""
         self._spare = models
 
     @property
     def manager(self) -> Adapters:
-        """What `pipe.adapters` is, with nothing loaded."""
+        """What `pipe.adapters` is for these models, with no adapter loaded."""
         self.loaded.clear()
         return self.loaded
 
     def layers(self, dialect: Dialect, kind: Kind) -> list[Layer]:
-        """The layers of a file of this kind."""
+        """Return the layers of a file of this kind."""
         hosts = {
             component: [
                 path
@@ -203,7 +203,7 @@ class Workbench:
         return found
 
     def made(self, kind: str, variant: int, layers: Sequence[tuple[str, tuple[str, ...], bool]]) -> list[Made | None]:
-        """Contents for these layers, by component, parts and whether they are swapped; the same for the same layers."""
+        """Return contents for layers, given as (component, parts, swapped); always the same for the same layers."""
         key = (kind, variant, tuple(layers))
         if key not in self._made:
             torch.default_generator.manual_seed(3)
@@ -219,8 +219,8 @@ class Workbench:
         if content is None:
             return None
         sizes = [len(weight) for weight, _ in before.values()]
-        weights = layer.cut(content.weight, sizes)
-        biases = [None] * len(parts) if content.bias is None else layer.cut(content.bias, sizes)
+        weights = layer.split(content.weight, sizes)
+        biases = [None] * len(parts) if content.bias is None else layer.split(content.bias, sizes)
         wanted: dict[Where, Wanted] = {}
         for (where, (base, shift)), weight, bias in zip(before.items(), weights, biases, strict=True):
             output = self.output(where, weight, bias)
@@ -228,12 +228,12 @@ class Workbench:
         return Made(content, wanted)
 
     def parameters(self, where: Where) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of a layer in float64."""
-        host = self._wide[where[0]].get_submodule(where[1])
+        """Return weight and bias of a layer in float64."""
+        host = self._in_float64[where[0]].get_submodule(where[1])
         return host.weight.detach(), None if getattr(host, "bias", None) is None else host.bias.detach()
 
     def input(self, where: Where) -> Tensor:
-        """Always the same random input for a layer."""
+        """Return a random input for a layer, always the same one."""
         host = self.models[where[0]].get_submodule(where[1])
         generator = torch.Generator().manual_seed(7)
         spec = LayerSpec.of(host)
@@ -247,21 +247,28 @@ class Workbench:
         return torch.randn(shape, generator=generator)
 
     def output(self, where: Where, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """What the layer would compute with this weight and bias."""
-        host = self._wide[where[0]].get_submodule(where[1])
+        """Return the output of a layer if it had this weight and bias."""
+        host = self._in_float64[where[0]].get_submodule(where[1])
         parameters = {"weight": weight, **({} if bias is None else {"bias": bias})}
         with warnings.catch_warnings(category=UserWarning, action="ignore"):
-            # Some norms compute in single precision and tell that their weights are wider.
+            # Some norms compute in float32 and warn about weights in float64.
             return torch.func.functional_call(host, parameters, (self.input(where).double(),))
 
 
 @dataclass
 class File:
-    """A file in a dialect, and what it has to become.
+    """A file in a dialect, and what the layers of the models must become.
 
     Attributes:
-        contents: of every layer of the file, in its order.
-        keys: of every layer.
+        dialect: The dialect.
+        kind: The name of the kind, in `KINDS`.
+        layers: The layers of the file.
+        contents: The content of every layer, in the same order.
+        wanted: The expected weights and outputs by layer of the model.
+        keys: Stem of a layer -> its number of tensors.
+        tensors: The tensors by key.
+        metadata: The metadata of the safetensors file.
+        config: The config of a PEFT folder; `None` for a single file.
     """
 
     dialect: Dialect
@@ -275,7 +282,7 @@ class File:
     config: dict[str, Any] | None = None
 
     def write(self, folder: Path) -> Path:
-        """A `.safetensors` file, or a PEFT folder."""
+        """Write a `.safetensors` file or a PEFT folder, and return its path."""
         folder.mkdir(parents=True, exist_ok=True)
         content = {key: tensor.clone().contiguous() for key, tensor in self.tensors.items()}
         if self.config is None:
@@ -287,10 +294,10 @@ class File:
 
 
 def files(bench: Workbench, dialect: Dialect, *, most: int | None = None) -> Iterator[File]:
-    """A file of every type that the dialect has a place for.
+    """Yield a file of every kind that the dialect can express.
 
     Args:
-        most: layers of a component; default all there are.
+        most: The maximum number of layers per component; defaults to all.
     """
     for kind in KINDS:
         file = file_of(bench, dialect, kind, most=most)
@@ -299,7 +306,7 @@ def files(bench: Workbench, dialect: Dialect, *, most: int | None = None) -> Ite
 
 
 def file_of(bench: Workbench, dialect: Dialect, kind: str, *, most: int | None = None) -> File | None:
-    """The file of one type, or `None` if nobody writes it so for these models."""
+    """Return the file of one kind; `None` if nobody writes such files for these models."""
     chosen = KINDS[kind]
     only = {other.small: other.name for other in DIALECTS if other.small is not None}
     if only.get(bench.name) != chosen.dialect or chosen.dialect not in (None, dialect.name):
@@ -316,7 +323,7 @@ def file_of(bench: Workbench, dialect: Dialect, kind: str, *, most: int | None =
 
 
 def _picked(layers: Sequence[Layer], most: int) -> list[Layer]:
-    """Of every component those first that are several layers of the model."""
+    """Return the first layers of every component, beginning with those that are several layers of the model."""
     found: dict[str, list[Layer]] = {}
     for layer in sorted(layers, key=lambda layer: (-len(layer.parts), not layer.swapped)):
         found.setdefault(layer.component, []).append(layer)
@@ -338,7 +345,7 @@ _PEFT_TYPES = {"hada": "LOHA", "lokr": "LOKR", "oft_": "OFT", "boft": "BOFT", "i
 
 
 def _settle(file: File) -> None:
-    """The metadata or the config that the tensors need beside them."""
+    """Set the metadata or the config that the tensors need."""
     if file.dialect.alpha == "tensor":
         file.metadata = {"format": "pt", "ss_network_module": "somebody's"}
         return
@@ -384,11 +391,11 @@ def _settle(file: File) -> None:
 
 
 def _settings(ranks: Mapping[str, int], alphas: Mapping[str, float], content: Content) -> dict[str, Any]:
-    """As PEFT's config has them: those of the first layer, and patterns for all others."""
+    """Return the settings of PEFT's config: those of the first layer, and patterns for all others."""
     rank, number = next(iter(ranks.values())), next(iter(alphas.values()))
 
     def pattern(path: str) -> str:
-        # In files CLIP's paths have a level that they do not have in transformers 5.
+        # In files CLIP's paths have a level that transformers 5 does not have.
         return path if path.startswith("encoder.layers.") else f"^{path}"
 
     return {

@@ -1,7 +1,7 @@
-"""Seeded random pipelines of every family, built from configs: the real block structure, few channels per layer.
+"""Seeded random pipelines of every family, built from configs: the real block structure, but few channels per layer.
 
-Structure and module names are those of the published models, so that names of real checkpoints resolve. A build
-takes a fraction of a second, and a call needs neither network nor files.
+Structure and module names are those of the published models, so that the names in real checkpoints are found. Building
+a pipeline takes a fraction of a second, and needs neither network nor files.
 """
 
 import string
@@ -40,7 +40,7 @@ PROMPT = "a fox"
 
 
 def clip_tokenizer() -> CLIPTokenizer:
-    """Letters, the same letters at the end of a word, and the two special tokens; no merges."""
+    """Return a tokenizer of letters, letters at the end of a word, and the two special tokens, without merges."""
     tokens = [*string.ascii_lowercase, *(f"{letter}</w>" for letter in string.ascii_lowercase)]
     vocabulary = {token: index for index, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
     return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=16)
@@ -52,13 +52,13 @@ def t5_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=[*vocabulary, *letters], extra_ids=0, model_max_length=16)
 
 
-def clip_text_config() -> CLIPTextConfig:
+def clip_text_config(layers: int = 2) -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=54,
         hidden_size=WIDTH,
         intermediate_size=2 * WIDTH,
         projection_dim=WIDTH,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         max_position_embeddings=16,
         hidden_act="quick_gelu",
@@ -68,8 +68,8 @@ def clip_text_config() -> CLIPTextConfig:
     )
 
 
-def clip_text() -> CLIPTextModel:
-    return CLIPTextModel(clip_text_config()).eval()
+def clip_text(layers: int = 2) -> CLIPTextModel:
+    return CLIPTextModel(clip_text_config(layers)).eval()
 
 
 def clip_text_with_projection() -> CLIPTextModelWithProjection:
@@ -102,7 +102,7 @@ def vae(latent_channels: int = 4, **options: Any) -> AutoencoderKL:
 
 
 def unet_sd15(layers_per_block: int = 1) -> UNet2DConditionModel:
-    """SD 1.x: four levels, 1 x 1 convolutions around the attention. The real one has two layers in a block."""
+    """Return a UNet of SD 1.x: four levels, 1 x 1 convolutions around the attention; by default half of its layers."""
     return UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(8, 16, 16, 16),
@@ -114,7 +114,7 @@ def unet_sd15(layers_per_block: int = 1) -> UNet2DConditionModel:
 
 
 def unet_sdxl() -> UNet2DConditionModel:
-    """SDXL: three levels, linear projections around deeper attention, size and crop embeddings."""
+    """Return a UNet of SDXL: three levels, linear projections around deeper attention, size and crop embeddings."""
     return UNet2DConditionModel(
         sample_size=8,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -231,7 +231,7 @@ def flux() -> FluxPipeline:
 
 
 def sd15_full() -> StableDiffusionPipeline:
-    """With the number of blocks that names of the original latent-diffusion UNet count on."""
+    """Return a pipeline whose UNet has all layers that the original latent-diffusion UNet has names for."""
     return sd15(layers_per_block=2)
 
 
@@ -239,7 +239,7 @@ FAMILIES: dict[str, Callable[[], DiffusionPipeline]] = {"sd15": sd15, "sdxl": sd
 
 
 def draw(pipe: DiffusionPipeline | ModularPipeline, **options: Any) -> Tensor:
-    """Latents of one picture, always from the same noise."""
+    """Return the latents of one picture, always from the same noise."""
     options = {"prompt": PROMPT, "num_inference_steps": 2, "height": 16, "width": 16, **options}
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -1,9 +1,9 @@
-"""Small models of one kind, and what they predict."""
+"""Single small models, smaller than those of `models`, and what they predict."""
 
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
@@ -25,17 +25,33 @@ def unet() -> UNet2DConditionModel:
     ).eval()
 
 
+def flux(blocks: int = 2) -> FluxTransformer2DModel:
+    torch.manual_seed(0)
+    return models.flux_transformer(blocks)
+
+
+def clip() -> CLIPTextModel:
+    torch.manual_seed(0)
+    return models.clip_text(layers=1)
+
+
 def predict(model: nn.Module, scale: float | None = None) -> Tensor:
-    """What a UNet, a Flux transformer or a CLIP text encoder makes of a fixed input."""
+    """Return the output of a UNet, a Flux transformer or a CLIP text encoder for a fixed input.
+
+    Args:
+        scale: The call scale, for denoisers.
+    """
     if isinstance(getattr(model, "_orig_mod", model), CLIPTextModel):
         return model(torch.arange(14).reshape(2, 7) % 5).last_hidden_state
     generator = torch.Generator().manual_seed(6)
+    options = None if scale is None else {"scale": scale}
     arguments: dict[str, Any]
     if isinstance(getattr(model, "_orig_mod", model), UNet2DConditionModel):
         arguments = {
             "sample": torch.randn(1, 4, 8, 8, generator=generator),
             "timestep": torch.tensor(7),
             "encoder_hidden_states": torch.randn(1, 4, models.WIDTH, generator=generator),
+            "cross_attention_kwargs": options,
         }
     else:
         arguments = {
@@ -45,6 +61,6 @@ def predict(model: nn.Module, scale: float | None = None) -> Tensor:
             "timestep": torch.tensor([0.5]),
             "img_ids": torch.zeros(4, 3),
             "txt_ids": torch.zeros(3, 3),
-            "joint_attention_kwargs": None if scale is None else {"scale": scale},
+            "joint_attention_kwargs": options,
         }
     return model(**arguments).sample

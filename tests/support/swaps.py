@@ -1,15 +1,14 @@
-"""Adapters of every kind for the layers of one model, to be swapped."""
+"""Files with random adapters of every type for the layers of one model, to be swapped and merged."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import FluxTransformer2DModel
 from torch import nn
 
 import diffadapt
 from diffadapt import AdapterConfig
-from tests.support import models
+from tests.support.small_models import flux
 
 ATTENTION = r".*\.(to_[qkv]|q_proj|v_proj)"
 LINEAR = r".*\.(to_[qkv]|to_out\.0|q_proj|v_proj|fc1|linear_1|proj_mlp|net\.2)"
@@ -45,13 +44,12 @@ ON_CONVOLUTIONS: dict[str, AdapterConfig] = {
 }
 
 
-def flux() -> FluxTransformer2DModel:
-    torch.manual_seed(0)
-    return models.flux_transformer()
-
-
 def make(build: Callable[[], nn.Module], config: AdapterConfig, path: Path, format: str = "") -> Path:
-    """A file with a random adapter."""
+    """Write a file with a random adapter, and return its path.
+
+    Args:
+        format: Defaults to one that can express the adapter.
+    """
     model = build()
     adapter = diffadapt.add_adapter(model, config)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Small text encoders of the kinds that pipelines have, and what one call of them gives."""
+"""Small text encoders of all classes that pipelines use, and the output of one call."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,8 +21,8 @@ _T5 = {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_heads": 4, "num_layers": 2, "v
 _VISION = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "out_hidden_size": 32}
 
 
-def _of(kind: str, config: str, **settings: Any) -> Callable[[], nn.Module]:
-    return lambda: getattr(transformers, kind)(getattr(transformers, config)(**settings))
+def _of(model: str, config: str, **settings: Any) -> Callable[[], nn.Module]:
+    return lambda: getattr(transformers, model)(getattr(transformers, config)(**settings))
 
 
 def _mistral3() -> nn.Module:
@@ -64,7 +64,7 @@ TEXT_ENCODERS: dict[str, Callable[[], nn.Module]] = {
 
 
 def hidden_states(model: nn.Module, rows: int) -> Tensor:
-    """Of every layer, for prompts that differ: (rows, values)."""
+    """Return the hidden states of all layers for different prompts, of shape (rows, values)."""
     with torch.no_grad():
         found = model(input_ids=torch.arange(3, 3 + 7 * rows).reshape(rows, 7), output_hidden_states=True)
     return torch.cat([states.flatten(1) for states in found.hidden_states], 1)

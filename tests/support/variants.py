@@ -1,4 +1,4 @@
-"""Every adapter type in all its variants, and small layers of every kind to put them on."""
+"""Every adapter type in all its variants, and small layers of every kind to attach them to."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
@@ -16,6 +16,7 @@ from diffadapt.runtime.attach import attach_, refresh_
 from diffadapt.types import TYPES
 from diffadapt.types.adapter_type import AdapterType
 from diffadapt.types.layer_spec import LayerSpec
+from tests.support.cases import Test, for_each
 
 RANK = 4
 Variant: TypeAlias = tuple[AdapterType, dict[str, Any]]
@@ -46,13 +47,15 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "glora": [{"rank": 2}],
     "full": [{"bias": False}, {"bias": True}],
 }
-"""Settings that the promises are checked with; a type that is not here is checked with its defaults."""
+"""Settings that each adapter type is tested with; a type that is not listed is tested with its defaults."""
 
-VARIANTS = [(kind, options) for kind in TYPES for options in OPTIONS.get(kind.name, [{}])]
+VARIANTS: list[Variant] = [
+    (adapter_type, options) for adapter_type in TYPES for options in OPTIONS.get(adapter_type.name, [{}])
+]
 
 
 class ScaledEmbedding(nn.Embedding):
-    """As in the text encoders of the Gemma family: the layer scales its own output."""
+    """An embedding that scales its own output, as in the text encoders of the Gemma family."""
 
     embed_scale = 3.0
 
@@ -61,7 +64,7 @@ class ScaledEmbedding(nn.Embedding):
 
 
 class NamedInput(nn.Linear):
-    """As `LoRACompatibleLinear` of older diffusers: another argument name, and a second argument."""
+    """A layer with another argument name and a second argument, like `LoRACompatibleLinear` of older diffusers."""
 
     def forward(self, hidden_states: Tensor, scale: float = 1.0) -> Tensor:
         return super().forward(hidden_states)
@@ -78,12 +81,12 @@ def _ids(*shape: int) -> Callable[[torch.Generator], Tensor]:
 LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[torch.Generator], Tensor]]] = {
     "linear": (lambda: nn.Linear(6, 10), _vectors(3, 5, 6)),
     "linear-no-bias": (lambda: nn.Linear(6, 10, bias=False), _vectors(6)),
-    "linear-wide": (lambda: nn.Linear(8, 16), _vectors(2, 8)),
+    "linear-8-to-16": (lambda: nn.Linear(8, 16), _vectors(2, 8)),
     "linear-subclass": (lambda: NamedInput(6, 10), _vectors(2, 6)),
     "transformers-conv1d": (lambda: Conv1D(10, 6), _vectors(2, 3, 6)),
     "conv1d": (lambda: nn.Conv1d(4, 6, 3, padding=1), _vectors(2, 4, 9)),
     "conv2d": (lambda: nn.Conv2d(4, 6, 3, padding=1), _vectors(2, 4, 7, 7)),
-    "conv2d-wide": (lambda: nn.Conv2d(4, 8, 3, stride=2), _vectors(2, 4, 7, 7)),
+    "conv2d-4-to-8": (lambda: nn.Conv2d(4, 8, 3, stride=2), _vectors(2, 4, 7, 7)),
     "conv2d-1x1": (lambda: nn.Conv2d(4, 6, 1), _vectors(2, 4, 7, 7)),
     "conv2d-strided-dilated": (lambda: nn.Conv2d(4, 6, (3, 2), (2, 1), (1, 0), (1, 2)), _vectors(2, 4, 9, 8)),
     "conv2d-grouped": (lambda: nn.Conv2d(4, 6, 3, padding=1, groups=2), _vectors(2, 4, 7, 7)),
@@ -103,55 +106,71 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[torch.Generator], Ten
     "norm-rms-diffusers": (lambda: RMSNorm(8, eps=1e-6), _vectors(3, 5, 8)),
     "norm-t5": (lambda: T5LayerNorm(8), _vectors(3, 5, 8)),
 }
+"""Name -> how the layer is built, and how its input is drawn."""
+
 WITHOUT_BIAS = ("linear-no-bias", "norm-rms", "norm-rms-diffusers", "norm-t5")
 IN_FLOAT32 = ("norm-rms-diffusers", "norm-t5")
-"""Layers that take their mean square in float32, whatever their input is."""
+"""Layers that compute their mean square in float32, whatever the dtype of their input."""
 
 SPECS = {layer: LayerSpec.of(make()) for layer, (make, _) in LAYERS.items()}
 
 
-def refuses(kind: AdapterType, options: dict[str, Any], layer: str) -> bool:
-    """Layers a variant has no meaning on; everything else has to work."""
-    groups = "grouped" in layer or "depthwise" in layer
-    on_token_numbers = layer.startswith("embedding") and options.get("side", "input") == "input"
+def refuses(adapter_type: AdapterType, options: dict[str, Any], layer: str) -> bool:
+    """Return whether a variant has no meaning on a layer; it has to work on all others."""
+    has_groups = "grouped" in layer or "depthwise" in layer
+    on_ids = layer.startswith("embedding") and options.get("side", "input") == "input"
     spec = SPECS[layer]
     assert spec is not None
-    if spec.kind not in kind.layers:
+    if spec.kind not in adapter_type.layers:
         return True
-    if kind.name == "oft":
+    if adapter_type.name == "oft":
         # No rotation across groups exists; on embeddings PEFT's input side rotates the output.
-        return groups
-    if kind.name == "boft":
+        return has_groups
+    if adapter_type.name == "boft":
         channels = spec.out_features if options.get("side") == "output" else spec.fan_in
         butterfly = options["block_size"] * 2 ** (options.get("butterfly_factors", 1) - 1)
-        return groups or on_token_numbers or channels % butterfly != 0
-    if kind.name == "glora":
-        return groups or on_token_numbers
-    if kind.name == "ia3-lycoris":
-        return on_token_numbers
+        return has_groups or on_ids or channels % butterfly != 0
+    if adapter_type.name == "glora":
+        return has_groups or on_ids
+    if adapter_type.name == "ia3-lycoris":
+        return on_ids
     if layer.startswith("embedding"):
         return options.get("dora_axis") == "input" or bool(options.get("bias"))
-    return groups and bool(options.get("use_tucker")) and kind.name == "lora"
+    return has_groups and bool(options.get("use_tucker")) and adapter_type.name == "lora"
 
 
-def variant_of(kind: str) -> Variant:
-    """The first variant of a type."""
-    return next(variant for variant in VARIANTS if variant[0].name == kind)
+def variant_of(name: str) -> Variant:
+    """Return the first variant of an adapter type."""
+    return next(variant for variant in VARIANTS if variant[0].name == name)
 
 
-def on_layers(layers: Iterable[str], refused: bool = False) -> pytest.MarkDecorator:
-    """A case for every variant and those layers that it goes with, or those that it refuses."""
-    found = [
-        pytest.param((kind, options), layer, id="-".join([kind.name, *(f"{k}={v}" for k, v in options.items()), layer]))
-        for kind, options in VARIANTS
-        for layer in layers
-        if refuses(kind, options, layer) == refused
-    ]
-    return pytest.mark.parametrize(("variant", "layer"), found)
+def on_layers(
+    layers: Iterable[str], *, refused: bool = False, variants: Iterable[Variant] = VARIANTS
+) -> Callable[[Test], Test]:
+    """Return a decorator that makes one test of each variant, with its layers as the cases.
+
+    Args:
+        layers: Names in `LAYERS`.
+        refused: Take the layers that the variant refuses instead of those that it works on.
+    """
+    layers = list(layers)
+
+    def chosen(variant: Variant) -> list[str]:
+        return [layer for layer in layers if refuses(*variant, layer) == refused]
+
+    def name(variant: Variant) -> str:
+        adapter_type, options = variant
+        return "-".join([adapter_type.name, *(f"{option}={value}" for option, value in options.items())])
+
+    def decorate(test: Test) -> Test:
+        looped = for_each(layer=lambda given: chosen(given["variant"]))(test)
+        return pytest.mark.parametrize("variant", list(filter(chosen, variants)), ids=name)(looped)
+
+    return decorate
 
 
 class Case:
-    """A root with one layer, seeded input, and tensors of a type for it."""
+    """A root with one layer, a seeded input for it, and tensors of an adapter type that fit it."""
 
     def __init__(self, variant: Variant, layer: str) -> None:
         self.generator = torch.Generator().manual_seed(7)
@@ -159,29 +178,33 @@ class Case:
         self.root = nn.Sequential(make()).double()
         for parameter in self.root.parameters():
             parameter.data.copy_(torch.randn(parameter.shape, generator=self.generator, dtype=torch.float64))
-        self.kind, options = variant
+        self.adapter_type, options = variant
         if layer in WITHOUT_BIAS and options.get("bias"):
             options = {**options, "bias": False}
-        self.config = self.kind.config(target_modules=["0"], **options)
+        self.config = self.adapter_type.config(target_modules=["0"], **options)
         self.spec = LayerSpec.of(self.root[0]) or pytest.fail("no adapter can sit here")
         self.input = draw(self.generator)
         self.close = {"rtol": 1e-6, "atol": 1e-6} if layer in IN_FLOAT32 else {"rtol": 1e-10, "atol": 1e-10}
 
     def initial(self) -> dict[str, Tensor]:
+        """Return the tensors of a new adapter."""
         weight = self.spec.to_stored(self.root[0].weight.detach().clone())
-        tensors = self.kind.init(self.spec, self.config, generator=self.generator, weight=lambda: weight)
+        tensors = self.adapter_type.init(self.spec, self.config, generator=self.generator, weight=lambda: weight)
         return {name: tensor.double() for name, tensor in tensors.items()}
 
     def random(self) -> dict[str, Tensor]:
+        """Return random tensors, different ones for every call."""
         return {
             name: torch.randn(tensor.shape, generator=self.generator, dtype=torch.float64)
             for name, tensor in self.initial().items()
         }
 
     def layer(self, tensors: dict[str, Tensor]) -> AdapterLayer:
-        return AdapterLayer(self.kind, self.spec, tensors, alpha=3.0, settings=self.config.settings, trainable=True)
+        settings = self.config.settings
+        return AdapterLayer(self.adapter_type, self.spec, tensors, alpha=3.0, settings=settings, trainable=True)
 
     def attach(self, tensors: dict[str, Tensor], name: str = "a", strength: float = 0.5) -> Adapter:
+        """Attach an active adapter with these tensors to the root."""
         adapter = Adapter({"0": self.layer(tensors)})
         attach_(self.root, name, adapter, {"0": self.root[0]})
         adapter.set_strengths([strength])

@@ -1,4 +1,4 @@
-"""Weighted merging of adapters: every method beside PEFT, on what PEFT cannot do, and what is refused."""
+"""`combine`: every method against PEFT, on adapters that PEFT cannot combine, and what is refused."""
 
 import copy
 from typing import Any, get_args
@@ -16,7 +16,8 @@ from diffadapt.runtime.attach import attach_
 from diffadapt.to_lora.combine import Method
 from diffadapt.types import named
 from diffadapt.types.layer_spec import LayerSpec
-from tests.support import files, models
+from tests.support import loras, models, spellings
+from tests.support.cases import for_each
 from tests.support.compare import assert_differs, assert_same, assert_unchanged, snapshot
 from tests.support.models import draw
 from tests.support.variants import Case, refuses, variant_of
@@ -34,7 +35,7 @@ assert set(OPTIONS) == set(get_args(Method))
 
 
 class Net(nn.Module):
-    """One layer of each kind, named so that PEFT and we visit them in the same order."""
+    """One layer of each kind, named so that PEFT and this library visit them in the same order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +45,7 @@ class Net(nn.Module):
 
 
 def peft_with(ranks: tuple[int, int] = (4, 4)) -> tuple[Any, nn.Module]:
-    """A model with adapters of PEFT, "x" and "y", and one with the same of ours, "a" and "b"."""
+    """Return a model with the adapters "x" and "y" of PEFT, and one with the same adapters of ours, "a" and "b"."""
     torch.manual_seed(3)
     ours = Net()
     targets = ["a_linear", "b_conv", "c_embedding"]
@@ -58,11 +59,11 @@ def peft_with(ranks: tuple[int, int] = (4, 4)) -> tuple[Any, nn.Module]:
     for name, theirs_name in zip("ab", "xy", strict=True):
         layers: dict[str, AdapterLayer] = {}
         for path, host in hosts.items():
-            spec, theirs_there = LayerSpec.of(host), theirs.base_model.model.get_submodule(path)
+            spec, peft_layer = LayerSpec.of(host), theirs.base_model.model.get_submodule(path)
             if path == "c_embedding":
-                tensors = theirs_there.lora_embedding_A[theirs_name], theirs_there.lora_embedding_B[theirs_name]
+                tensors = peft_layer.lora_embedding_A[theirs_name], peft_layer.lora_embedding_B[theirs_name]
             else:
-                tensors = theirs_there.lora_A[theirs_name].weight, theirs_there.lora_B[theirs_name].weight.flatten(1)
+                tensors = peft_layer.lora_A[theirs_name].weight, peft_layer.lora_B[theirs_name].weight.flatten(1)
             tensors = dict(zip(("lora_down", "lora_up"), (tensor.detach().clone() for tensor in tensors), strict=True))
             alpha = theirs.peft_config[theirs_name].lora_alpha
             layers[path] = AdapterLayer(named("lora"), spec, tensors, alpha)
@@ -89,7 +90,7 @@ def assert_parity(theirs: Any, ours: nn.Module, paths: list[str]) -> None:
 
 
 def merge_with_peft(theirs: Any, weights: tuple[float, float], method: str, **options: Any) -> None:
-    """PEFT's merge, its random numbers for the merge alone from seed 5."""
+    """Combine "x" and "y" with PEFT into "c", with random numbers from seed 5."""
     generator, draw = torch.Generator().manual_seed(5), torch.bernoulli
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "bernoulli", lambda chances: draw(chances, generator=generator))
@@ -97,12 +98,11 @@ def merge_with_peft(theirs: Any, weights: tuple[float, float], method: str, **op
 
 
 PATHS = ["a_linear", "b_conv", "c_embedding"]
-WEIGHTS = pytest.mark.parametrize("weights", [(0.7, 0.5), (0.7, -0.3), (-1.5, 0.2)], ids=str)
+WEIGHTS = [(0.7, 0.5), (0.7, -0.3), (-1.5, 0.2)]
 
 
-@WEIGHTS
-@pytest.mark.parametrize("sign", ["total", "frequency"])
 @pytest.mark.parametrize("method", OPTIONS)
+@for_each(weights=WEIGHTS, sign=["total", "frequency"])
 def test_parity_with_peft(method: Any, weights: tuple[float, float], sign: Any) -> None:
     theirs, ours = peft_with()
     density = OPTIONS[method].get("density")
@@ -117,22 +117,23 @@ def test_parity_with_peft(method: Any, weights: tuple[float, float], sign: Any) 
     assert {row.rank for row in report.layers} == {8 if method == "cat" else 4}
 
 
-@WEIGHTS
-@pytest.mark.parametrize("ranks", [(4, 4), (2, 5)])
 @pytest.mark.parametrize("method", [name for name in OPTIONS if "density" in OPTIONS[name]])
-def test_parity_with_peft_on_the_weights(method: Any, ranks: tuple[int, int], weights: tuple[float, float]) -> None:
+@for_each(weights=WEIGHTS, ranks=[(4, 4), (2, 5)])
+def test_parity_with_peft_on_the_weight_changes(
+    method: Any, ranks: tuple[int, int], weights: tuple[float, float]
+) -> None:
     theirs, ours = peft_with(ranks)
     merge_with_peft(theirs, weights, f"{method}_svd", density=0.6, svd_rank=3)
     generator = {"generator": torch.Generator().manual_seed(5)} if "dare" in method else {}
     diffadapt.adapters(ours).combine(
         dict(zip("ab", weights, strict=True)), "c", method=method, density=0.6, rank=3, **generator
     )
-    # PEFT's change of an embedding is transposed, so random numbers fall on other elements.
+    # PEFT transposes the change of an embedding, so random numbers fall on other elements.
     assert_parity(theirs, ours, PATHS[:2] if "dare" in method else PATHS)
 
 
-@WEIGHTS
 @pytest.mark.parametrize("method", ["cat", "svd"])
+@for_each(weights=WEIGHTS)
 def test_parity_with_peft_for_unequal_ranks(method: Any, weights: tuple[float, float]) -> None:
     theirs, ours = peft_with((2, 5))
     merge_with_peft(theirs, weights, method)
@@ -141,7 +142,7 @@ def test_parity_with_peft_for_unequal_ranks(method: Any, weights: tuple[float, f
     assert {row.rank for row in report.layers} == {7 if method == "cat" else 5}
 
 
-def test_unequal_ranks_take_the_largest_by_default() -> None:
+def test_the_default_for_unequal_ranks_is_the_largest() -> None:
     _, ours = peft_with((2, 5))
     report = diffadapt.adapters(ours).combine({"a": 1.0, "b": 1.0}, "c", method="ties", density=0.5)
     assert {row.rank for row in report.layers} == {5}
@@ -149,7 +150,7 @@ def test_unequal_ranks_take_the_largest_by_default() -> None:
         diffadapt.adapters(ours).combine({"a": 1.0, "b": 1.0}, "d", method="linear")
 
 
-def test_error_is_measured_against_the_weighted_sum() -> None:
+def test_the_error_is_measured_against_the_weighted_sum() -> None:
     _, ours = peft_with()
     for method in ("linear", "svd", "cat"):
         report = diffadapt.adapters(ours).combine({"a": 0.7, "b": -0.3}, method, method=method)
@@ -170,9 +171,9 @@ def test_error_is_measured_against_the_weighted_sum() -> None:
 # Any types
 
 
-def two(kinds: tuple[str, str], layer: str = "linear") -> tuple[nn.Module, list[Tensor], list[Tensor]]:
-    """A model with "a" and "b" in float64, and the change of weight and bias that each makes."""
-    cases = [Case(variant_of(kind), layer) for kind in kinds]
+def two(types: tuple[str, str], layer: str = "linear") -> tuple[nn.Module, list[Tensor], list[Tensor]]:
+    """Return a float64 model with adapters "a" and "b" of these types, and the changes of its weight and its bias."""
+    cases = [Case(variant_of(name), layer) for name in types]
     root = cases[0].root
     for name, case in zip("ab", cases, strict=True):
         attach_(root, name, Adapter({"0": case.layer(case.random())}), {"0": root[0]})
@@ -189,16 +190,16 @@ def two(kinds: tuple[str, str], layer: str = "linear") -> tuple[nn.Module, list[
 
 
 @pytest.mark.parametrize(
-    ("kinds", "layer"),
+    ("types", "layer"),
     [
-        pytest.param(kinds, layer, id="-".join([*kinds, layer]))
-        for kinds in [("lora", "loha"), ("lora", "full"), ("dora", "lokr"), ("oft", "ia3"), ("ia3", "boft")]
+        pytest.param(types, layer, id="-".join([*types, layer]))
+        for types in [("lora", "loha"), ("lora", "full"), ("dora", "lokr"), ("oft", "ia3"), ("ia3", "boft")]
         for layer in ["linear", "conv2d", "conv2d-grouped", "embedding"]
-        if not any(refuses(*variant_of(kind), layer) for kind in kinds)
+        if not any(refuses(*variant_of(name), layer) for name in types)
     ],
 )
-def test_svd_of_any_types_is_the_weighted_sum(kinds: tuple[str, str], layer: str) -> None:
-    root, weights, biases = two(kinds, layer)
+def test_svd_of_any_types_is_the_weighted_sum(types: tuple[str, str], layer: str) -> None:
+    root, weights, biases = two(types, layer)
     report = diffadapt.adapters(root).combine({"a": 0.7, "b": -0.3}, "c", energy=1.0)
     assert report.exact
     before = [parameter.detach().clone() for parameter in root[0].parameters()]
@@ -209,7 +210,7 @@ def test_svd_of_any_types_is_the_weighted_sum(kinds: tuple[str, str], layer: str
         torch.testing.assert_close(parameter.detach() - old, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_ties_of_any_types_elects_signs_of_the_changes() -> None:
+def test_ties_of_any_types_elects_the_signs_of_the_changes() -> None:
     root, (first, second), _ = two(("oft", "dora"))
     diffadapt.adapters(root).combine({"a": 0.5, "b": 0.8}, "c", method="ties", density=1.0, energy=1.0)
     positive = (first + second) >= 0
@@ -226,7 +227,7 @@ def test_ties_of_any_types_elects_signs_of_the_changes() -> None:
         ("svd", r"model\.0.*pass rank= or energy="),
     ],
 )
-def test_types_without_factors_say_what_to_do(method: Any, message: str) -> None:
+def test_a_method_that_needs_factors_says_what_to_do_without_them(method: Any, message: str) -> None:
     root, _, _ = two(("lora", "oft"))
     with pytest.raises(diffadapt.AdapterError, match=message):
         diffadapt.adapters(root).combine({"a": 1.0, "b": 1.0}, "c", method=method)
@@ -238,11 +239,11 @@ def test_types_without_factors_say_what_to_do(method: Any, message: str) -> None
 
 @pytest.fixture
 def pipe() -> DiffusionPipeline:
-    """Two LoRA of rank 4: "a" on attention of both components, "b" on convolutions and queries of the UNet."""
+    """Two LoRA of rank 4: "a" on the attention of both components, "b" on convolutions and queries of the UNet."""
     pipe = models.sd15()
-    pipe.load_adapter(files.peft_names(files.parts_for(pipe)), "a", activate=False)
-    parts = files.parts_for(pipe, ("unet",), "to_q|conv1", alpha=lambda index: 2.0)
-    pipe.load_adapter(files.kohya_names(parts), "b", activate=False)
+    pipe.load_adapter(spellings.peft_names(loras.parts_for(pipe)), "a", activate=False)
+    parts = loras.parts_for(pipe, ("unet",), "to_q|conv1", alpha=lambda index: 2.0)
+    pipe.load_adapter(spellings.kohya_names(parts), "b", activate=False)
     return pipe
 
 
@@ -255,7 +256,7 @@ def pipe() -> DiffusionPipeline:
     ids=["numbers", "prefixes"],
 )
 @pytest.mark.parametrize("method", ["cat", "svd"])
-def test_combined_is_what_they_do_when_active(pipe: DiffusionPipeline, weights: Any, method: Any) -> None:
+def test_the_combined_adapter_equals_all_of_them_active(pipe: DiffusionPipeline, weights: Any, method: Any) -> None:
     pipe.adapters.activate(weights)
     picture = draw(pipe)
     pipe.adapters.activate({})
@@ -270,7 +271,7 @@ def test_combined_is_what_they_do_when_active(pipe: DiffusionPipeline, weights: 
     assert_differs(picture, base)
 
 
-def test_layers_are_those_of_all_and_each_is_made_of_those_who_have_it(pipe: DiffusionPipeline) -> None:
+def test_the_combined_adapter_has_the_layers_of_all(pipe: DiffusionPipeline) -> None:
     layers = [
         {f"{component}.{path}" for component, part in pipe.adapters[name].components.items() for path in part.layers}
         for name in "ab"
@@ -281,7 +282,7 @@ def test_layers_are_those_of_all_and_each_is_made_of_those_who_have_it(pipe: Dif
     assert {path for path, rank in ranks.items() if rank == 8} == layers[0] & layers[1]
 
 
-def test_every_method_has_an_effect_of_its_own(pipe: DiffusionPipeline, tmp_path: Any) -> None:
+def test_every_method_has_a_different_effect(pipe: DiffusionPipeline, tmp_path: Any) -> None:
     pictures = {"base": draw(pipe)}
     for method, options in OPTIONS.items():
         pipe.adapters.combine({"a": 1.0, "b": 0.8}, method, method=method, **options)
@@ -298,7 +299,7 @@ def test_every_method_has_an_effect_of_its_own(pipe: DiffusionPipeline, tmp_path
 
 
 @pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
-def test_random_numbers_are_seeded_and_the_global_ones_left_alone(pipe: DiffusionPipeline, method: Any) -> None:
+def test_random_numbers_are_seeded_and_the_global_generator_is_left_alone(pipe: DiffusionPipeline, method: Any) -> None:
     state = torch.random.get_rng_state()
     weights = {"a": 1.0, "b": 1.0}
     pipe.adapters.combine(weights, "one", method=method, density=0.5)
@@ -313,7 +314,7 @@ def test_random_numbers_are_seeded_and_the_global_ones_left_alone(pipe: Diffusio
     assert not torch.equal(one, three)
 
 
-def test_dare_keeps_the_expectation() -> None:
+def test_dare_keeps_the_expected_value() -> None:
     _, ours = peft_with()
     generator, total = torch.Generator().manual_seed(0), torch.zeros(10, 12)
     for _ in range(400):
@@ -327,8 +328,8 @@ def test_dare_keeps_the_expectation() -> None:
     assert (total - expected).abs().max() < 0.25 * expected.abs().max()
 
 
-def test_what_cancels_out_is_refused(pipe: DiffusionPipeline) -> None:
-    pipe.load_adapter(files.peft_names(files.parts_for(pipe)), "again", activate=False)
+def test_adapters_that_cancel_out_are_refused(pipe: DiffusionPipeline) -> None:
+    pipe.load_adapter(spellings.peft_names(loras.parts_for(pipe)), "again", activate=False)
     for method in ("linear", "cat", "svd"):
         with pytest.raises(diffadapt.AdapterError, match="change no layer"):
             pipe.adapters.combine({"a": 0.7, "again": -0.7}, "c", method=method)
@@ -361,7 +362,7 @@ def test_what_cancels_out_is_refused(pipe: DiffusionPipeline) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_refusals(pipe: DiffusionPipeline, arguments: dict[str, Any], message: str) -> None:
+def test_invalid_arguments_are_refused(pipe: DiffusionPipeline, arguments: dict[str, Any], message: str) -> None:
     before = snapshot(pipe)
     with pytest.raises(diffadapt.AdapterError, match=message):
         pipe.adapters.combine(**{"adapters": {"a": 1.0, "b": 0.5}, "name": "c", **arguments})

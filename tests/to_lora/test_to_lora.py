@@ -1,4 +1,4 @@
-"""Any adapter as a plain LoRA: the same effect, or the nearest there is; and the account of it."""
+"""`to_lora`: any adapter as a plain LoRA with the same effect or the nearest possible one, and the report about it."""
 
 from typing import Any
 
@@ -12,8 +12,9 @@ from diffadapt.runtime.adapter import Adapter
 from diffadapt.runtime.adapter_layer import AdapterLayer
 from diffadapt.runtime.attach import attach_
 from diffadapt.types import TYPES, named
-from diffadapt.types.layer_spec import LayerSpec, layer_of
-from tests.support import files, models
+from diffadapt.types.adapter_type import AdapterType
+from diffadapt.types.layer_spec import LayerSpec, plain_spec
+from tests.support import loras, models, spellings
 from tests.support.compare import assert_differs, assert_same, assert_unchanged, snapshot
 from tests.support.models import draw
 from tests.support.variants import VARIANTS, Case, Variant, on_layers, variant_of
@@ -32,10 +33,10 @@ ON_LAYERS = [
 ]
 
 
-def weights_with(model: nn.Module, chosen: Any) -> dict[str, Tensor]:
-    """Weight and bias of the one layer, with adapters merged into them."""
+def weights_with(model: nn.Module, activation: Any) -> dict[str, Tensor]:
+    """Return the weights of a model with these adapters merged."""
     adapters = diffadapt.adapters(model)
-    adapters.activate(chosen)
+    adapters.activate(activation)
     adapters.merge()
     merged = {name: parameter.detach().clone() for name, parameter in model.state_dict().items()}
     adapters.unmerge()
@@ -43,18 +44,18 @@ def weights_with(model: nn.Module, chosen: Any) -> dict[str, Tensor]:
 
 
 def matrices(layer: nn.Module, weight: Tensor) -> Tensor:
-    """A weight as (groups, out / groups, in / groups x kernel)."""
+    """Return a weight in the shape (groups, out / groups, in / groups x kernel)."""
     spec = LayerSpec.of(layer) or pytest.fail("no adapter can sit here")
     return spec.to_stored(weight).reshape(spec.groups, -1, spec.fan_in)
 
 
-def one_layer(tensors: dict[str, Tensor], kind: str = "full", layer: nn.Module | None = None) -> nn.Module:
-    """A model of one linear layer with adapter "a"."""
+def one_layer(tensors: dict[str, Tensor], adapter_type: str = "full", layer: nn.Module | None = None) -> nn.Module:
+    """Return a model of one linear layer with the adapter "a"."""
     weight = tensors.get("diff")
     host = layer or nn.Linear(weight.shape[1], weight.shape[0], dtype=weight.dtype)
     root = nn.Sequential(host)
     spec = LayerSpec.of(host) or pytest.fail("no adapter can sit here")
-    attach_(root, "a", Adapter({"0": AdapterLayer(named(kind), spec, tensors)}), {"0": host})
+    attach_(root, "a", Adapter({"0": AdapterLayer(named(adapter_type), spec, tensors)}), {"0": host})
     return root
 
 
@@ -63,7 +64,7 @@ def random(*shape: int, seed: int = 3) -> Tensor:
 
 
 def decaying(rows: int, columns: int, decay: float) -> Tensor:
-    """A matrix with singular values `n ** -decay`."""
+    """Return a matrix with the singular values `n ** -decay`."""
     left, right = torch.linalg.qr(random(rows, rows)).Q, torch.linalg.qr(random(columns, columns, seed=4)).Q
     size = min(rows, columns)
     return left[:, :size] * torch.arange(1, size + 1).double().pow(-decay) @ right[:, :size].T
@@ -73,7 +74,7 @@ def decaying(rows: int, columns: int, decay: float) -> Tensor:
 
 
 @on_layers(ON_LAYERS)
-def test_every_type_on_every_layer(variant: Variant, layer: str) -> None:
+def test_every_type_on_every_layer_becomes_an_exact_lora(variant: Variant, layer: str) -> None:
     case = Case(variant, layer)
     case.attach(case.random())
     adapters = diffadapt.adapters(case.root)
@@ -88,12 +89,12 @@ def test_every_type_on_every_layer(variant: Variant, layer: str) -> None:
     for name, weight in weights_with(case.root, "b").items():
         torch.testing.assert_close(weight, expected[name], rtol=1e-10, atol=1e-10)
     (row,) = report.layers
-    assert (row.path, row.types, row.exact, report.exact) == ("model.0", (case.kind.name,), True, True)
+    assert (row.path, row.types, row.exact, report.exact) == ("model.0", (case.adapter_type.name,), True, True)
     assert row.error == report.error < 1e-12
 
 
 @on_layers(["linear", "transformers-conv1d", "conv2d", "conv2d-grouped", "embedding"])
-def test_error_is_the_true_one_and_the_least(variant: Variant, layer: str) -> None:
+def test_the_reported_error_is_the_true_one_and_the_smallest_possible(variant: Variant, layer: str) -> None:
     case = Case(variant, layer)
     base = matrices(case.root[0], case.root[0].weight.detach().clone())
     case.attach(case.random())
@@ -109,9 +110,9 @@ def test_error_is_the_true_one_and_the_least(variant: Variant, layer: str) -> No
     assert row.rank == 1
 
 
-@pytest.mark.parametrize("kinds", [("lora", "lora"), ("lora", "oft"), ("dora", "oft"), ("ia3-lycoris", "glora")])
-def test_several_adapters_do_together_what_they_do_when_active(kinds: tuple[str, str]) -> None:
-    first, second = (variant_of(kind) for kind in kinds)
+@pytest.mark.parametrize("types", [("lora", "lora"), ("lora", "oft"), ("dora", "oft"), ("ia3-lycoris", "glora")])
+def test_the_lora_of_several_adapters_equals_them_all_active(types: tuple[str, str]) -> None:
+    first, second = (variant_of(name) for name in types)
     case = Case(first, "linear")
     other = Case(second, "linear")
     case.attach(case.random(), "a")
@@ -124,11 +125,11 @@ def test_several_adapters_do_together_what_they_do_when_active(kinds: tuple[str,
     torch.testing.assert_close(case.root(case.input), output, rtol=1e-10, atol=1e-10)
 
 
-def test_ranks_of_several_lora_add_up() -> None:
+def test_the_ranks_of_several_lora_add_up() -> None:
     pipe = models.sd15()
-    pipe.load_adapter(files.peft_names(files.parts_for(pipe)), "a", activate=False)
-    ink = files.parts_for(pipe, ("unet",), "to_q|conv1", rank=3, alpha=lambda index: 2.0)
-    pipe.load_adapter(files.kohya_names(ink), "b", activate=False)
+    pipe.load_adapter(spellings.peft_names(loras.parts_for(pipe)), "a", activate=False)
+    ink = loras.parts_for(pipe, ("unet",), "to_q|conv1", rank=3, alpha=lambda index: 2.0)
+    pipe.load_adapter(spellings.kohya_names(ink), "b", activate=False)
     report = pipe.adapters.to_lora(["a", "b"], "c")
     ranks = {row.path: row.rank for row in report.layers}
     assert report.exact
@@ -142,27 +143,29 @@ def test_ranks_of_several_lora_add_up() -> None:
     assert_same(draw(pipe), picture)
 
 
-def configs(kind: Any) -> dict[str, Any]:
-    """Settings for a new adapter of a type on the tiny UNet."""
-    options = next(options for other, options in VARIANTS if other is kind)
+def options_for_unet(adapter_type: AdapterType) -> dict[str, Any]:
+    """Return settings for a new adapter on the small UNet, whose projections have no bias."""
+    options = next(options for other, options in VARIANTS if other is adapter_type)
     return {**options, **({"bias": False} if "bias" in options else {})}
 
 
-@pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.name)
-def test_saved_file_of_every_type_gives_the_same_picture(kind: Any, tmp_path: Any) -> None:
+@pytest.mark.parametrize("adapter_type", TYPES, ids=lambda adapter_type: adapter_type.name)
+def test_the_saved_lora_of_every_type_draws_the_same_picture(adapter_type: AdapterType, tmp_path: Any) -> None:
     pipe = models.sd15()
     base = draw(pipe)
+    options = options_for_unet(adapter_type)
     targets = [*ATTENTION, "conv1"]
-    diffadapt.add_adapter(pipe.unet, kind.config(target_modules=targets, init=False, **configs(kind)), "a")
+    diffadapt.add_adapter(pipe.unet, adapter_type.config(target_modules=targets, init=False, **options), "a")
     with torch.no_grad():
         for parameter in pipe.adapters["a"].components["unet"].parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
         picture = draw(pipe)
     assert_differs(picture, base)
-    if kind.name == "ia3":
-        targets.remove("conv1")  # of which the bias is scaled too, and PEFT has no LoRA where only some layers have one
+    if adapter_type.name == "ia3":
+        # It scales the bias of `conv1`, and PEFT has no LoRA with biases on some layers only.
+        targets.remove("conv1")
         pipe = models.sd15()
-        diffadapt.add_adapter(pipe.unet, kind.config(target_modules=targets, init=False, **configs(kind)), "a")
+        diffadapt.add_adapter(pipe.unet, adapter_type.config(target_modules=targets, init=False, **options), "a")
         picture = draw(pipe)
     pipe.adapters.to_lora("a", "b", energy=1.0)
     pipe.adapters.remove("a")
@@ -173,9 +176,9 @@ def test_saved_file_of_every_type_gives_the_same_picture(kind: Any, tmp_path: An
     assert_same(draw(again), picture, 1e-4)
 
 
-def test_strength_by_prefix_and_what_it_leaves_out() -> None:
+def test_strengths_by_prefix_are_followed_and_layers_of_strength_zero_left_out() -> None:
     pipe = models.sd15()
-    pipe.load_adapter(files.peft_names(files.parts_for(pipe)), "a")
+    pipe.load_adapter(spellings.peft_names(loras.parts_for(pipe)), "a")
     strengths = {"unet": 0.5, "unet.up_blocks": -0.2, "unet.mid_block": 0.0, "text_encoder": 0.0}
     pipe.adapters.activate({"a": strengths})
     picture = draw(pipe)
@@ -188,10 +191,9 @@ def test_strength_by_prefix_and_what_it_leaves_out() -> None:
     assert_same(draw(pipe), picture)
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora", "oft", "ia3-lycoris"])
-def test_merged_weights_are_not_taken_for_the_base(kind: str) -> None:
-    variant = variant_of(kind)
-    case = Case(variant, "linear")
+@pytest.mark.parametrize("name", ["lora", "dora", "oft", "ia3-lycoris"])
+def test_merged_weights_are_not_mistaken_for_the_base(name: str) -> None:
+    case = Case(variant_of(name), "linear")
     case.attach(case.random())
     adapters = diffadapt.adapters(case.root)
     adapters.activate("a")
@@ -199,11 +201,11 @@ def test_merged_weights_are_not_taken_for_the_base(kind: str) -> None:
     adapters.merge("a")
     adapters.to_lora("a", "c", rank=3)
     adapters.unmerge()
-    for name, tensor in adapters["b"].components["model"].state_dict().items():
-        assert torch.equal(adapters["c"].components["model"].state_dict()[name], tensor)
+    for key, tensor in adapters["b"].components["model"].state_dict().items():
+        assert torch.equal(adapters["c"].components["model"].state_dict()[key], tensor)
 
 
-def test_bias_alone() -> None:
+def test_a_change_of_the_bias_alone_is_exact() -> None:
     bias = random(4)
     root = one_layer({"diff_b": bias}, layer=nn.Linear(3, 4, dtype=torch.float64))
     adapters = diffadapt.adapters(root)
@@ -217,7 +219,7 @@ def test_bias_alone() -> None:
 
 @pytest.mark.parametrize("energy", [0.5, 0.9, 0.99])
 @pytest.mark.parametrize("as_factors", [True, False])
-def test_energy_gives_the_smallest_rank(energy: float, as_factors: bool) -> None:
+def test_energy_chooses_the_smallest_rank(energy: float, as_factors: bool) -> None:
     matrix = decaying(24, 30, 0.7)
     if as_factors:
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
@@ -234,7 +236,7 @@ def test_energy_gives_the_smallest_rank(energy: float, as_factors: bool) -> None
     assert capped.layers[0].rank == row.rank - 1
 
 
-def test_energy_of_groups_counts_all_of_them() -> None:
+def test_energy_counts_all_groups_of_a_convolution_together() -> None:
     layer = nn.Conv2d(8, 12, 3, groups=2, dtype=torch.float64)
     root = one_layer({"diff": random(12, 4, 3, 3)}, layer=layer)
     (row,) = diffadapt.adapters(root).to_lora("a", "b", energy=0.8).layers
@@ -246,7 +248,7 @@ def test_energy_of_groups_counts_all_of_them() -> None:
     assert made["lora_down"].shape == (2 * row.rank, 4, 3, 3)
 
 
-def test_rank_leaves_smaller_factors_alone() -> None:
+def test_factors_of_a_smaller_rank_are_left_alone() -> None:
     tensors = {"lora_up": random(12, 3), "lora_down": random(3, 10)}
     root = one_layer(tensors, "lora", nn.Linear(10, 12, dtype=torch.float64))
     diffadapt.adapters(root).to_lora("a", "b", rank=5)
@@ -254,7 +256,7 @@ def test_rank_leaves_smaller_factors_alone() -> None:
         assert torch.equal(tensor, tensors[name])
 
 
-def test_more_ranks_than_the_weight_has_are_cut_off() -> None:
+def test_factors_of_a_higher_rank_than_the_weight_are_reduced() -> None:
     root = one_layer(
         {"lora_up": random(6, 9), "lora_down": random(9, 10)}, "lora", nn.Linear(10, 6, dtype=torch.float64)
     )
@@ -263,51 +265,49 @@ def test_more_ranks_than_the_weight_has_are_cut_off() -> None:
     assert row.error < 1e-14
 
 
-def test_low_rank_is_found_without_being_told() -> None:
+def test_the_low_rank_of_a_full_change_is_found() -> None:
     root = one_layer({"diff": random(40, 3) @ random(3, 50, seed=5)})
     (row,) = diffadapt.adapters(root).to_lora("a", "b").layers
     assert (row.rank, row.exact) == (3, True)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(40, 50), (600, 640)])
-def test_change_that_no_small_lora_holds_needs_a_rank(rows: int, columns: int) -> None:
+def test_a_change_of_full_rank_needs_rank_or_energy(rows: int, columns: int) -> None:
     root = one_layer({"diff": random(rows, columns)})
     with pytest.raises(diffadapt.AdapterError, match=r"model\.0.*rank= or energy="):
         diffadapt.adapters(root).to_lora("a", "b")
     assert diffadapt.adapters(root).names == ["a"]
 
 
-def test_lokr_of_low_rank_is_exact() -> None:
+def test_a_lokr_of_low_rank_is_exact() -> None:
     config = diffadapt.LoKrConfig(target_modules=["0"], rank=2, factor=4, init=False)
-    kind, spec = named("lokr"), layer_of(64, 48)
-    tensors = kind.init(spec, config, generator=torch.Generator().manual_seed(0), weight=lambda: torch.zeros(64, 48))
+    lokr, spec = named("lokr"), plain_spec(64, 48)
+    tensors = lokr.init(spec, config, generator=torch.Generator().manual_seed(0), weight=lambda: torch.zeros(64, 48))
     tensors = {name: tensor.double() for name, tensor in tensors.items()}
-    factors = kind.as_low_rank(tensors, spec)
+    factors = lokr.as_low_rank(tensors, spec)
     assert factors is not None
     down, up = factors
     assert down.shape == (8, 48)
-    torch.testing.assert_close(up @ down, kind.delta_weight(tensors, spec))
+    torch.testing.assert_close(up @ down, lokr.delta_weight(tensors, spec))
     root = one_layer(tensors, "lokr", nn.Linear(48, 64, dtype=torch.float64))
     (row,) = diffadapt.adapters(root).to_lora("a", "b").layers
     assert (row.rank, row.exact) == (8, True)
 
 
-def test_lokr_factors_are_left_alone_where_they_cost_more_than_the_blocks() -> None:
-    kind, spec = named("lokr"), layer_of(64, 64)
+def test_a_lokr_whose_lora_would_cost_more_than_its_blocks_has_no_low_rank_form() -> None:
+    lokr, spec = named("lokr"), plain_spec(64, 64)
     generator = torch.Generator().manual_seed(0)
     for options in ({"rank": 3, "factor": 8}, {"full_matrix": True}):
         config = diffadapt.LoKrConfig(target_modules=["0"], init=False, **options)
-        assert (
-            kind.as_low_rank(kind.init(spec, config, generator=generator, weight=lambda: torch.zeros(64, 64)), spec)
-            is None
-        )
+        tensors = lokr.init(spec, config, generator=generator, weight=lambda: torch.zeros(64, 64))
+        assert lokr.as_low_rank(tensors, spec) is None
 
 
 # Large layers
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 1.0, 3.0])
-def test_large_layer_is_as_near_as_it_can_be(decay: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lora_of_a_large_layer_is_nearly_the_best_possible(decay: float, monkeypatch: pytest.MonkeyPatch) -> None:
     matrix = decaying(560, 600, decay)
     root = one_layer({"diff": matrix})
     whole = torch.linalg.svd
@@ -317,7 +317,7 @@ def test_large_layer_is_as_near_as_it_can_be(decay: float, monkeypatch: pytest.M
     assert float(tail) * (1 - 1e-9) <= row.error <= 1.001 * float(tail)
 
 
-def test_large_layer_gets_the_rank_its_energy_needs() -> None:
+def test_a_large_layer_gets_the_rank_that_its_energy_needs() -> None:
     matrix = decaying(560, 600, 0.8)
     kept = torch.linalg.svdvals(matrix).square().cumsum(0) / matrix.square().sum()
     root = one_layer({"diff": matrix})
@@ -328,14 +328,14 @@ def test_large_layer_gets_the_rank_its_energy_needs() -> None:
         assert 1 - row.error**2 >= energy
 
 
-def test_large_layer_of_low_rank_is_exact() -> None:
+def test_a_large_layer_of_low_rank_is_exact() -> None:
     root = one_layer({"diff": random(560, 90) @ random(90, 600, seed=5)})
     (row,) = diffadapt.adapters(root).to_lora("a", "b").layers
     assert (row.rank, row.exact) == (90, True)
     assert row.error < 1e-13
 
 
-def test_global_random_numbers_are_left_alone_and_the_result_is_always_the_same() -> None:
+def test_the_result_is_reproducible_and_the_global_generator_untouched() -> None:
     root = one_layer({"diff": random(560, 600)})
     adapters = diffadapt.adapters(root)
     state = torch.random.get_rng_state()
@@ -351,7 +351,7 @@ def test_global_random_numbers_are_left_alone_and_the_result_is_always_the_same(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_error_includes_the_rounding_of_what_is_stored(dtype: torch.dtype) -> None:
+def test_the_error_includes_the_rounding_of_the_stored_tensors(dtype: torch.dtype) -> None:
     matrix = (random(20, 3) @ random(3, 30, seed=5)).to(dtype)
     root = one_layer({"diff": matrix})
     (row,) = diffadapt.adapters(root).to_lora("a", "b", energy=1.0).layers
@@ -364,14 +364,14 @@ def test_error_includes_the_rounding_of_what_is_stored(dtype: torch.dtype) -> No
     assert row.error < 4 * torch.finfo(dtype).eps
 
 
-def test_values_that_the_dtype_cannot_hold_are_refused() -> None:
+def test_values_outside_the_range_of_the_dtype_are_refused() -> None:
     root = one_layer({"diff_b": torch.full((4,), 6e4, dtype=torch.float16)}, layer=nn.Linear(3, 4).half())
     with pytest.raises(diffadapt.AdapterError, match=r"model\.0.*float16 cannot hold"):
         diffadapt.adapters(root).to_lora({"a": 2.0}, "b")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_values_that_are_no_numbers_are_refused(value: float) -> None:
+def test_values_that_are_not_finite_are_refused(value: float) -> None:
     diff = random(4, 3)
     diff[1, 2] = value
     root = one_layer({"diff": diff})
@@ -379,9 +379,9 @@ def test_values_that_are_no_numbers_are_refused(value: float) -> None:
         diffadapt.adapters(root).to_lora("a", "b", rank=1)
 
 
-def test_layer_without_a_change_is_left_out() -> None:
+def test_a_layer_without_a_change_is_left_out() -> None:
     pipe = models.sd15()
-    pipe.load_adapter(files.peft_names(files.parts_for(pipe, ("unet",))), "a")
+    pipe.load_adapter(spellings.peft_names(loras.parts_for(pipe, ("unet",))), "a")
     path = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     with torch.no_grad():
         pipe.adapters["a"].components["unet"].layers[path].tensors["lora_up"].zero_()
@@ -392,11 +392,12 @@ def test_layer_without_a_change_is_left_out() -> None:
     assert "79 of 80 layers changed, 80 exact" in str(report)
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora", "oft", "ia3-lycoris"])
-def test_adapter_without_any_effect_is_refused(kind: str) -> None:
+@pytest.mark.parametrize("name", ["lora", "dora", "oft", "ia3-lycoris"])
+def test_an_adapter_without_any_effect_is_refused(name: str) -> None:
     unet = models.unet_sd15()
-    variant = variant_of(kind)
-    diffadapt.add_adapter(unet, variant[0].config(target_modules=["to_q"], **configs(variant[0])), "a")
+    adapter_type, _ = variant_of(name)
+    config = adapter_type.config(target_modules=["to_q"], **options_for_unet(adapter_type))
+    diffadapt.add_adapter(unet, config, "a")
     with pytest.raises(diffadapt.AdapterError, match="change no layer"):
         diffadapt.adapters(unet).to_lora("a", "b", rank=2)
 
@@ -404,7 +405,7 @@ def test_adapter_without_any_effect_is_refused(kind: str) -> None:
 # All or nothing
 
 
-def test_norm_layer_is_refused_by_its_path_and_can_be_left_out() -> None:
+def test_a_norm_layer_is_refused_by_its_path_and_can_be_left_out() -> None:
     pipe = models.sd15()
     targets = ["to_q", "mid_block.resnets.0.norm1"]
     diffadapt.add_adapter(pipe.unet, diffadapt.FullConfig(target_modules=targets, init=False), "a")
@@ -417,9 +418,9 @@ def test_norm_layer_is_refused_by_its_path_and_can_be_left_out() -> None:
     assert "b" in pipe.adapters
 
 
-def test_failure_at_the_last_component_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_at_the_last_component_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = models.sd15()
-    pipe.load_adapter(files.peft_names(files.parts_for(pipe)), "a")
+    pipe.load_adapter(spellings.peft_names(loras.parts_for(pipe)), "a")
     before, attached = snapshot(pipe), list[str]()
 
     def fail(model: nn.Module, *args: Any) -> None:
@@ -455,9 +456,9 @@ def test_failure_at_the_last_component_leaves_nothing(monkeypatch: pytest.Monkey
         ({"energy": float("nan")}, "energy is nan"),
     ],
 )
-def test_refusals(arguments: dict[str, Any], message: str) -> None:
+def test_invalid_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
     pipe = models.sd15()
-    pipe.load_adapter(files.peft_names(files.parts_for(pipe)), "a")
+    pipe.load_adapter(spellings.peft_names(loras.parts_for(pipe)), "a")
     before = snapshot(pipe)
     with pytest.raises(diffadapt.AdapterError, match=message):
         pipe.adapters.to_lora(**{"adapters": "a", "name": "b", **arguments})
@@ -467,11 +468,11 @@ def test_refusals(arguments: dict[str, Any], message: str) -> None:
 
 def pixel() -> DiffusionPipeline:
     pipe = models.sd15()
-    pipe.load_adapter(files.peft_names(files.parts_for(pipe)), "a")
+    pipe.load_adapter(spellings.peft_names(loras.parts_for(pipe)), "a")
     return pipe
 
 
-def test_new_adapter_is_an_ordinary_one(tmp_path: Any) -> None:
+def test_the_new_lora_is_an_ordinary_adapter(tmp_path: Any) -> None:
     pipe = pixel()
     picture, before = draw(pipe), snapshot(pipe)
     pipe.adapters.to_lora({"a": 0.5}, "b")
@@ -488,7 +489,7 @@ def test_new_adapter_is_an_ordinary_one(tmp_path: Any) -> None:
     assert_unchanged(pipe, before)
 
 
-def test_report_shows_the_worst_layers_and_the_whole() -> None:
+def test_the_report_shows_the_worst_layers_and_the_total() -> None:
     pipe = pixel()
     report = pipe.adapters.to_lora("a", "b", rank=2)
     lines = str(report).splitlines()

@@ -20,7 +20,7 @@ from transformers import ByT5Tokenizer
 import diffadapt
 from diffadapt import AdapterError
 from diffadapt.tokens import vocabulary
-from tests.support import files, models
+from tests.support import loras, models, spellings
 from tests.support.compare import assert_differs, assert_same, assert_unchanged, snapshot
 
 pytestmark = pytest.mark.slow
@@ -43,8 +43,8 @@ def vectors(rows: int, seed: int = 0, width: int = models.WIDTH) -> Tensor:
 def lora(pipe: DiffusionPipeline) -> dict[str, Tensor]:
     """A kohya file for one attention of the denoiser."""
     name = "unet" if hasattr(pipe, "unet") else "transformer"
-    parts = files.parts_for(pipe, (name,), "to_q", rank=2)
-    return files.kohya_names(parts, {name: "lora_unet"})
+    parts = loras.parts_for(pipe, (name,), "to_q", rank=2)
+    return spellings.kohya_names(parts, {name: "lora_unet_"})
 
 
 def bundle(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -258,10 +258,10 @@ def test_files_of_nothing_but_tokens(case: str, tmp_path: Path) -> None:
     before.assert_there(pipe)
 
 
-@pytest.mark.parametrize("spell", [files.kohya_names, files.peft_names, files.old_names])
+@pytest.mark.parametrize("spell", [spellings.kohya_names, spellings.peft_names, spellings.old_names])
 def test_tokens_beside_layers_of_any_dialect(spell: Callable[..., dict[str, Tensor]]) -> None:
     pipe = models.sd15()
-    report = pipe.load_adapter({**spell(files.parts_for(pipe, ("unet",))), "<s1>": vectors(1)[0]}, "a")
+    report = pipe.load_adapter({**spell(loras.parts_for(pipe, ("unet",))), "<s1>": vectors(1)[0]}, "a")
     assert report.unused == []
     assert report.tokens == {"<s1>": 1}
     assert_as_diffusers(pipe, models.sd15(), {"<s1>": {"clip_l": vectors(1)}}, {"clip_l": ""}, "a <s1> fox")

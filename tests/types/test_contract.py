@@ -1,6 +1,6 @@
-"""What every adapter type promises, over the registry and every kind of layer, in float64.
+"""The contract of every adapter type in the registry, on every kind of layer, in float64.
 
-A new type is covered as soon as it is in the registry.
+A new type is tested as soon as it is in the registry. A test is one variant of a type; its cases are the layers.
 """
 
 import pytest
@@ -16,27 +16,33 @@ from diffadapt.runtime.attach import detach_, refresh_, unreserve_
 from diffadapt.runtime.bank import bank_of
 from diffadapt.runtime.targets import Targets
 from diffadapt.types import for_config, identify
-from tests.support.variants import LAYERS, Case, Variant, on_layers
+from tests.support.cases import for_each
+from tests.support.variants import LAYERS, VARIANTS, Case, Variant, on_layers
 
 DETACHED = ("dora", "dora-loha", "dora-lokr")
-"""Types that keep a part of their formula from autograd, as their papers say."""
+"""Types that exclude a part of their formula from autograd, as their papers specify."""
+DIFFERENTIABLE = [variant for variant in VARIANTS if variant[0].name not in DETACHED]
+
+INPUTS = {layer: draw(torch.Generator()) for layer, (_, draw) in LAYERS.items()}
+BATCHED = [layer for layer, input in INPUTS.items() if input.ndim > 1]
+ON_VECTORS = [layer for layer, input in INPUTS.items() if input.is_floating_point()]
 
 everywhere = on_layers(LAYERS)
 
 
 @on_layers(LAYERS, refused=True)
-def test_layers_that_a_type_has_no_meaning_on_are_refused(variant: Variant, layer: str) -> None:
+def test_layers_on_which_a_type_has_no_meaning_are_refused(variant: Variant, layer: str) -> None:
     case = Case(variant, layer)
-    if case.spec.kind in case.kind.layers:
+    if case.spec.kind in case.adapter_type.layers:
         with pytest.raises(AdapterError):
             case.initial()
     else:
         with pytest.raises(AdapterError, match="cannot carry this adapter"):
-            Targets(case.root).spec("0", case.kind.layers)
+            Targets(case.root).spec("0", case.adapter_type.layers)
 
 
 @everywhere
-def test_initial_adapter_changes_nothing(variant: Variant, layer: str) -> None:
+def test_a_new_adapter_changes_nothing(variant: Variant, layer: str) -> None:
     case = Case(variant, layer)
     base = case.root(case.input)
     case.attach(case.initial())
@@ -44,11 +50,13 @@ def test_initial_adapter_changes_nothing(variant: Variant, layer: str) -> None:
 
 
 @everywhere
-@pytest.mark.parametrize("grad", [True, False], ids=["autograd", "no-grad"])
-def test_forward_equals_merged_weight_and_has_an_effect(variant: Variant, layer: str, grad: bool) -> None:
+@for_each(autograd=[True, False])
+def test_the_forward_pass_equals_the_merged_weight_and_has_an_effect(
+    variant: Variant, layer: str, autograd: bool
+) -> None:
     case = Case(variant, layer)
     weights = {name: tensor.clone() for name, tensor in case.root.state_dict().items()}
-    with torch.set_grad_enabled(grad):
+    with torch.set_grad_enabled(autograd):
         base = case.root(case.input).clone()
         case.attach(case.random())
         forward = case.root(case.input).clone()
@@ -66,15 +74,17 @@ def test_strength_interpolates_between_the_base_and_the_adapter(variant: Variant
     case = Case(variant, layer)
     base = case.root(case.input)
     adapter = case.attach(case.random(), strength=1.0)
-    if {"input", "gain"} <= set(adapter.layers["0"].stages) or {"patch", "gain"} <= set(adapter.layers["0"].stages):
-        pytest.skip("rotation and scale are interpolated one by one; see test_parity_more_types")
+    stages = adapter.layers["0"].stages
+    if "gain" in stages and ("input" in stages or "patch" in stages):
+        # Map and gain are interpolated separately, which test_parity_more_types checks.
+        return
     full = case.root(case.input)
     adapter.set_strengths([0.25])
     torch.testing.assert_close(case.root(case.input), base + 0.25 * (full - base), **case.close)
 
 
 @everywhere
-def test_two_adapters_in_any_order(variant: Variant, layer: str) -> None:
+def test_the_order_of_two_adapters_does_not_matter(variant: Variant, layer: str) -> None:
     case = Case(variant, layer)
     first, second = case.random(), case.random()
     outputs: list[Tensor] = []
@@ -121,19 +131,17 @@ def test_slots_compute_the_same(variant: Variant, layer: str) -> None:
     assert (one - base).abs().max() > 0.02
 
 
-@everywhere
-@pytest.mark.parametrize("prepared", [False, True], ids=["plain", "slots"])
-def test_samples_with_strengths_of_their_own(variant: Variant, layer: str, prepared: bool) -> None:
+@on_layers(BATCHED)
+@for_each(slots=[False, True])
+def test_every_sample_of_a_batch_has_its_own_strengths(variant: Variant, layer: str, slots: bool) -> None:
     case = Case(variant, layer)
-    if case.input.ndim < 2:
-        pytest.skip("one vector is no batch")
     models, strengths = {"model": case.root}, {"a": (0.5, 0.0, -1.0), "b": (0.0, 0.25, 1.0)}
     # Guidance doubles the batch, and every sample has two images.
     samples = [torch.roll(case.input, number, 0)[:1] for number in range(3)]
     batch = torch.cat([samples[number] for _ in range(2) for number in range(3) for _ in range(2)])
     with torch.no_grad():
         adapters = {name: case.attach(case.random(), name) for name in ("a", "b")}
-        if prepared:
+        if slots:
             wanted = [{"model": adapter.layers} for adapter in adapters.values()]
             reserve_all_(models, needs_of(models, wanted), slots=2, samples=3)
             for arrangement in arrange(models, {n: {"model": a.layers} for n, a in adapters.items()}, ()).values():
@@ -158,20 +166,20 @@ def test_samples_with_strengths_of_their_own(variant: Variant, layer: str, prepa
 
 
 @everywhere
-def test_gradients(variant: Variant, layer: str) -> None:
+def test_gradients_are_those_of_the_merged_weight(variant: Variant, layer: str) -> None:
     case = Case(variant, layer)
     adapter = case.attach(case.random(), strength=0.75)
-    part = adapter.layers["0"]
+    adapter_layer = adapter.layers["0"]
     gradients: list[list[Tensor]] = []
     for merged in (False, True):
         if merged:
             base = case.spec.to_stored(case.root[0].weight.detach())
-            ready = [compose.with_weight(part, base)]
+            ready = [compose.prepare_for_weight(adapter_layer, base)]
             output = case.spec.op(case.input, compose.weight(ready, base))
             if getattr(case.root[0], "bias", None) is not None:
                 bias = compose.bias(ready, case.root[0].bias.detach())
-                is_second = case.spec.norm_groups > 0
-                output = output + (bias.view(-1, 1, 1) if is_second else case.spec.along_channels(bias))
+                is_group_norm = case.spec.norm_groups > 0
+                output = output + (bias.view(-1, 1, 1) if is_group_norm else case.spec.along_channels(bias))
         else:
             output = case.root(case.input)
         adapter.zero_grad()
@@ -182,28 +190,24 @@ def test_gradients(variant: Variant, layer: str) -> None:
         assert reference.abs().max() > 0
 
 
-@everywhere
-def test_gradients_by_differences(variant: Variant, layer: str) -> None:
-    if variant[0].name in DETACHED:
-        pytest.skip("the norm is a constant to autograd, and not to differences")
+@on_layers(LAYERS, variants=DIFFERENTIABLE)
+def test_gradients_are_those_of_finite_differences(variant: Variant, layer: str) -> None:
     case = Case(variant, layer)
     names, tensors = zip(*case.random().items(), strict=True)
     adapter = case.attach(dict(zip(names, tensors, strict=True)), strength=0.75)
-    part = adapter.layers["0"]
+    adapter_layer = adapter.layers["0"]
 
     def output(*values: Tensor) -> Tensor:
         parameters = {f"diffadapt.a.0.{name}": value for name, value in zip(names, values, strict=True)}
         return torch.func.functional_call(case.root, parameters, (case.input,))
 
-    assert len(part.tensors) == len(tensors)
+    assert len(adapter_layer.tensors) == len(tensors)
     assert torch.autograd.gradcheck(output, [tensor.clone().requires_grad_() for tensor in tensors], fast_mode=True)
 
 
-@everywhere
-def test_gradient_reaches_the_input(variant: Variant, layer: str) -> None:
+@on_layers(ON_VECTORS)
+def test_the_gradient_reaches_the_input(variant: Variant, layer: str) -> None:
     case = Case(variant, layer)
-    if not case.input.is_floating_point():
-        pytest.skip("embeddings take ids")
     case.attach(case.random())
     merged = Case(variant, layer)
     merged.attach(merged.random())
@@ -218,17 +222,17 @@ def test_gradient_reaches_the_input(variant: Variant, layer: str) -> None:
 
 
 @everywhere
-def test_declared_names_and_rank(variant: Variant, layer: str) -> None:
+def test_tensor_names_config_and_rank_identify_the_type(variant: Variant, layer: str) -> None:
     case = Case(variant, layer)
     tensors = case.random()
-    assert set(tensors) <= set(case.kind.tensors)
-    assert identify(tensors) is case.kind
-    assert for_config(case.config) is case.kind
-    assert case.kind.rank(tensors) in (case.config.at("0").__dict__.get("rank"), None)
+    assert set(tensors) <= set(case.adapter_type.tensors)
+    assert identify(tensors) is case.adapter_type
+    assert for_config(case.config) is case.adapter_type
+    assert case.adapter_type.rank(tensors) in (case.config.at("0").__dict__.get("rank"), None)
 
 
 @everywhere
-def test_state_round_trip(variant: Variant, layer: str) -> None:
+def test_a_loaded_state_dict_restores_the_output(variant: Variant, layer: str) -> None:
     case = Case(variant, layer)
     adapter = case.attach(case.random())
     output = case.root(case.input)
@@ -245,14 +249,14 @@ def test_state_round_trip(variant: Variant, layer: str) -> None:
 @everywhere
 def test_fitted_tensors_fit_again(variant: Variant, layer: str) -> None:
     case = Case(variant, layer)
-    tensors = case.kind.fit(case.random(), case.spec)
-    again = case.kind.fit(tensors, case.spec)
+    tensors = case.adapter_type.fit(case.random(), case.spec)
+    again = case.adapter_type.fit(tensors, case.spec)
     assert {name: tensor.shape for name, tensor in again.items()} == {n: t.shape for n, t in tensors.items()}
 
 
 @everywhere
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_error(variant: Variant, layer: str, dtype: torch.dtype) -> None:
+@for_each(dtype=[torch.bfloat16, torch.float16])
+def test_the_error_in_half_precision_is_small(variant: Variant, layer: str, dtype: torch.dtype) -> None:
     case = Case(variant, layer)
     adapter = case.attach(case.random(), strength=0.7)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""BOFT, (IA)^3, GLoRA and full differences against PEFT and LyCORIS: weights, outputs, gradients, files."""
+"""BOFT, (IA)^3, GLoRA and full changes against PEFT and LyCORIS: weights, outputs, gradients, files."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +26,7 @@ from diffadapt.types.glora import GLORA
 from diffadapt.types.ia3 import IA3
 from diffadapt.types.layer_spec import LayerSpec
 from tests.support import models
+from tests.support.cases import for_each
 from tests.support.compare import assert_differs, assert_same
 from tests.support.models import draw
 
@@ -47,13 +48,17 @@ def made(layer: str) -> tuple[nn.Module, Tensor]:
 
 
 def with_adapter(
-    module: nn.Module, kind: AdapterType, tensors: dict[str, Tensor], alpha: float | None = None, **settings: float
+    module: nn.Module,
+    adapter_type: AdapterType,
+    tensors: dict[str, Tensor],
+    alpha: float | None = None,
+    **settings: float,
 ) -> tuple[nn.Sequential, Adapter]:
-    """`module` in a model that carries these tensors, as a file has them."""
+    """Return a model of one layer with an adapter of these tensors, which are named and shaped as in a file."""
     spec = LayerSpec.of(module)
     assert spec is not None
-    fitted = {name: tensor.detach().clone() for name, tensor in kind.fit(tensors, spec).items()}
-    adapter = Adapter({"0": AdapterLayer(kind, spec, fitted, alpha, settings=settings, trainable=True)})
+    fitted = {name: tensor.detach().clone() for name, tensor in adapter_type.fit(tensors, spec).items()}
+    adapter = Adapter({"0": AdapterLayer(adapter_type, spec, fitted, alpha, settings=settings, trainable=True)})
     root = nn.Sequential(module)
     attach_(root, "a", adapter, {"0": module})
     adapter.active = True
@@ -62,14 +67,14 @@ def with_adapter(
 
 
 def assert_close_to_change(actual: Tensor, expected: Tensor, base: Tensor) -> None:
-    """Equal within 1e-5 of the change from `base`, which is no small one."""
+    """Assert equality within 1e-5 of the change from `base`, and that this change is not small."""
     change = (expected - base).norm()
     assert change > 0.05 * base.norm()
     assert (actual - expected).norm() <= 1e-5 * change
 
 
 def assert_weight_and_output(root: nn.Sequential, input: Tensor, weight: Tensor) -> None:
-    """The layer computes with this weight and its own bias: as they are, and after merging."""
+    """Assert that the layer computes with this weight and its own bias, unmerged and merged."""
     module = root[0]
     spec = LayerSpec.of(module)
     assert spec is not None
@@ -88,22 +93,22 @@ def assert_weight_and_output(root: nn.Sequential, input: Tensor, weight: Tensor)
 
 
 def dense_boft(blocks: Tensor, size: int) -> Tensor:
-    """PEFT's butterfly matrix, from its own permutations and its own Cayley transform."""
+    """Return PEFT's butterfly matrix, computed with its own permutations and Cayley transform."""
     total = torch.eye(size)
     factors, number, width, _ = blocks.shape
     for i in range(factors):
-        turned = peft_boft.BOFTLayer.cayley_batch(None, blocks[i])
+        rotations = peft_boft.BOFTLayer.cayley_batch(None, blocks[i])
         order = peft_boft.BOFTLayer.block_butterfly_perm(None, size, number // 2**i, width // 2, factors - 1)
         matrix = peft_boft.BOFTLayer.perm2mat(None, order)
-        total = matrix @ torch.block_diag(*turned) @ matrix.T @ total
+        total = matrix @ torch.block_diag(*rotations) @ matrix.T @ total
     return total
 
 
 # Weights, by each library's own formula
 
 
-@pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("factors", [1, 2, 3])
+@for_each(layer=LAYERS)
 def test_boft_of_peft_equals_dense_butterflies(layer: str, factors: int) -> None:
     module, input = made(layer)
     columns = module.weight[0].numel()
@@ -118,14 +123,14 @@ def test_boft_of_peft_equals_dense_butterflies(layer: str, factors: int) -> None
     assert_weight_and_output(root, input, weight)
     with pytest.raises(AssertionError):
         assert_weight_and_output(root, input, wrong)
-    # Rotation and scale are interpolated one by one.
+    # Rotation and scale are interpolated separately.
     adapter.set_strengths([0.25])
     scale = 1 + 0.25 * (tensors["boft_s"] - 1)
     assert_weight_and_output(root, input, ((flat + 0.25 * (flat @ rotation.T - flat)) * scale).view_as(weight))
 
 
-@pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize(("size", "rescaled", "constraint"), [(4, False, 0.0), (2, True, 0.0), (8, True, 0.05)])
+@for_each(layer=LAYERS)
 def test_boft_of_lycoris(layer: str, size: int, rescaled: bool, constraint: float) -> None:
     module, input = made(layer)
     theirs = lycoris.ButterflyOFTModule("x", module, lora_dim=size, rescaled=rescaled, constraint=constraint)
@@ -149,8 +154,8 @@ def test_boft_of_lycoris(layer: str, size: int, rescaled: bool, constraint: floa
         assert_weight_and_output(flipped, input, weight)
 
 
-@pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("on_input", [False, True])
+@for_each(layer=LAYERS)
 def test_ia3_of_lycoris(layer: str, on_input: bool) -> None:
     module, input = made(layer)
     theirs = lycoris.IA3Module("x", module, train_on_input=on_input)
@@ -164,15 +169,15 @@ def test_ia3_of_lycoris(layer: str, on_input: bool) -> None:
 
 
 def old_glora(file: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The layout of LyCORIS 1."""
+    """Return the same tensors in the layout of LyCORIS 1."""
     return {"glora_a1": file["glora_a2"], "glora_a2": file["glora_a1"]} | {
         "glora_b1": file["glora_b2"],
         "glora_b2": file["glora_b1"],
     }
 
 
-@pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("layout", ["new", "old"])
+@for_each(layer=LAYERS)
 def test_glora_of_lycoris(layer: str, layout: str) -> None:
     module, input = made(layer)
     theirs = lycoris.GLoRAModule("x", module, lora_dim=4, alpha=3.0)
@@ -189,7 +194,7 @@ def test_glora_of_lycoris(layer: str, layout: str) -> None:
         assert_weight_and_output(wrong, input, weight)
 
 
-def test_glora_is_two_adapters_in_the_weight_and_never_dense_in_the_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_forward_pass_of_glora_builds_no_weight_change(monkeypatch: pytest.MonkeyPatch) -> None:
     module, input = made("conv 3x3")
     names = {"glora_a1": (24, 2), "glora_a2": (2, 24), "glora_b1": (16, 2), "glora_b2": (2, 24, 3, 3)}
     root, _ = with_adapter(module, GLORA, {name: torch.randn(shape) for name, shape in names.items()})
@@ -197,8 +202,8 @@ def test_glora_is_two_adapters_in_the_weight_and_never_dense_in_the_forward(monk
     root(input)
 
 
-@pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("names", [("diff", "diff_b"), ("diff",), ("diff_b",)])
+@for_each(layer=LAYERS)
 def test_full_of_lycoris(layer: str, names: tuple[str, ...]) -> None:
     module, input = made(layer)
     theirs = lycoris.FullModule("x", module)
@@ -249,7 +254,7 @@ def test_norm_of_lycoris(norm: Callable[[], nn.Module], shape: tuple[int, ...]) 
 
 
 class Net(nn.Module):
-    """A linear layer and two convolutions, each of as many channels as the next one takes."""
+    """A linear layer and two convolutions in a row."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -262,7 +267,7 @@ class Net(nn.Module):
 
 
 class BlockDiagonal:
-    """What PEFT's CUDA extension computes, in PyTorch; without it PEFT falls back to a single factor."""
+    """PEFT's CUDA extension in PyTorch; without the extension, PEFT falls back to a single factor."""
 
     def forward(self, blocks: Tensor) -> tuple[Tensor, ...]:
         return (torch.stack([torch.block_diag(*part) for part in blocks]),)
@@ -306,7 +311,7 @@ PEFT_CONFIGS: dict[str, Callable[[], Any]] = {
 
 
 def saved_by_peft(name: str, folder: Path) -> tuple[Any, Tensor, Tensor]:
-    """PEFT's model of a configuration, saved, with its input and what it gives without the adapter."""
+    """Save an adapter of PEFT, and return its model, an input, and the output without the adapter."""
     model, input = net()
     base = model(input).detach()
     theirs = peft.get_peft_model(model, PEFT_CONFIGS[name]())
@@ -317,7 +322,7 @@ def saved_by_peft(name: str, folder: Path) -> tuple[Any, Tensor, Tensor]:
 
 @pytest.mark.usefixtures("butterflies")
 @pytest.mark.parametrize("name", PEFT_CONFIGS)
-def test_folder_of_peft_gives_its_outputs_and_gradients(name: str, tmp_path: Path) -> None:
+def test_a_folder_of_peft_has_the_same_outputs_and_gradients(name: str, tmp_path: Path) -> None:
     theirs, input, base = saved_by_peft(name, tmp_path)
     ours, _ = net()
     report = diffadapt.load_adapter(ours, tmp_path, "a")
@@ -342,8 +347,8 @@ def test_folder_of_peft_gives_its_outputs_and_gradients(name: str, tmp_path: Pat
     assert_close_to_change(theirs(input).detach(), expected.detach(), base)
 
 
-def test_square_convolution_of_a_folder_goes_by_its_config(tmp_path: Path) -> None:
-    """Without the config the same tensors scale outputs, which is something else."""
+def test_the_config_decides_whether_a_square_convolution_is_scaled_by_input(tmp_path: Path) -> None:
+    """Without the config, the same tensors scale the outputs."""
     theirs, input, _ = saved_by_peft("ia3 feed-forward", tmp_path)
     ours, _ = net()
     diffadapt.load_adapter(ours, load_file(tmp_path / "adapter_model.safetensors"), "a")
@@ -370,7 +375,7 @@ def test_unusable_feedforward_modules_are_named(modules: Any, tmp_path: Path) ->
 
 @pytest.mark.usefixtures("butterflies")
 @pytest.mark.parametrize("name", ["boft", "ia3"])
-def test_folder_of_peft_for_a_unet(name: str, tmp_path: Path) -> None:
+def test_a_folder_of_peft_for_a_unet_draws_the_same(name: str, tmp_path: Path) -> None:
     targets = ["to_q", "to_v", "proj_in", "conv2"]
     config = (
         peft.BOFTConfig(target_modules=targets, boft_block_size=4, init_weights=False)
@@ -396,7 +401,7 @@ def test_folder_of_peft_for_a_unet(name: str, tmp_path: Path) -> None:
 
 
 def lycoris_modules(unet: nn.Module) -> dict[str, Any]:
-    """One module of every LyCORIS algorithm, on every layer of its part of the UNet, with random tensors."""
+    """Return LyCORIS modules with random tensors: one algorithm for each name of layers in the UNet."""
     torch.manual_seed(4)
     found: dict[str, Any] = {}
     builders: dict[str, Callable[[str, nn.Module], Any]] = {
@@ -428,13 +433,13 @@ def file_of(modules: dict[str, Any]) -> dict[str, Tensor]:
     for module in modules.values():
         tensors = module.state_dict()
         if isinstance(module, lycoris.FullModule):
-            # Its own state dict is right only once it is applied.
+            # Its own state dict is right only after it was applied.
             tensors = {"diff": module.weight} | ({} if module.bias is None else {"diff_b": module.bias})
         file.update({f"{module.lora_name}.{name}": tensor.detach().clone() for name, tensor in tensors.items()})
     return file
 
 
-def test_kohya_file_of_every_type_equals_the_weights_of_lycoris(tmp_path: Path) -> None:
+def test_a_kohya_file_of_every_type_equals_the_weights_of_lycoris(tmp_path: Path) -> None:
     pipe, plain = models.sd15(), models.sd15()
     modules = lycoris_modules(plain.unet)
     file = file_of(modules)
@@ -467,7 +472,7 @@ def test_kohya_file_of_every_type_equals_the_weights_of_lycoris(tmp_path: Path) 
     assert set(diffadapt.inspect(saved).types) == {"boft", "ia3-lycoris", "glora", "full"}
 
 
-def test_a_bare_weight_is_an_adapter_only_beside_its_flag() -> None:
+def test_a_plain_weight_is_an_adapter_only_with_its_flag() -> None:
     pipe = models.sd15()
     module, dotted = "lora_unet_mid_block_attentions_0_proj_in", "mid_block.attentions.0.proj_in"
     factors = torch.ones(1, 16, 1, 1)
@@ -482,7 +487,7 @@ def test_a_bare_weight_is_an_adapter_only_beside_its_flag() -> None:
         pipe.load_adapter({f"{module}.weight": factors.long(), f"{module}.on_input": torch.tensor(1)}, "b")
 
 
-# Bad input
+# Invalid input
 
 
 def linear() -> LayerSpec:
@@ -497,7 +502,7 @@ GLORA_SHAPES = {"glora_a1": (24, 2), "glora_a2": (2, 24), "glora_b1": (16, 2), "
 
 
 @pytest.mark.parametrize(
-    ("kind", "tensors", "reason"),
+    ("adapter_type", "tensors", "reason"),
     [
         (BOFT, zeros(boft_R=(1, 6, 4, 4)), "boft_R and boft_s, .* boft_R found"),
         (BOFT, zeros(boft_s=(16, 1)), "boft_s found"),
@@ -526,14 +531,16 @@ GLORA_SHAPES = {"glora_a1": (24, 2), "glora_a2": (2, 24), "glora_b1": (16, 2), "
         (FULL, zeros(diff=(16, 24), diff_b=(24,)), r"diff_b has shape \(24,\), expected \(16,\)"),
     ],
 )
-def test_tensors_that_do_not_fit_are_refused(kind: AdapterType, tensors: dict[str, Tensor], reason: str) -> None:
-    assert identify(tensors) in (kind, None) or "found" in reason
+def test_tensors_that_do_not_fit_are_refused(
+    adapter_type: AdapterType, tensors: dict[str, Tensor], reason: str
+) -> None:
+    assert identify(tensors) in (adapter_type, None) or "found" in reason
     with pytest.raises(AdapterError, match=reason):
-        kind.fit(tensors, linear())
+        adapter_type.fit(tensors, linear())
 
 
-@pytest.mark.parametrize("kind", [BOFT, *IA3, GLORA, FULL], ids=lambda kind: kind.name)
-def test_layers_a_type_has_no_meaning_on(kind: AdapterType) -> None:
+@pytest.mark.parametrize("adapter_type", [BOFT, *IA3, GLORA, FULL], ids=lambda adapter_type: adapter_type.name)
+def test_layers_on_which_a_type_has_no_meaning_are_refused(adapter_type: AdapterType) -> None:
     embedding, grouped = LayerSpec("embedding", 8, 24), LayerSpec("conv", 8, 24, (1,), (1,), (0,), (1,), groups=2)
     ranks = {"glora_a1": (24, 2), "glora_a2": (2, 24), "glora_b1": (8, 2), "glora_b2": (2, 24)}
     bad: dict[str, list[tuple[LayerSpec, dict[str, Tensor]]]] = {
@@ -543,9 +550,9 @@ def test_layers_a_type_has_no_meaning_on(kind: AdapterType) -> None:
         "glora": [(layer, zeros(**ranks)) for layer in (embedding, grouped)],
         "full": [(embedding, zeros(diff_b=(8,)))],
     }
-    for layer, tensors in bad[kind.name]:
+    for layer, tensors in bad[adapter_type.name]:
         with pytest.raises(AdapterError, match=r"an embedding has no|the layer has 2 groups"):
-            kind.fit(tensors, layer)
+            adapter_type.fit(tensors, layer)
 
 
 @pytest.mark.parametrize(
@@ -579,7 +586,7 @@ def test_settings_without_a_meaning_are_refused(make: Callable[[], Any], reason:
         (BOFTConfig(target_modules="x", num_blocks=8, butterfly_factors=2), "linear", "blocks of 3 channels"),
     ],
 )
-def test_settings_that_do_not_suit_a_layer(config: BOFTConfig, layer: str, reason: str) -> None:
+def test_settings_that_do_not_fit_a_layer_are_refused(config: BOFTConfig, layer: str, reason: str) -> None:
     with pytest.raises(AdapterError, match=reason):
         diffadapt.add_adapter(nn.ModuleDict({"x": LAYERS[layer][0]()}), config)
 
@@ -587,7 +594,7 @@ def test_settings_that_do_not_suit_a_layer(config: BOFTConfig, layer: str, reaso
 # New adapters
 
 
-def test_norm_layers_train_with_full_differences_only() -> None:
+def test_norm_layers_train_with_full_changes_only() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.GroupNorm(2, 8))
     with pytest.raises(AdapterError, match="'1' matches no layer"):
         diffadapt.add_adapter(model, LoraConfig(target_modules=["1"], rank=2))
@@ -601,7 +608,7 @@ def test_norm_layers_train_with_full_differences_only() -> None:
     assert_differs(model(input), base)
 
 
-def test_boft_on_the_output_side_has_as_many_factors_as_there_can_be() -> None:
+def test_boft_on_outputs_has_as_many_factors_as_possible() -> None:
     layer = LayerSpec("linear", 24, 6)
     config = BOFTConfig(target_modules="x", block_size=2, side="output")
     tensors = BOFT.init(layer, config, generator=torch.Generator(), weight=lambda: torch.zeros(24, 6))
@@ -609,7 +616,7 @@ def test_boft_on_the_output_side_has_as_many_factors_as_there_can_be() -> None:
 
 
 @pytest.mark.parametrize("side", ["input", "output"])
-def test_dropout_of_boft_turns_blocks_into_the_identity(side: Any) -> None:
+def test_dropout_of_boft_replaces_blocks_by_the_identity(side: Any) -> None:
     module, input = made("linear")
     config = BOFTConfig(target_modules=["0"], block_size=4, butterfly_factors=2, side=side, init=False)
     spec = LayerSpec.of(module)
@@ -634,11 +641,11 @@ def test_dropout_of_boft_turns_blocks_into_the_identity(side: Any) -> None:
     torch.testing.assert_close(root(input), base)
 
 
-def test_ia3_with_a_scaled_bias_differs_from_one_without() -> None:
+def test_ia3_of_peft_scales_the_bias_and_ia3_of_lycoris_does_not() -> None:
     module, input = made("linear")
     outputs: list[Tensor] = []
-    for kind, name, start in ((PEFT_IA3, "ia3_l", 3.0), (LYCORIS_IA3, "ia3_w", 2.0)):
-        root, _ = with_adapter(made("linear")[0], kind, {name: torch.full((16, 1), start)})
+    for adapter_type, name, start in ((PEFT_IA3, "ia3_l", 3.0), (LYCORIS_IA3, "ia3_w", 2.0)):
+        root, _ = with_adapter(made("linear")[0], adapter_type, {name: torch.full((16, 1), start)})
         outputs.append(root(input).detach())
     plain = module(input).detach()
     torch.testing.assert_close(outputs[0], 3 * plain)
@@ -655,7 +662,7 @@ SAVED: dict[str, Any] = {
 
 @pytest.mark.usefixtures("butterflies")
 @pytest.mark.parametrize("name", SAVED)
-def test_folder_made_here_loads_in_peft(name: str, tmp_path: Path) -> None:
+def test_a_folder_saved_here_loads_in_peft(name: str, tmp_path: Path) -> None:
     ours, input = net()
     base = ours(input).detach()
     diffadapt.add_adapter(ours, SAVED[name], "a")
@@ -668,7 +675,7 @@ def test_folder_made_here_loads_in_peft(name: str, tmp_path: Path) -> None:
     assert_same(again(input), expected, 1e-6)
 
 
-def test_loaded_feedforward_layers_are_saved_as_such(tmp_path: Path) -> None:
+def test_feedforward_layers_of_a_loaded_ia3_are_saved_as_such(tmp_path: Path) -> None:
     theirs, input, base = saved_by_peft("ia3 feed-forward", tmp_path / "theirs")
     ours, _ = net()
     diffadapt.load_adapter(ours, tmp_path / "theirs", "a")

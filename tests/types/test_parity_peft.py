@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from tests.support import files, models
+from tests.support import files, loras, models, spellings
 from tests.support.compare import assert_differs, assert_same
 from tests.support.models import draw
 
@@ -112,20 +112,16 @@ def test_folder_of_peft(tmp_path: Path) -> None:
     assert_same(pipe.unet(*inputs).sample, expected)
 
 
-@pytest.mark.parametrize(("family", "prefixes"), [("sd15", files.SD_PREFIXES), ("sdxl", files.SDXL_PREFIXES)])
+@pytest.mark.parametrize(("family", "prefixes"), [("sd15", spellings.SD_PREFIXES), ("sdxl", spellings.SDXL_PREFIXES)])
 def test_kohya_file_with_one_alpha(family: str, prefixes: dict[str, str]) -> None:
     build = models.FAMILIES[family]
-    parts = files.parts_for(build(), tuple(prefixes), alpha=lambda index: 6.0)
-    tensors = files.kohya_names(parts, prefixes)
+    parts = loras.parts_for(build(), tuple(prefixes), alpha=lambda index: 6.0)
+    tensors = spellings.kohya_names(parts, prefixes)
     expected = drawn_by_diffusers(build, tensors)
     pipe = build()
     assert_differs(expected, draw(pipe))
     pipe.load_adapter(tensors)
     assert_same(draw(pipe), expected)
-
-
-def varied(index: int) -> float:
-    return (1.0, 2.0, 8.0, 3.0)[index % 4]
 
 
 @pytest.mark.parametrize("family", models.FAMILIES)
@@ -135,9 +131,9 @@ def test_saved_file_loads_in_diffusers(family: str, tmp_path: Path) -> None:
     names = ("unet", "transformer", "text_encoder", "text_encoder_2")
     # Plain diffusers has no LoRA for T5.
     components = tuple(name for name in names if hasattr(pipe, name) and not (family == "flux" and name[-1] == "2"))
-    parts = files.parts_for(pipe, components, alpha=varied)
+    parts = loras.parts_for(pipe, components, alpha=loras.varied_alpha)
     base = draw(pipe)
-    source = files.write(tmp_path / "in.safetensors", files.peft_names(parts), files.alpha_metadata(parts))
+    source = files.write(tmp_path / "in.safetensors", spellings.peft_names(parts), spellings.alpha_metadata(parts))
     pipe.load_adapter(source, "a")
     picture = draw(pipe)
     assert_differs(picture, base)
@@ -147,21 +143,21 @@ def test_saved_file_loads_in_diffusers(family: str, tmp_path: Path) -> None:
 
 def test_saved_convolutions_load_in_diffusers(tmp_path: Path) -> None:
     pipe = models.sd15()
-    parts = files.parts_for(pipe, ("unet",), "conv1|conv2|proj_in|proj_out|to_q", alpha=varied)
-    pipe.load_adapter(files.kohya_names(parts), "a")
+    parts = loras.parts_for(pipe, ("unet",), "conv1|conv2|proj_in|proj_out|to_q", alpha=loras.varied_alpha)
+    pipe.load_adapter(spellings.kohya_names(parts), "a")
     picture = draw(pipe)
     pipe.adapters.save("a", tmp_path, format="diffusers")
     assert_differs(picture, draw(models.sd15()))
     assert_same(drawn_by_diffusers(models.sd15, tmp_path), picture)
 
 
-@pytest.mark.parametrize(("family", "prefixes"), [("sd15", files.SD_PREFIXES), ("sdxl", files.SDXL_PREFIXES)])
+@pytest.mark.parametrize(("family", "prefixes"), [("sd15", spellings.SD_PREFIXES), ("sdxl", spellings.SDXL_PREFIXES)])
 def test_saved_kohya_file_loads_in_diffusers(family: str, prefixes: dict[str, str], tmp_path: Path) -> None:
     build = models.FAMILIES[family]
     pipe = build()
     base = draw(pipe)
-    parts = files.parts_for(pipe, tuple(prefixes), alpha=lambda index: 6.0)
-    source = files.write(tmp_path / "in.safetensors", files.peft_names(parts), files.alpha_metadata(parts))
+    parts = loras.parts_for(pipe, tuple(prefixes), alpha=lambda index: 6.0)
+    source = files.write(tmp_path / "in.safetensors", spellings.peft_names(parts), spellings.alpha_metadata(parts))
     pipe.load_adapter(source, "a")
     picture = draw(pipe)
     assert_differs(picture, base)

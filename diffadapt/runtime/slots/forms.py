@@ -1,4 +1,4 @@
-"""The forms that adapter layers of any type are lowered to, so that they fit into slots."""
+"""Forms: the few shapes of computation that adapter layers of any type are lowered to, so that they fit into slots."""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -13,16 +13,20 @@ from diffadapt.types.ia3 import IA3
 from diffadapt.types.lora import LORA
 
 ROWS = "rows"
+"""Key of the form of low-rank changes, which share the rows of one slot."""
+
 _IA3, _IA3_LYCORIS = IA3
 
 
 class Form(NamedTuple):
-    """A part of an adapter layer as it runs.
+    """A part of an adapter layer, in the form in which it runs in a slot.
 
     Attributes:
-        key: what has the same key has room in the same slots.
-        tensors: what the functions of `adapter_type` take, prepared.
-        rows: how much it takes of a slot: its rank in the form "rows", else 1.
+        key: forms with the same key fit into the same slots.
+        adapter_type: the type whose functions compute this part.
+        stages: where this part acts on the host.
+        tensors: prepared tensors for the functions of `adapter_type`.
+        rows: the number of rows that it takes of a slot: the rank for the key `ROWS`, otherwise 1.
     """
 
     key: Hashable
@@ -32,6 +36,7 @@ class Form(NamedTuple):
     rows: int = 1
 
     def __str__(self) -> str:
+        """Return the description of this form in messages."""
         if self.key == ROWS:
             return f"rank {self.rows}"
         shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in self.tensors.items())
@@ -39,47 +44,50 @@ class Form(NamedTuple):
 
 
 Forms: TypeAlias = Mapping[str, Sequence[Form]]
-"""Module path -> what `lower` made of the adapter layer there."""
+"""Module path -> the forms of the adapter layer there."""
 
 
 def lower(layer: AdapterLayer, weight: Callable[[], Tensor], device: torch.device | None = None) -> list[Form]:
-    """The forms an adapter layer consists of; together they compute what the layer does.
+    """Return the forms that together compute what an adapter layer computes.
 
     Args:
-        weight: gives the base weight, as in `adapter_type.Surroundings`. Meta tensors give meta tensors.
-        device: where to compute what has to be computed; default where the adapter layer is.
+        layer: the adapter layer. One on the meta device yields forms with meta tensors.
+        weight: returns the canonical base weight, as in `adapter_type.Surroundings`.
+        device: the device to prepare tensors on; defaults to the device of `layer`.
     """
     adapter_type, spec = layer.adapter_type, layer.spec
     if adapter_type is LORA and spec.groups == 1 and len(layer._parameters) == 2:
-        # The usual case, without the detours: two factors are what is wanted.
+        # The most common case, kept fast: the two factors are the form.
         factors: Any = layer._parameters
         return [rows_form(factors["lora_down"], factors["lora_up"])]
-    tensors = layer.prepared(weight, device=device)
+    tensors = layer.prepare(weight, device=device)
     forms: list[Form] = []
-    rest: list[Stage] = [stage for stage in layer.stages if stage not in ("patch", "gain")]
+    remaining: list[Stage] = [stage for stage in layer.stages if stage not in ("patch", "gain")]
     if "patch" in layer.stages:
-        forms.append(_whole(adapter_type, ("patch",), {PATCH_DELTA: tensors[PATCH_DELTA]}))
+        forms.append(_slot_form(adapter_type, ("patch",), {PATCH_DELTA: tensors[PATCH_DELTA]}))
     if "gain" in layer.stages:
         gain = adapter_type.gain(tensors)
         gain = gain.to(torch.promote_types(gain.dtype, torch.float32)).unsqueeze(1)
-        like, factors = (_IA3, {"ia3_l": gain + 1}) if adapter_type.gains_bias else (_IA3_LYCORIS, {"ia3_w": gain})
-        forms.append(_whole(like, ("gain",), factors))
-    low_rank = adapter_type.as_low_rank(tensors, spec) if "add" in rest and spec.groups == 1 else None
+        ia3, content = (_IA3, {"ia3_l": gain + 1}) if adapter_type.gains_bias else (_IA3_LYCORIS, {"ia3_w": gain})
+        forms.append(_slot_form(ia3, ("gain",), content))
+    low_rank = adapter_type.as_low_rank(tensors, spec) if "add" in remaining and spec.groups == 1 else None
     if low_rank is not None:
-        rest.remove("add")
+        remaining.remove("add")
         forms.append(rows_form(*low_rank))
         bias = adapter_type.delta_bias(tensors)
         if bias is not None:
-            forms.append(_whole(FULL, ("add",), {"diff_b": bias}))
-    if rest:
-        forms.append(_whole(adapter_type, tuple(rest), tensors))
+            forms.append(_slot_form(FULL, ("add",), {"diff_b": bias}))
+    if remaining:
+        forms.append(_slot_form(adapter_type, tuple(remaining), tensors))
     return forms
 
 
 def rows_form(down: Tensor, up: Tensor) -> Form:
+    """Return the form of a low-rank change with factors `down` (rank, in / groups, *kernel) and `up` (out, rank)."""
     return Form(ROWS, LORA, ("add",), {"lora_down": down, "lora_up": up}, down.shape[0])
 
 
-def _whole(adapter_type: AdapterType, stages: tuple[Stage, ...], tensors: Tensors) -> Form:
+def _slot_form(adapter_type: AdapterType, stages: tuple[Stage, ...], tensors: Tensors) -> Form:
+    """Return a form that takes a whole slot, which must have the same type, stages and shapes."""
     shapes = tuple(sorted((name, tuple(tensor.shape)) for name, tensor in tensors.items()))
     return Form((adapter_type.name, adapter_type.gains_bias, stages, shapes), adapter_type, stages, tensors)

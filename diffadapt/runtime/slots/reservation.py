@@ -1,20 +1,20 @@
-"""Slots: tensors of fixed shapes beside a layer, into which adapters are written while a compiled model keeps running.
+"""Reservations: slots on the layers of a model, into which adapters are written while the compiled model keeps running.
 
-A compiled model is bound to the shapes and the number of tensors it was traced with, not to what is in them. So room is
-reserved once, on every layer that will need it (`Reservation`), and from then on loading, swapping, removing and
-rescaling adapters are writes into it.
+A compiled model is bound to the number and the shapes of the tensors that it was traced with, not to their content. So
+slots are reserved once, on every layer that will need them (`Reservation`). From then on, loading, swapping, removing
+and rescaling adapters are writes into slots.
 
-Adapters of different types share room where an exact common form exists (`lower`):
+Adapters of different types share slots where an exact common form exists (`forms.lower`):
 
-| form | holds | one adapter takes |
+| form | content of a slot | an adapter takes |
 |---|---|---|
-| rows | low-rank changes, `down` (R, in / groups, *kernel) and `up` (R, out) | as many rows as the rank of its change |
+| `ROWS` | low-rank changes, `down` (R, in / groups, *kernel) and `up` (out, R) | as many rows as its rank |
 | IA3 | a factor per output (the magnitudes of a DoRA, ...) | one slot |
-| full, of a bias | a change of the bias | one slot |
-| the type's own | prepared tensors, in their shapes | one slot |
+| full, bias only | a change of the bias | one slot |
+| the type's own | prepared tensors in their shapes | one slot |
 
-The gates of all slots of a model are views of one flat tensor, and free room has the gate zero. Views and not buffers,
-for the reason that `adapter.Adapter` has for its own.
+The gates of all slots of a model are views of one flat tensor, as the gates of an adapter are (`LayerTree`). Free rows
+have zeros in their tensors and their gates.
 """
 
 import re
@@ -32,31 +32,35 @@ from diffadapt.runtime.slots.slot import Needs, Seat, Slot
 
 
 class Reservation(LayerTree):
-    """The slots of one model, who sits in them, and their gates.
+    """The slots of one model, the seats of adapters in them, and their gates.
 
     Attributes:
         slots: module path of the model -> the slots there, in the order in which they run.
-        seated: adapter name -> its seat.
+        seated: adapter name -> its seat; the adapter seated longest comes first.
     """
 
     def __init__(
         self, needs: Mapping[str, Needs], count: int, dtype: torch.dtype, device: torch.device, samples: int = 0
     ) -> None:
-        """
+        """Make empty slots.
+
         Args:
-            count: how many adapters of the largest size have room at once.
-            samples: how many samples of a batch can have gates of their own; 0 for one gate for all.
+            needs: module path -> the room that one adapter needs at most there.
+            count: how many such adapters have room at once.
+            dtype: the dtype to compute in.
+            device: the device of the slots.
+            samples: how many samples of a batch can have gates of their own; 0 for one gate for all samples.
         """
         super().__init__()
         self.seated: dict[str, Seat] = {}
         self.slots: dict[str, tuple[Slot, ...]] = {}
         cells = 0
-        for path, need in sorted(_levelled(needs).items()):
+        for path, need in sorted(_same_needs_in_all_blocks(needs).items()):
             made: list[Slot] = []
             if need.rows:
                 shape = (need.rows, *need.spec.weight_shape[1:])
-                rows = rows_form(torch.empty(shape, device="meta"), torch.empty(0, 0, device="meta"))
-                made.append(Slot(rows, need.spec, count * need.rows, dtype, device))
+                example = rows_form(torch.empty(shape, device="meta"), torch.empty(0, 0, device="meta"))
+                made.append(Slot(example, need.spec, count * need.rows, dtype, device))
             for form in need.forms.values():
                 made += [Slot(form, need.spec, 1, dtype, device) for _ in range(count)]
             node = nn.Module()
@@ -64,41 +68,45 @@ class Reservation(LayerTree):
                 slot.__dict__["cells"] = range(cells, cells + len(slot.cells))
                 cells = slot.cells.stop
                 node._modules[str(i)] = slot
-            self._graft(path, node)
+            self._insert(path, node)
             self.slots[path] = tuple(made)
-        self._deal(torch.zeros((samples, cells) if samples else (cells,), device=device))
+        self._assign_gates(torch.zeros((samples, cells) if samples else (cells,), device=device))
 
     @property
     def device(self) -> torch.device:
-        """Where the slots are."""
+        """The device of the slots."""
         return self._gates.device
 
-    def arrange(self, new: Mapping[str, Forms], leaving: Sequence[str], gone: Sequence[str] = ()) -> "Arrangement":
-        """Seats for adapters, for which as few others as possible have to leave theirs. Changes nothing.
+    @property
+    def samples(self) -> int:
+        """The number of samples of a batch that can have gates of their own; 0 if all samples share one gate."""
+        return len(self._gates) if self._gates.ndim > 1 else 0
+
+    def arrange(self, new: Mapping[str, Forms], may_leave: Sequence[str], leaving: Sequence[str] = ()) -> "Arrangement":
+        """Find seats for adapters such that as few others as possible lose theirs. Nothing is changed.
 
         Args:
-            new: adapter name -> module path -> what `lower` made of the adapter layer there, in the order of
-                `Adapter.layers`.
-            leaving: who may have to leave, in this order.
-            gone: who leaves in any case.
+            new: adapter name -> module path -> the forms of the adapter layer there, in the order of `Adapter.layers`.
+            may_leave: names of seated adapters that may lose their seats; those that come first lose theirs first.
+            leaving: names of seated adapters that lose their seats in any case.
 
         Raises:
-            AdapterError: there is no room; the message names a layer, what it needs and what there is.
+            AdapterError: there is no room. The message names a layer, what it needs and what is reserved there.
         """
-        if [*new] == [*gone] and len(new) == 1:
+        if [*new] == [*leaving] and len(new) == 1:
             (name, forms), *_ = new.items()
-            if name in self.seated and self._suits(self.seated[name], forms):
+            if name in self.seated and self._fits(forms, self.seated[name]):
                 return Arrangement(self, new, {name: self.seated[name]}, ())
         problem: AdapterError | None = None
-        for count in range(len(leaving) + 1):
-            left = (*gone, *leaving[:count])
-            free = self._free_without(left)
+        for count in range(len(may_leave) + 1):
+            vacating = (*leaving, *may_leave[:count])
+            free = self._free_without(vacating)
             try:
-                seats = {name: self._find(forms, free) for name, forms in new.items()}
+                seats = {name: self._find_seat(forms, free) for name, forms in new.items()}
             except AdapterError as error:
                 problem = error
             else:
-                return Arrangement(self, new, seats, left)
+                return Arrangement(self, new, seats, vacating)
         assert problem is not None
         raise problem
 
@@ -106,24 +114,24 @@ class Reservation(LayerTree):
     def write(self, forms: Forms, seat: Seat) -> None:
         """Write an adapter into its seat. Its gates become zero."""
         self._gates.index_fill_(-1, seat.cells, 0.0)
-        into: list[Tensor] = []
-        what: list[Tensor] = []
-        parts = (form for layer in forms.values() for form in layer)
-        for (slot, rows), form in zip(seat.taken, parts, strict=True):
-            into += slot.at(rows)
-            what += slot.content(form, rows)
-        if into:
-            torch._foreach_copy_(into, what, non_blocking=True)
+        targets: list[Tensor] = []
+        sources: list[Tensor] = []
+        in_order = (form for layer_forms in forms.values() for form in layer_forms)
+        for (slot, rows), form in zip(seat.taken, in_order, strict=True):
+            targets += slot.views(rows)
+            sources += slot.content(form, rows)
+        if targets:
+            torch._foreach_copy_(targets, sources, non_blocking=True)
 
     def take(self, name: str, seat: Seat) -> None:
-        """Give an adapter that has none a seat that `arrange` found."""
+        """Give an adapter without a seat the seat that `arrange` found for it."""
         for slot, rows in seat.taken:
             slot.__dict__["free"] = without_rows(slot.free, rows)
         self.seated[name] = seat
 
     @torch.no_grad()
     def leave(self, name: str) -> Seat | None:
-        """Free the seat of an adapter, and return it; see `wipe`."""
+        """Free the seat of an adapter and return it, or `None` if it has none. The content remains; see `wipe`."""
         seat = self.seated.pop(name, None)
         if seat is not None:
             self._gates.index_fill_(-1, seat.cells, 0.0)
@@ -133,77 +141,76 @@ class Reservation(LayerTree):
 
     @torch.no_grad()
     def vacate(self, name: str) -> None:
-        """Free the seat of an adapter, if it has one, and leave nothing there."""
-        left = self.leave(name)
-        if left is not None:
-            _wipe(left.taken)
+        """Free the seat of an adapter, if it has one, and write zeros into it."""
+        seat = self.leave(name)
+        if seat is not None:
+            _write_zeros(seat.taken)
 
     @torch.no_grad()
     def wipe(self, seats: Iterable[Seat]) -> None:
-        """Zeros into what is free of these seats."""
+        """Write zeros into the rows of these seats that are free now."""
         taken = ((slot, rows) for seat in seats for slot, rows in seat.taken if slot.free)
-        _wipe((slot, without_rows(rows, without_rows(rows, slot.free))) for slot, rows in taken)
+        _write_zeros((slot, without_rows(rows, without_rows(rows, slot.free))) for slot, rows in taken)
 
     @torch.no_grad()
-    def open(self, gates: Mapping[str, Tensor]) -> None:
-        """Let exactly these adapters act: name -> one number per adapter layer, or for every sample one per layer."""
+    def set_gates(self, gates: Mapping[str, Tensor]) -> None:
+        """Make exactly these seated adapters act.
+
+        Args:
+            gates: adapter name -> its gates, of shape (layers,) or (samples, layers).
+        """
         flat = self._gates.zero_()
         for name, values in gates.items():
             seat = self.seated[name]
             values = values.to(flat).index_select(-1, seat.layers)
             flat.index_copy_(-1, seat.cells, values.expand(*flat.shape[:-1], -1))
 
-    @property
-    def samples(self) -> int:
-        """How many samples of a batch can have gates of their own; 0 for none."""
-        return len(self._gates) if self._gates.ndim > 1 else 0
-
     def _free_without(self, names: Iterable[str]) -> dict[Slot, Rows]:
-        """Free rows of every slot when these adapters have left."""
+        """Return the rows that are free once these adapters have left, by slot, where they differ from `Slot.free`."""
         free: dict[Slot, Rows] = {}
         for name in names:
             for slot, rows in self.seated[name].taken if name in self.seated else ():
                 free[slot] = joined_rows(free.get(slot, slot.free), rows)
         return free
 
-    def _suits(self, seat: Seat, forms: Forms) -> bool:
-        """Whether an adapter of these forms takes exactly what a seat has."""
-        parts = [(path, form) for path, layer in forms.items() for form in layer]
-        return len(parts) == len(seat.taken) and all(
+    def _fits(self, forms: Forms, seat: Seat) -> bool:
+        """Return whether an adapter of these forms takes exactly the rows of `seat`."""
+        in_order = [(path, form) for path, layer_forms in forms.items() for form in layer_forms]
+        return len(in_order) == len(seat.taken) and all(
             slot.key == form.key and sum(map(len, rows)) == form.rows and slot in self.slots.get(path, ())
-            for (path, form), (slot, rows) in zip(parts, seat.taken, strict=True)
+            for (path, form), (slot, rows) in zip(in_order, seat.taken, strict=True)
         )
 
-    def _find(self, forms: Forms, free: dict[Slot, Rows]) -> Seat:
-        """A seat, which is taken out of `free`: rows by slot, where they differ from the slot's own."""
+    def _find_seat(self, forms: Forms, free: dict[Slot, Rows]) -> Seat:
+        """Return a seat for an adapter of these forms, and remove its rows from `free` (see `_free_without`)."""
         taken: list[tuple[Slot, Rows]] = []
         starts: list[int] = []
         counts: list[int] = []
         layers: list[int] = []
-        for number, (path, parts) in enumerate(forms.items()):
+        for number, (path, layer_forms) in enumerate(forms.items()):
             slots = self.slots.get(path, ())
-            for form in parts:
+            for form in layer_forms:
                 for slot in slots:
                     if slot.key == form.key:
-                        rows = free.get(slot, slot.free)
-                        mine = first_rows(rows, form.rows)
-                        if mine is not None:
+                        available = free.get(slot, slot.free)
+                        rows = first_rows(available, form.rows)
+                        if rows is not None:
                             break
                 else:
                     raise AdapterError(self._no_room(path, form, free))
-                free[slot] = without_rows(rows, mine)
-                taken.append((slot, mine))
-                for part in mine:
+                free[slot] = without_rows(available, rows)
+                taken.append((slot, rows))
+                for part in rows:
                     starts.append(slot.cells.start + part.start)
                     counts.append(len(part))
                     layers.append(number)
         cells, count = (torch.tensor(numbers, dtype=torch.long) for numbers in (starts, counts))
-        # Of every stretch its start, and then one more for every row.
+        # Expand every range to its indices: its start once per row, plus 0, 1, 2, ... within the range.
         cells = (cells - count.cumsum(0) + count).repeat_interleave(count) + torch.arange(sum(counts))
         device = self._gates.device
         return Seat(taken, cells.to(device), torch.tensor(layers, dtype=torch.long).repeat_interleave(count).to(device))
 
-    def _deal(self, gates: Tensor) -> None:
+    def _assign_gates(self, gates: Tensor) -> None:
         self._gates = gates
         for slots in self.slots.values():
             for slot in slots:
@@ -218,14 +225,21 @@ class Reservation(LayerTree):
         if form.rows > size:
             return f"{path}: {form} expected, slots for rank {size} are reserved there"
         left = sum(len(part) for slot in slots for part in free.get(slot, slot.free))
-        taken = {name for name, seat in self.seated.items() if any(slot in slots for slot, _ in seat.taken)}
+        takers = {name for name, seat in self.seated.items() if any(slot in slots for slot, _ in seat.taken)}
         what = f"{left} of {size} rows are" if form.key == ROWS else f"{left} of {len(slots)} slots are"
-        return f"{path}: {form} expected, {what} free there; {', '.join(sorted(taken))} took the others"
+        return f"{path}: {form} expected, {what} free there; {', '.join(sorted(takers))} took the others"
 
 
 @dataclass(frozen=True)
 class Arrangement:
-    """Who gets which seat, and who has to leave."""
+    """Seats that were found for new adapters in a reservation, and the adapters that lose theirs.
+
+    Attributes:
+        reservation: the reservation.
+        new: the new adapters, as in `Reservation.arrange`.
+        seats: adapter name -> the seat found for it.
+        leaving: names of the adapters that lose their seats.
+    """
 
     reservation: Reservation
     new: Mapping[str, Forms]
@@ -233,7 +247,7 @@ class Arrangement:
     leaving: Sequence[str]
 
     def carry_out(self) -> None:
-        """Write the adapters into their seats; their gates become zero."""
+        """Write the new adapters into their seats. Their gates become zero."""
         seated = self.reservation.seated
         moving = [name for name in self.new if self.seats[name] is not seated.get(name)]
         left = [self.reservation.leave(name) for name in (*self.leaving, *moving)]
@@ -244,15 +258,15 @@ class Arrangement:
         self.reservation.wipe(seat for seat in left if seat is not None)
 
 
-def _wipe(taken: Iterable[tuple[Slot, Rows]]) -> None:
-    """Zeros into rows: with what was left there a product may not be finite, and that times the gate 0 is not 0."""
-    left = [part for slot, rows in taken if rows for part in slot.at(rows)]
-    if left:
-        torch._foreach_zero_(left)
+def _write_zeros(taken: Iterable[tuple[Slot, Rows]]) -> None:
+    """Write zeros into these rows: a product with old content may be infinite, and infinity times the gate 0 is NaN."""
+    views = [view for slot, rows in taken if rows for view in slot.views(rows)]
+    if views:
+        torch._foreach_zero_(views)
 
 
-def _levelled(needs: Mapping[str, Needs]) -> dict[str, Needs]:
-    """The same needs on the same layer of all repeated blocks, which then share one compiled graph."""
+def _same_needs_in_all_blocks(needs: Mapping[str, Needs]) -> dict[str, Needs]:
+    """Return needs that are the same for a layer in all repeated blocks, so that the blocks share a compiled graph."""
     groups = {path: (re.sub(r"\.\d+(?=\.|$)", ".*", path), need.spec) for path, need in needs.items()}
     together: dict[Hashable, Needs] = {}
     for path, need in needs.items():

@@ -1,16 +1,16 @@
-"""Ranges of the rows of a slot: which are free, and arithmetic on them."""
+"""Arithmetic on ranges of the rows of a slot: which rows are free, and which an adapter takes."""
 
 from functools import lru_cache
 from typing import TypeAlias
 
 Rows: TypeAlias = tuple[range, ...]
-"""Stretches of the rows of a slot, ascending and apart from one another."""
+"""Rows of a slot as ranges, ascending and with gaps between them."""
 
 
-# Most layers are alike in what is taken of them, so that most answers are known.
+# Cached, because the same rows are free and taken on most layers of a model.
 @lru_cache(maxsize=4096)
 def first_rows(free: Rows, count: int) -> Rows | None:
-    """So many free rows, next to one another where there is such a stretch; `None` if there are fewer."""
+    """Return `count` of the free rows, in one range if possible, or `None` if there are fewer."""
     for part in free:
         if len(part) >= count:
             return (part[:count],)
@@ -24,10 +24,11 @@ def first_rows(free: Rows, count: int) -> Rows | None:
 
 
 @lru_cache(maxsize=4096)
-def without_rows(rows: Rows, gone: Rows) -> Rows:
-    if rows == gone:
+def without_rows(rows: Rows, removed: Rows) -> Rows:
+    """Return the rows in `rows` that are not in `removed`."""
+    if rows == removed:
         return ()
-    for hole in gone:
+    for hole in removed:
         remnants = ((range(r.start, min(r.stop, hole.start)), range(max(r.start, hole.stop), r.stop)) for r in rows)
         rows = tuple(remnant for pair in remnants for remnant in pair if remnant)
     return rows
@@ -35,6 +36,7 @@ def without_rows(rows: Rows, gone: Rows) -> Rows:
 
 @lru_cache(maxsize=4096)
 def joined_rows(rows: Rows, others: Rows) -> Rows:
+    """Return the rows in `rows` or in `others`, which have none in common; adjacent ranges become one."""
     if not rows:
         return others
     found: list[range] = []

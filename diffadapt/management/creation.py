@@ -1,4 +1,4 @@
-"""New adapters on a model, from their settings."""
+"""Create new adapters on a model from their settings."""
 
 from functools import partial
 
@@ -10,7 +10,7 @@ from diffadapt.runtime.adapter import Adapter
 from diffadapt.runtime.adapter_layer import AdapterLayer, Dropout
 from diffadapt.runtime.attach import attach_, refresh_
 from diffadapt.runtime.bank import bank_of
-from diffadapt.runtime.base_weights import weight_of
+from diffadapt.runtime.base_weight import weight_of
 from diffadapt.runtime.foreign_hooks import execution_device
 from diffadapt.runtime.targets import Targets
 from diffadapt.types import for_config
@@ -19,19 +19,21 @@ from diffadapt.types.layer_spec import LayerSpec
 
 
 def add_adapter(model: nn.Module, config: AdapterConfig, name: str = "default") -> Adapter:
-    """Add a new, trainable adapter to `model` and activate it. At first it changes nothing.
+    """Add a new, trainable adapter to `model` and activate it. Untrained, it does not change the output.
 
     Its parameters are float32, on the device the model runs on. `requires_grad` of the base model stays as it is.
 
     Args:
-        config: of the type you want: `LoraConfig`, `LoHaConfig`, `LoKrConfig`, `OFTConfig`, ...
+        model: a UNet, a transformer, a text encoder or any other module.
+        config: settings of the adapter type you want: `LoraConfig`, `LoHaConfig`, `LoKrConfig`, `OFTConfig`, ...
+        name: name of the adapter, without a dot.
 
     Returns:
-        The adapter, an `nn.Module` registered in `model`: `adapter.parameters()` is what an optimiser needs.
+        The adapter, an `nn.Module` registered in `model`; pass `adapter.parameters()` to an optimiser.
 
     Raises:
-        AdapterError: a pattern that matches nothing, a layer that cannot carry such an adapter, settings that do not
-            suit a layer (the error names it), a name in use.
+        AdapterError: a pattern that matches no layer, a layer that cannot carry such an adapter, settings that do not
+            suit a layer (the message names it), a name in use, or a merged adapter on the model.
     """
     bank = bank_of(model)
     if bank is not None and bank.merged:
@@ -45,7 +47,7 @@ def add_adapter(model: nn.Module, config: AdapterConfig, name: str = "default") 
 
 
 def new_layers(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, AdapterLayer], dict[str, nn.Module]]:
-    """The adapter layers that `add_adapter` would attach, and the layers of the model they are for, by module path."""
+    """Return the adapter layers that `add_adapter` would attach, and their host layers, both by module path."""
     adapter_type = for_config(config)
     targets = Targets(model)
     hosts = targets.select(config.target_modules, config.exclude_modules, adapter_type.layers)

@@ -1,0 +1,55 @@
+"""Tests with many cases in one: every failure is named, every case starts afresh."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support.cases import for_each
+
+
+def test_every_failing_case_is_reported_by_its_name() -> None:
+    ran: list[tuple[str, int]] = []
+
+    @for_each(word=["one", "two"], number=lambda given: range(given["count"]))
+    def check(word: str, number: int, count: int) -> None:
+        ran.append((word, number))
+        if word == "two":
+            assert number + 10 == count, "an explanation"
+
+    with pytest.raises(pytest.fail.Exception) as caught:
+        check(count=3)
+    text = str(caught.value)
+    assert ran == [(word, number) for word in ("one", "two") for number in range(3)]
+    assert text.startswith("3 of 6 cases failed")
+    for number in range(3):
+        assert f"case two, {number}:\n" in text
+    assert "case one" not in text
+    assert "an explanation" in text
+    assert "assert number + 10 == count" in text
+
+
+@pytest.mark.parametrize("values", [[], [1]], ids=["no case", "a case that skips"])
+def test_a_test_without_a_case_that_runs_fails(values: list[int]) -> None:
+    @for_each(value=values)
+    def check(value: int) -> None:
+        pytest.skip("not here")
+
+    with pytest.raises((AssertionError, pytest.fail.Exception), match=r"no cases|not here"):
+        check()
+
+
+def test_every_case_starts_from_the_same_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+
+    @for_each(number=range(2))
+    def check(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert list(tmp_path.iterdir()) == []
+        (tmp_path / "file").touch()
+        assert not hasattr(torch, "for_each")
+        monkeypatch.setattr(torch, "for_each", number, raising=False)
+        seen.append(float(torch.randn(())))
+
+    check(tmp_path=tmp_path, monkeypatch=monkeypatch)
+    assert seen[0] == seen[1]
+    assert not hasattr(torch, "for_each")
