@@ -12,12 +12,17 @@
 # Versions: torch 2.13.0 (CPU), lycoris-lora 4.1.3; Python 3.11.
 #
 # Seen on 2026-11-30:
-#     (not run yet)
+#     torch 2.13.0+cpu, lycoris-lora 4.1.3
+#     LoRA moves the output: by 37.099 at multiplier 1.0, by 18.549 at multiplier 0.5, by 0.0 at
+#         multiplier 0.0
+#     with dora_wd moves the output: by 15.463 at multiplier 1.0, by 25.09 at multiplier 0.5, by
+#         37.099 at multiplier 0.0
+#     holds
 #
 # Why it matters: turning a DoRA down turns it up. A multiplier of 0 in a schedule, or
 # set_multiplier(0) for a comparison picture, gives a damaged model instead of the base one;
 # restore() gives the base. PEFT does the opposite, it keeps the magnitudes and drops the low-rank
-# part, so one file agrees between the two at strength 1 only.
+# part, so half strength means different things in the two libraries.
 
 set -euo pipefail
 work=$(mktemp -d)

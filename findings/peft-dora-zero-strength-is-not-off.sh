@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Strength 0 does not switch a DoRA off in PEFT and diffusers: about half of its effect can stay.
+# Strength 0 does not switch a DoRA off in PEFT and diffusers: part of its effect stays.
 #
 # Expected: set_adapters(name, 0.0), or a call with scale 0, gives the base model's output, as for
 # any LoRA.

@@ -23,7 +23,7 @@
 #
 # Why it matters: 'train block 0 only' trains the first feed-forward layer of all blocks, with no
 # warning, and a trainer that reports the number of blocks instead of the layers' names hides it.
-# List the full names in target_modules instead.
+# With layers_pattern='transformer_blocks' the choice is the expected one.
 
 set -euo pipefail
 work=$(mktemp -d)

@@ -13,7 +13,12 @@
 # 0.8.0; Python 3.11.
 #
 # Seen on 2026-11-30:
-#     (not run yet)
+#     torch 2.13.0+cpu, peft 0.21.2
+#     alpha_pattern given:    {"up.to_k": 16, "to_k": 4} -> scalings {'down': 2.0, 'up': 8.0}
+#     alpha_pattern on disk:  {"to_k": 4, "up.to_k": 16} -> scalings {'down': 2.0, 'up': 2.0}
+#     an adapter saved with rank_pattern {"up.to_k": 4, "to_k": 3} is refused at load for its
+#         shapes: True
+#     holds
 #
 # Why it matters: exceptions before the rule is the natural way to write such a mapping. The
 # strength of single layers changes between training and use. Full module names as keys keep clear

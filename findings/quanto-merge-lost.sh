@@ -14,7 +14,12 @@
 # 1.15.0, safetensors 0.8.0; Python 3.11.
 #
 # Seen on 2026-11-30:
-#     (not run yet)
+#     torch 2.13.0+cpu, optimum-quanto 0.2.7, peft 0.21.2
+#     WeightQBytesTensor: zeroed, multiplied by 0 and raised by 1 in place; output moved by 0.0
+#     peft.tuners.lora.layer.Linear: the LoRA moves the output by 0.9494; after merge_adapter(),
+#         merged_adapters ['default'], by 0.0
+#     after merge_and_unload(): by 0.0
+#     holds
 #
 # Why it matters: fusing before inference removes the adapter and reports success. A loader must
 # know this kind of tensor by type, and write a newly quantised weight into the module instead of

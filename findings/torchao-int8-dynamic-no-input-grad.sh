@@ -13,7 +13,12 @@
 # safetensors 0.8.0; Python 3.11.
 #
 # Seen on 2026-11-30:
-#     (not run yet)
+#     torch 2.13.0+cpu, torchao 0.18.0, peft 0.21.2
+#     not quantised: gradient norm of lora_B in the first layer 0.0525, in the second 0.0567
+#     Int8WeightOnlyConfig: gradient norm of lora_B in the first layer 0.0524, in the second 0.0567
+#     Int8DynamicActivationInt8WeightConfig: gradient norm of lora_B in the first layer 0.0, in the
+#         second 0.0566
+#     holds
 #
 # Why it matters: the loss falls, since the last adapted layer learns, so the run looks fine. Each
 # adapter is quietly cut off from the loss behind such layers. One must look at the gradients, or
@@ -49,8 +54,9 @@ for config in (None, Int8WeightOnlyConfig(), Int8DynamicActivationInt8WeightConf
     layers = model.base_model.model
     norms = [None if g is None else round(float(g.norm()), 4)
              for g in (layers[i].lora_B["default"].weight.grad for i in (0, 1))]
-    seen[type(config).__name__] = norms
-    print(f"{type(config).__name__}: gradient norm of lora_B in the first layer {norms[0]}, in the second {norms[1]}")
+    label = "not quantised" if config is None else type(config).__name__
+    seen[label] = norms
+    print(f"{label}: gradient norm of lora_B in the first layer {norms[0]}, in the second {norms[1]}")
 cut = seen.pop("Int8DynamicActivationInt8WeightConfig")
 holds = not cut[0] and cut[1] > 0.01 and all(min(norms) > 0.01 for norms in seen.values())
 print("holds" if holds else "CHANGED")

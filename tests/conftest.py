@@ -1,4 +1,4 @@
-"""What every test runs under: one thread, a fixed seed, no traces of the last test."""
+"""The environment of every test: one thread, a fixed seed, no traces of the previous test."""
 
 import importlib
 import sys
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 if TYPE_CHECKING:
-    from torch._dynamo.testing import CompileCounterWithBackend  # Which takes long to load.
+    from torch._dynamo.testing import CompileCounterWithBackend
 
 pytest.register_assert_rewrite("tests.support.compare", "tests.support.effort")
 importlib.import_module("diffadapt")
@@ -27,7 +27,7 @@ def _one_thread() -> None:
 
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
-    # `torch.manual_seed` asks every kind of device, too, which takes longer than many a test.
+    # `torch.manual_seed` also seeds every kind of device, which takes longer than many tests.
     torch.default_generator.manual_seed(0)
 
 
@@ -41,8 +41,8 @@ def _fresh_compiler() -> Iterator[None]:
 
 @pytest.fixture
 def counter() -> "Iterator[CompileCounterWithBackend]":
-    """A backend that counts graphs; compiling one again is an error."""
-    from torch._dynamo.testing import CompileCounterWithBackend  # Which takes long to load.
+    """A backend that counts graphs; a recompile is an error."""
+    from torch._dynamo.testing import CompileCounterWithBackend  # Loading this module takes long.
 
     with torch._dynamo.config.patch(error_on_recompile=True):
         yield CompileCounterWithBackend("aot_eager")
@@ -50,7 +50,7 @@ def counter() -> "Iterator[CompileCounterWithBackend]":
 
 @pytest.fixture
 def peft_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    """diffusers as it behaves where peft is not installed."""
+    """diffusers behaves as if peft were not installed."""
     for name, module in list(sys.modules.items()):
         if name.startswith("diffusers.") and "USE_PEFT_BACKEND" in vars(module):
             monkeypatch.setattr(module, "USE_PEFT_BACKEND", False)

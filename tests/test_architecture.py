@@ -1,4 +1,4 @@
-"""What `import diffadapt` does to the world, and which module may know of which."""
+"""The effects of `import diffadapt`, and which modules may import which."""
 
 import ast
 import inspect
@@ -20,7 +20,7 @@ ADDED = {"load_adapter", "adapters"}
 
 
 def run(script: str) -> str:
-    """Run a script in a fresh interpreter, without caches of this one."""
+    """Run a script in a new interpreter, and return its output."""
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=PACKAGE.parent, capture_output=True, text=True, check=False
     )
@@ -29,7 +29,7 @@ def run(script: str) -> str:
 
 
 @pytest.mark.slow
-def test_import_adds_two_names_to_pipelines_and_touches_nothing_else() -> None:
+def test_the_import_adds_two_names_to_pipelines_and_changes_nothing_else() -> None:
     run(f"""
 import sys, torch
 from diffusers import DiffusionPipeline, ModularPipeline, StableDiffusionPipeline, UNet2DConditionModel
@@ -54,8 +54,8 @@ assert sys.meta_path == finders
 
 
 @pytest.mark.slow
-def test_names_are_there_when_pipelines_are_imported_later_and_peft_is_not_needed() -> None:
-    """Without peft, on a pipeline that is imported after this library, with a per-call scale."""
+def test_pipelines_imported_later_have_the_names_and_need_no_peft() -> None:
+    """Without peft, an adapter works on a pipeline that is imported after this library, also with a call scale."""
     run("""
 import importlib.machinery, sys
 
@@ -74,7 +74,7 @@ for kind in (DiffusionPipeline, ModularPipeline):
     assert callable(kind.load_adapter) and isinstance(kind.adapters, property)
 
 import torch
-from tests.support import files, loras, models, spellings
+from tests.support import loras, models, spellings
 torch.set_num_threads(1)
 pipe = models.sd15()
 base = models.draw(pipe)
@@ -89,7 +89,9 @@ assert not any(name == "peft" or name.startswith("peft.") for name in sys.module
 
 @pytest.mark.parametrize("owner", [DiffusionPipeline, ModularPipeline])
 @pytest.mark.parametrize("name", sorted(ADDED))
-def test_name_that_diffusers_owns_is_left_alone(owner: type, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_that_diffusers_has_itself_is_left_alone(
+    owner: type, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     theirs = property(lambda pipe: "theirs")
     monkeypatch.setattr(owner, name, theirs)
     with pytest.warns(UserWarning, match=name):
@@ -110,7 +112,7 @@ def test_public_names_exist() -> None:
 
 @cache
 def imports_of(file: Path) -> set[str]:
-    """Modules that a file imports anywhere, functions included, by full name."""
+    """Return the full names of the modules that a file imports, also inside functions."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -121,7 +123,7 @@ def imports_of(file: Path) -> set[str]:
 
 
 def sources() -> dict[str, Path]:
-    """Module name -> file, of the whole package; a package itself has the name of its folder."""
+    """Return module name -> file for the whole package; a package has the name of its folder."""
     names = {file: ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts) for file in PACKAGE.rglob("*.py")}
     return {name.removesuffix(".__init__"): file for file, name in names.items()}
 
@@ -140,14 +142,14 @@ def test_imports_point_one_way() -> None:
 
 
 def wing(module: str) -> str:
-    """The row of ARCHITECTURE's table that a module belongs to: its folder, or itself where it is in none."""
+    """Return the row of ARCHITECTURE's table that a module belongs to: its folder, or itself if it is in none."""
     parts = module.split(".")[1:]
     return f"{parts[0]}/" if parts and (PACKAGE / parts[0]).is_dir() else ".".join(parts)
 
 
 @cache
 def table() -> dict[str, set[str]]:
-    """ARCHITECTURE's table of the wings: wing -> the wings that it may import."""
+    """Return ARCHITECTURE's table of the wings: wing -> the wings that it may import."""
     text = (PACKAGE.parent / "ARCHITECTURE.md").read_text().split("## Where a line belongs", 1)[1]
     rows = re.findall(r"^\| `([^`]+)` \|[^|]*\|([^|]*)\|$", text.split("\n## ", 1)[0], re.MULTILINE)
     return {name: set(re.findall(r"`([^`]+)`", allowed)) for name, allowed in rows}
@@ -159,7 +161,7 @@ def test_every_module_has_a_row_in_architecture_and_every_row_has_modules() -> N
 
 
 @pytest.mark.parametrize("name", sorted(table()))
-def test_a_wing_imports_what_its_row_in_architecture_says_and_nothing_else(name: str) -> None:
+def test_a_wing_imports_exactly_the_wings_in_its_row_in_architecture(name: str) -> None:
     used: dict[str, set[str]] = {}
     for module, imported in internal_imports().items():
         if module != "diffadapt" and wing(module) == name:
@@ -175,14 +177,14 @@ def test_wings_import_each_other_in_one_direction() -> None:
     list(TopologicalSorter(table()).static_order())
 
 
-def test_modules_are_short_and_none_has_the_name_of_a_public_function() -> None:
+def test_modules_are_short_and_do_not_have_the_names_of_public_functions() -> None:
     lengths = {name: len(file.read_text().splitlines()) for name, file in sources().items()}
     assert {name: length for name, length in lengths.items() if length > 400} == {}
     functions = {name for name in diffadapt.__all__ if inspect.isfunction(getattr(diffadapt, name))}
     assert {name for name in sources() if name.rpartition(".")[2] in functions} == set()
 
 
-def test_test_folders_are_those_of_the_package_and_no_test_imports_another() -> None:
+def test_tests_have_the_folders_of_the_package_and_do_not_import_each_other() -> None:
     tests = PACKAGE.parent / "tests"
     wings = {name.removesuffix("/") for name in table() if name.endswith("/")}
     folders = {folder.name for folder in tests.iterdir() if (folder / "__init__.py").exists()}
@@ -205,7 +207,7 @@ def test_test_folders_are_those_of_the_package_and_no_test_imports_another() -> 
         ("huggingface_hub", {"files.hub"}),
     ],
 )
-def test_which_modules_know_a_library(library: str, allowed: set[str]) -> None:
+def test_only_these_modules_import_a_library(library: str, allowed: set[str]) -> None:
     importing = {
         name.removeprefix("diffadapt.")
         for name, file in sources().items()
@@ -214,11 +216,11 @@ def test_which_modules_know_a_library(library: str, allowed: set[str]) -> None:
     assert importing <= allowed
 
 
-def test_only_attach_changes_the_class_of_a_module_and_vocabulary_that_of_a_tokenizer() -> None:
+def test_only_class_mixing_changes_the_class_of_an_object() -> None:
     changing = {
         name
         for name, file in sources().items()
         for node in ast.walk(ast.parse(file.read_text()))
         if isinstance(node, ast.Attribute) and node.attr == "__class__" and isinstance(node.ctx, ast.Store)
     }
-    assert changing == {"diffadapt.runtime.attach", "diffadapt.tokens.vocabulary"}
+    assert changing == {"diffadapt.runtime.class_mixing"}

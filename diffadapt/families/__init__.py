@@ -5,6 +5,7 @@ Files are recognised in the order of the entries, so a family comes before any o
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -60,6 +61,12 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 _BY_MODEL = {model: family for family in reversed(FAMILIES) for model in family.models}
+_BY_STEM = {model.partition("Transformer")[0]: family for model, family in _BY_MODEL.items() if "Transformer" in model}
+_VARIANT = re.compile(
+    r"(.+?)(?:(?:Multi)?ControlNet|(?:Control|Edit(?:Plus)?|Fill|Inpaint(?:ing)?|Kontext|VACE|Animate2)Transformer\d)"
+)
+"""Names of ControlNets and of variants of a model, which begin like the name of the model."""
+
 _SIGNS = [(family.name, pattern(family.signs)) for family in FAMILIES if family.signs]
 # The first projection that is fused, the fused one, and all projections in it.
 _FUSED = (
@@ -81,10 +88,11 @@ def of_models(components: Mapping[str, nn.Module]) -> str | None:
         if model is None:
             continue
         class_name = type(model).__name__
-        if class_name == "UNet2DConditionModel":
+        family = _of_class(type(model))
+        if family in (SD, SD2, SDXL):
             return _of_unet(getattr(model, "config", None))
-        if class_name in _BY_MODEL:
-            return _BY_MODEL[class_name].name
+        if family is not None:
+            return family.name
         if "Transformer" in class_name or class_name.startswith("UNet"):
             return re.sub(r"Transformer(\w?D)?(\d?D)?(Model)?$", "", class_name).lower() or None
     return None
@@ -106,8 +114,20 @@ def differ(file: str | None, models: str | None) -> bool:
 
 def aliases(targets: Targets) -> Aliases:
     """Return all names that a model's layers have in files besides those of diffusers; {} for unknown families."""
-    family = _BY_MODEL.get(type(targets.model).__name__)
+    family = _of_class(type(targets.model))
     return {} if family is None else family.names(targets)
+
+
+def left_out(targets: Targets, path: str) -> str | None:
+    """Return what messages call the optional part of a family that the layer at `path` of a file belongs to.
+
+    The result is `None` if there is no such part, or if the model has some layer of it.
+    """
+    family, flat = _of_class(type(targets.model)), path.replace(".", "_")
+    for part, names in family.optional.items() if family is not None else ():
+        if re.search(names, flat):
+            return None if any(re.search(names, f"{own}.".replace(".", "_")) for own in targets.modules) else part
+    return None
 
 
 def fused(targets: Targets) -> Aliases:
@@ -125,7 +145,7 @@ def fused(targets: Targets) -> Aliases:
 
 def layout(targets: Targets) -> Layout:
     """Return the original layout of a model: its layers with other names, and the parts and outputs of each."""
-    family = _BY_MODEL.get(type(targets.model).__name__)
+    family = _of_class(type(targets.model))
     names = {} if family is None else family.original(targets)
     sizes = {path: spec.out_features for path, module in targets.modules.items() if (spec := LayerSpec.of(module))}
     return {
@@ -133,6 +153,15 @@ def layout(targets: Targets) -> Layout:
         for name, parts in names.items()
         if all(part.path in sizes for part in parts)
     }
+
+
+@cache
+def _of_class(model: type[nn.Module]) -> Family | None:
+    """Return the family of a class of models: by its name, or by the name of a class that it derives from."""
+    names = [base.__name__ for base in model.__mro__]
+    known = next((_BY_MODEL[name] for name in names if name in _BY_MODEL), None)
+    variants = (_BY_STEM.get(variant[1]) for name in names if (variant := _VARIANT.match(name)))
+    return known or next(filter(None, variants), None)
 
 
 def _of_unet(config: Any) -> str:

@@ -37,6 +37,9 @@ class Family:
         also: other names of these layers in files, which are read but never written.
         swapped: original names of layers whose halves of outputs diffusers has in the opposite order.
         aliases: returns further names, for what a table cannot express. They take precedence over those of the tables.
+        optional: parts that some models of the family are built without, such as the embedder of the guidance of a
+            distilled model: what messages call the part -> a regular expression for some of its names, in both layouts
+            and with underscores for dots. A file that has more parts than the model suits it all the same.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Family:
     also: Table = field(default_factory=dict[str, str | tuple[str, ...]])
     swapped: frozenset[str] = frozenset()
     aliases: Callable[[Targets], Aliases] | None = None
+    optional: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def original(self, targets: Targets) -> Aliases:
         """Return the names in the original layout of the layers that have another name there."""

@@ -46,6 +46,8 @@ _NUMBERED_PARTS_1: Table = {
     for position, name in enumerate(names)
 }
 
+GUIDANCE = {"a layer of the guidance embedder": r"(?:^|_)guidance_(?:in|embedder)_"}
+
 FLUX = Family(
     "flux",
     ("FluxTransformer2DModel",),
@@ -62,6 +64,7 @@ FLUX = Family(
     },
     also=_NUMBERED_PARTS_1,
     swapped=frozenset({"final_layer.adaLN_modulation.1"}),
+    optional=GUIDANCE,
 )
 
 CHROMA = Family(
@@ -106,4 +109,5 @@ FLUX2 = Family(
         "final_layer.adaLN_modulation.1": "norm_out.linear",
     },
     swapped=frozenset({"final_layer.adaLN_modulation.1"}),
+    optional=GUIDANCE,
 )

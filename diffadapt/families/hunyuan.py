@@ -6,6 +6,7 @@ same layers.
 """
 
 from diffadapt.families.family import Family, Table, block, qkv
+from diffadapt.families.flux import GUIDANCE
 
 _DOUBLE: Table = {
     "img_attn_qkv": qkv("attn.to_"),
@@ -146,6 +147,7 @@ HUNYUAN_VIDEO = Family(
     layers=_VIDEO,
     also=_comfy(_VIDEO),
     swapped=_SWAPPED,
+    optional=GUIDANCE,
 )
 HUNYUAN_VIDEO_15 = Family(
     "hunyuan-video15",
@@ -162,4 +164,5 @@ HUNYUAN_IMAGE = Family(
     layers=_IMAGE,
     also={**_comfy(_IMAGE), **_SPLIT},
     swapped=_SWAPPED,
+    optional=GUIDANCE,
 )

@@ -199,12 +199,16 @@ _MODELS: dict[str, tuple[_Models, ...]] = {
         {"prior": _diffusers("StableCascadeUNet", **config), "text_encoder": _clip(_CLIP_G, projected=True)}
         for config in (_STAGE_C, _STAGE_C_LITE)
     ),
-    "flux": (
+    "flux": tuple(
         {
-            "transformer": _diffusers("FluxTransformer2DModel", guidance_embeds=True),
+            "transformer": _diffusers(
+                "FluxTransformer2DModel", guidance_embeds=True, out_channels=64, in_channels=inputs
+            ),
             "text_encoder": _clip(_CLIP_L),
             "text_encoder_2": _t5,
-        },
+        }
+        # The second is FLUX.1 Fill.
+        for inputs in (64, 384)
     ),
     "chroma": ({"transformer": _diffusers("ChromaTransformer2DModel"), "text_encoder": _t5},),
     "flux2": ({"transformer": _diffusers("Flux2Transformer2DModel")},),
@@ -277,7 +281,8 @@ def published(family: str) -> Iterator[dict[str, nn.Module]]:
     """
     if family not in _MODELS:
         raise AdapterError(
-            f"the layers of {family} models are not known here; load the file into a pipeline and save it from there"
+            f"the layers of {family} models are not known here, those of {', '.join(sorted(_MODELS))} are; "
+            "load the file into a pipeline and save it from there"
         )
     for models in _MODELS[family]:
         built: dict[Callable[[], nn.Module], nn.Module] = {}

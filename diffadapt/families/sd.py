@@ -33,5 +33,9 @@ def _controlnet(targets: Targets) -> Aliases:
     return {**_aliases(targets), **{name: (FusedPart(path),) for path, name in own.items() if path in targets.modules}}
 
 
-CONTROLNET = Family("controlnet", ("ControlNetModel",), aliases=_controlnet)
-SD, SD2, SDXL = (Family(name, ("UNet2DConditionModel",), aliases=_aliases) for name in ("sd", "sd2", "sdxl"))
+CONTROLNET = Family("controlnet", ("ControlNetModel", "ControlNetUnionModel"), aliases=_controlnet)
+SD, SD2, SDXL = (
+    # AnimateDiff's UNet has motion modules between the layers of an ordinary one.
+    Family(name, ("UNet2DConditionModel", "UNetMotionModel"), aliases=_aliases)
+    for name in ("sd", "sd2", "sdxl")
+)

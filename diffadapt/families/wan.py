@@ -67,4 +67,18 @@ WAN = Family(
         "face_encoder.conv2.conv": "face_encoder.conv2",
         "face_encoder.conv3.conv": "face_encoder.conv3",
     },
+    # Names that old versions of ai-toolkit put together from both layouts.
+    also={
+        f"{blocks}.{{}}.{theirs}.to_{letter}": f"{blocks}.{{}}.{ours}.to_{letter}"
+        for blocks in ("blocks", "vace_blocks")
+        for theirs, ours in (("self_attn", "attn1"), ("cross_attn", "attn2"))
+        for letter in ("q", "k", "v", "out.0")
+    },
+    # The image-to-video models of Wan 2.1 attend to an encoded image; those of Wan 2.2 and all others do not.
+    optional={
+        "a layer of the image branch": (
+            r"_cross_attn_(?:norm_)?[kv]_img(?:_|$)|(?:^|_)img_emb_proj_|_add_[kv]_proj(?:_|$)|_norm_added_k(?:_|$)"
+            r"|(?:^|_)image_embedder_"
+        )
+    },
 )

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from torch import Tensor
@@ -29,6 +29,8 @@ class Checkpoint:
         header: the keys, shapes and metadata.
         headers_only: whether the values of the tensors were left unread.
         mapped: whether the tensors are pages of a memory-mapped file, whose content may change on disk.
+        parts: component -> what a folder has for it in a subfolder of its own, as PEFT's adapters of several components
+            do; empty for a single file. `tensors` and `header` are then those of all parts.
     """
 
     origin: str
@@ -37,6 +39,7 @@ class Checkpoint:
     header: Header
     headers_only: bool = False
     mapped: bool = False
+    parts: Mapping[str, "Checkpoint"] = field(default_factory=dict[str, "Checkpoint"])
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from diffadapt.errors import AdapterError
-from diffadapt.files.file_names import choose_name, refuse_outside_name
+from diffadapt.files.file_names import PEFT_FILE, choose_name, refuse_outside_name
 from diffadapt.formats.metadata import MAX_JSON, parse_json
+from diffadapt.formats.prefixes import COMPONENT
 
 
 def read_config(path: Path) -> Mapping[str, Any] | None:
@@ -27,6 +28,27 @@ def read_config(path: Path) -> Mapping[str, Any] | None:
     if not isinstance(config, dict):
         raise AdapterError(f"{path}: holds a {type(config).__name__}, expected an object")
     return config  # type: ignore[return-value]
+
+
+def parts_in_folder(folder: Path) -> dict[str, Path]:
+    """Return the PEFT folders in a folder by the pipeline component that each is named after.
+
+    The result is empty if the folder has a weight file itself, or no PEFT folders.
+
+    Raises:
+        AdapterError: the folder does not exist, or it has PEFT folders that are named after no component.
+    """
+    if not folder.is_dir():
+        raise AdapterError(f"{folder}: no such folder")
+    inside = sorted(folder.iterdir())
+    if any(path.suffix == ".safetensors" for path in inside):
+        return {}
+    names = [path.name for path in inside if (path / PEFT_FILE).is_file()]
+    if not all(map(COMPONENT.fullmatch, names)):
+        raise AdapterError(
+            f"{folder}: has adapters in the folders {', '.join(names)}; pass subfolder= with one of them"
+        )
+    return {name: path_inside(folder, name) for name in names}
 
 
 def file_in_folder(folder: Path, weight_name: str | None) -> Path:

@@ -1,5 +1,6 @@
 """Files of hub repositories, downloaded or in the hub's cache. The only module that uses the network."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from diffadapt.errors import AdapterError
 from diffadapt.files.checkpoint import Location
-from diffadapt.files.file_names import PEFT_CONFIG, USUAL_FILES, choose_name, refuse_outside_name
+from diffadapt.files.file_names import PEFT_CONFIG, PEFT_FILE, USUAL_FILES, choose_name, refuse_outside_name
 
 
 def cached_folder(repo: str) -> Path | None:
@@ -73,6 +74,10 @@ def _download(repo: str, location: Location) -> Path:
         found = sorted(file for file in inside if file.endswith(".safetensors") and "/" not in file)
         name = choose_name(found, None, repo, found.__contains__)
         if PEFT_CONFIG in inside:
+            hf_hub_download(repo, folder + PEFT_CONFIG, **fetch)
+    elif name == PEFT_FILE:
+        # The alphas are in the config.
+        with suppress(hub_errors.EntryNotFoundError):
             hf_hub_download(repo, folder + PEFT_CONFIG, **fetch)
     return Path(hf_hub_download(repo, folder + name, **fetch))
 

@@ -4,9 +4,10 @@ import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffadapt.errors import AdapterError
 from diffadapt.files.state_dict import read_state_dict
@@ -18,7 +19,8 @@ def read_pickle(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     The file is unpickled with `weights_only=True`, which allows tensors and containers only.
 
     Args:
-        path: the file, with the state dict itself or with a dict that has it under "state_dict".
+        path: the file, with the state dict itself, with a dict that has it under "state_dict", or with a textual
+            inversion as A1111 and the original code write it. The token of such a file is its name without the suffix.
 
     Returns:
         Tensors on the CPU by key.
@@ -29,7 +31,9 @@ def read_pickle(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """
     try:
         _refuse_bomb(Path(path))
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        # The original code of textual inversion keeps its vectors in a `ParameterDict`.
+        with torch.serialization.safe_globals([nn.ParameterDict]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except AdapterError:
         raise
     except Exception as error:
@@ -37,7 +41,22 @@ def read_pickle(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     content = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(content, Mapping):
         raise AdapterError(f"{os.fspath(path)}: holds a {type(content).__name__}, expected a state dict")
+    vectors = content.get("string_to_param")
+    if isinstance(vectors, (Mapping, nn.ParameterDict)):
+        content = _named_vectors(vectors, Path(path).stem)
     return dict(read_state_dict(content, headers_only=False).tensors)
+
+
+def _named_vectors(vectors: Any, name: str) -> dict[Any, Any]:
+    """Return learned vectors under keys that contain their tokens, as LyCORIS spells them.
+
+    Args:
+        vectors: the vectors by placeholder; `*` stands for the name of the file.
+        name: the name of the file without its suffix.
+    """
+    tokens = {key: name if key == "*" else key for key in vectors}
+    found = {f"bundle_emb.{token}.string_to_param.*": vectors[key] for key, token in tokens.items()}
+    return {key: own.detach() if isinstance(own, Tensor) else own for key, own in found.items()}
 
 
 def _refuse_bomb(file: Path) -> None:

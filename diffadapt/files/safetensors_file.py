@@ -165,7 +165,9 @@ def _read_header(file: Path) -> bytes:
         size, rest = int.from_bytes(start, "little"), os.fstat(opened.fileno()).st_size - 8
         if len(start) < 8 or size > rest:
             cut = f"cut off: its header should have {size} bytes, and {max(rest, 0)} follow; download it again"
-            what = next((what for begin, what in _BEGINNINGS.items() if start.startswith(begin)), cut)
+            # The length of a header has zeros in its upper bytes, which text has not.
+            other = "text, or something else; pass the .safetensors file" if start and 0 not in start else cut
+            what = next((what for begin, what in _BEGINNINGS.items() if start.startswith(begin)), other)
             raise AdapterError(f"{file}: no safetensors file but {what}")
         if size > _MAX_HEADER_BYTES:
             raise AdapterError(f"{file}: a header of {size} bytes, expected at most {_MAX_HEADER_BYTES} in an adapter")

@@ -39,6 +39,7 @@ def write(path: str | os.PathLike[str], documents: Mapping[str, Document]) -> Pa
             content = {key: tensor.detach().to("cpu").contiguous() for key, tensor in document.tensors.items()}
             ready.append((_temporary(target), target))
             save_file(content, ready[-1][0], metadata=dict(document.metadata))
+            _sort_metadata(ready[-1][0])
             if document.config is not None:
                 ready.append((_temporary(target.parent / PEFT_CONFIG), target.parent / PEFT_CONFIG))
                 ready[-1][0].write_text(json.dumps(document.config, indent=2, sort_keys=True))
@@ -66,6 +67,24 @@ def _target(path: str | os.PathLike[str], folder: str, document: Document) -> Pa
             raise AdapterError(f"{target}: adapters are written as .safetensors, not {target.suffix}")
         target = target / DIFFUSERS_FILE
     return target
+
+
+def _sort_metadata(file: Path) -> None:
+    """Sort the metadata in the header of a safetensors file, which safetensors writes in random order.
+
+    So the same adapter is the same file, byte for byte.
+    """
+    with file.open("r+b") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+        if "__metadata__" not in header:
+            return
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        # The offsets of the tensors start after the header, so its length has to stay; it is padded with spaces.
+        assert len(text) <= size, f"{file}: a sorted header of {len(text)} bytes for {size}"
+        opened.seek(8)
+        opened.write(text.ljust(size))
 
 
 def _temporary(target: Path) -> Path:

@@ -18,8 +18,10 @@ from diffadapt.formats.peft import PEFT
 from diffadapt.formats.xlabs import XLABS
 
 _TIERS: tuple[tuple[Format, ...], ...] = (
+    # Its names may have the prefix of another format.
+    (XLABS,),
     # Formats with names that no other program writes.
-    (PEFT, KOHYA, COMFY, CLONEOFSIMO, XLABS, BFL_CONTROL, CONTROL_LORA, FACEID, CONTROLNET_LLLITE),
+    (PEFT, KOHYA, COMFY, CLONEOFSIMO, BFL_CONTROL, CONTROL_LORA, FACEID, CONTROLNET_LLLITE),
     # The LoRA of FaceID is inside an IP-Adapter file.
     (IP_ADAPTER,),
     (DIFFUSERS,),

@@ -18,6 +18,12 @@ from diffadapt.runtime.targets import Targets
 from diffadapt.types.layer_spec import LayerSpec
 
 _KEY = re.compile(r"(\w+):(\d{1,6}):(up|down)")
+# The classes of attention in old versions of diffusers and transformers -> the one that newer versions have.
+_RENAMED = {
+    "CrossAttention": "Attention",
+    "CLIPSdpaAttention": "CLIPAttention",
+    "CLIPFlashAttention2": "CLIPAttention",
+}
 _CLASSES = {"unet": ("CrossAttention", "Attention", "GEGLU"), "text_encoder": ("CLIPAttention",)}
 _STAGE = re.compile(r"(.*)\.(attn1|ff|attn2)(?:\.|$)")
 _UNLIKE = "the layers of this model are not those that the file was made for; it identifies them by number only"
@@ -49,13 +55,13 @@ def _locate(header: Header, names: Names) -> dict[str, Verdict]:
 
 
 def _classes(header: Header, component: str) -> set[str]:
-    """Return the names of the classes whose inner layers count. Attention has another class name today."""
+    """Return the names of the classes whose inner layers count, with those that they have today."""
     text = header.metadata.get(component)
     found = _CLASSES.get(component, ()) if text is None else parse_json(text, f"the header's {component}")
     if not isinstance(found, (list, tuple)) or not all(isinstance(name, str) for name in found):
         raise AdapterError(f"the header's {component} is {text!r}, expected a list of class names")
     classes = {str(name) for name in found}
-    return classes | {"Attention"} if "CrossAttention" in classes else classes
+    return classes | {_RENAMED[name] for name in classes & _RENAMED.keys()}
 
 
 def _paths(

@@ -26,15 +26,8 @@ class Header:
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
 
 
-Alphas: TypeAlias = Callable[[str, str, int], float | None]
-"""`(component, path as written, rank) -> alpha` according to a file's metadata; `None` if it does not say."""
-
 Settings: TypeAlias = Callable[[str, str, str], Mapping[str, float]]
 """`(component, path as written, name of the adapter type) -> settings of the type` according to a file's metadata."""
-
-
-def _no_alphas(header: Header) -> Alphas:
-    return lambda component, path, rank: None
 
 
 def _no_settings(header: Header) -> Settings:
@@ -51,8 +44,8 @@ class Format:
         locate: returns a verdict for every key.
         dump: returns what to write for an adapter, by subfolder; `None` if the format is read-only. Raises
             `AdapterError` for content that the format cannot express.
-        alphas: returns the alphas that the metadata contains; an alpha tensor in the file takes precedence.
-        settings: returns the other settings of adapter types that the metadata contains.
+        settings: returns the settings of adapter types that the metadata contains, besides alphas, which all formats
+            have in common (`header_alpha.py`).
         original: whether files of a family in this format use the original layout of its models.
     """
 
@@ -60,6 +53,5 @@ class Format:
     matches: Callable[[Header], bool]
     locate: Callable[[Header, Names], dict[str, Verdict]]
     dump: Callable[[AdapterState], dict[str, Document]] | None = None
-    alphas: Callable[[Header], Alphas] = _no_alphas
     settings: Callable[[Header], Settings] = _no_settings
     original: Callable[[str | None], bool] = lambda family: False

@@ -45,7 +45,6 @@ def _settings(header: Header) -> Settings:
     return lambda component, path, type: ALWAYS_LIMITED if limited and type == "oft" else {}
 
 
-# No alphas from the metadata: ss_network_alpha is a single number, but layers may have different alphas, as tensors.
 KOHYA = Format("kohya", _matches, _locate, dump_kohya, settings=_settings, original=is_original)
 ONETRAINER = Format("onetrainer", lambda header: False, _locate, dump_onetrainer)
 """A format for writing only; its files are read as `KOHYA`."""

@@ -4,6 +4,7 @@ The formats differ in the names of layers: flattened or dotted, from the model's
 """
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -13,11 +14,14 @@ from torch import Tensor
 from diffadapt.errors import AdapterError
 from diffadapt.formats.document import AdapterState, Document
 from diffadapt.formats.embeddings import bundle
+from diffadapt.formats.header_alpha import kept
 from diffadapt.formats.original import in_original_layout
 from diffadapt.formats.prefixes import LTX2_PROJECTION
+from diffadapt.formats.second_denoiser import as_first
 from diffadapt.runtime.components import is_text_encoder, text_encoder_number
 from diffadapt.types import named
 from diffadapt.types.layer_state import LayerState
+from diffadapt.types.oft import of_other_program
 
 _SPELLINGS = {
     "lora_down": "lora_down.weight",
@@ -33,6 +37,13 @@ _SPELLINGS = {
     "oft_R": "oft_R.weight",
 }
 _NORM_SPELLINGS = {"diff": "w_norm", "diff_b": "b_norm"}
+_SCALES = re.compile(r"\.norm\.(?:query|key)_norm$|\.distilled_guidance_layer\.norms\.\d+$")
+"""Norms of the original layouts of Flux.1, Flux.2 and Chroma, whose only parameter is `scale`. In ComfyUI, those of
+HunyuanVideo (`_NORMS_OF_HUNYUAN`) have this layout, too.
+
+ComfyUI looks up a change by the name of a parameter, without `.weight` at its end.
+"""
+_NORMS_OF_HUNYUAN = re.compile(r"((?:double|single)_blocks\.\d+(?:\.(?:img|txt)_attn)?)[._]([qk])_norm")
 _POINTWISE = frozenset({"lora_up", "dora_scale", "initial_norm", "glora_a1", "glora_a2", "glora_b1"})
 _PEFT_ONLY = frozenset({"boft_R", "ia3_l"})
 _TRANSPOSED_NAMES = {"lora_down": "lora_up", "lora_up": "lora_down"}
@@ -131,6 +142,9 @@ def dump_comfy(state: AdapterState) -> dict[str, Document]:
     text_encoders = _COMFY_TEXT_ENCODERS.get(state.family or "", {})
 
     def name(component: str, path: str) -> str:
+        norm = _NORMS_OF_HUNYUAN.fullmatch(path)
+        if norm is not None:
+            path = f"{norm[1]}.norm.{'query' if norm[2] == 'q' else 'key'}_norm"
         if not is_text_encoder(component):
             if component not in _IN_CHECKPOINT:
                 raise AdapterError(f"{component}: a ComfyUI file holds one denoiser; save its adapters one by one")
@@ -139,7 +153,7 @@ def dump_comfy(state: AdapterState) -> dict[str, Document]:
             raise AdapterError(f"{component}: its name in ComfyUI is not known for {state.family} models")
         return f"text_encoders.{text_encoders[component]}.transformer.{path}"
 
-    return _document(state, name, True, biases=True)
+    return _document(state, name, True, for_comfy=True)
 
 
 def _document(
@@ -147,7 +161,7 @@ def _document(
     name: Callable[[str, str], str],
     as_original: bool,
     *,
-    biases: bool = False,
+    for_comfy: bool = False,
     limited: bool = False,
 ) -> dict[str, Document]:
     """Return an adapter as one file.
@@ -156,9 +170,11 @@ def _document(
         state: the adapter.
         name: `(component, dotted path) -> name of the layer in the file`.
         as_original: whether to write the layers of the original layout.
-        biases: whether to write a LoRA's bias as a change of the layer's bias, the only form that ComfyUI reads.
+        for_comfy: whether to write what only ComfyUI needs: the bias of a LoRA as a change of the layer's bias, and the
+            names of parameters that are not weights.
         limited: whether the adapter is sd-scripts' own OFT.
     """
+    state = as_first(state)
     tensors = bundle(state)
     modules: dict[str, str] = {}
     for component, layers in state.layers.items():
@@ -171,8 +187,13 @@ def _document(
             if module in modules:
                 raise AdapterError(f"{where}: {modules[module]} has its name in this format; use format='diffusers'")
             modules[module] = where
+            is_scale = for_comfy and _SCALES.search(module) is not None
+            if is_scale:
+                module = f"{module}.scale"
             for spelling, tensor in _spelled(where, layer):
-                if biases and spelling == _SPELLINGS["lora_bias"]:
+                if is_scale and spelling == _NORM_SPELLINGS["diff"]:
+                    spelling = "diff"
+                if for_comfy and spelling == _SPELLINGS["lora_bias"]:
                     spelling, tensor = "diff_b", tensor * layer.scale
                 if limited and as_original and spelling == "oft_blocks":
                     # For Flux, sd-scripts numbers the blocks of every layer, even of one that is not fused.
@@ -189,10 +210,9 @@ def _document(
     metadata = {
         "ss_network_module": "networks.lora" if {layer.type for layer in every} <= {"lora"} else "lycoris.kohya",
         "ss_network_dim": str(max(rank or 0 for rank in ranks)) if len(ranks) == 1 else "Dynamic",
-        **state.metadata,
+        **kept(state.metadata),
         "format": "pt",
     }
-    metadata.pop("lora_adapter_metadata", None)
     return {"": Document(tensors, metadata)}
 
 
@@ -227,7 +247,7 @@ def _spelled(where: str, layer: LayerState) -> Iterator[tuple[str, Tensor]]:
     ones = (1,) * layer.kernel_dims
     if layer.settings.get("scaled_oft"):
         yield "oft_R.scaled_oft", torch.tensor(True)
-    for name, tensor in layer.tensors.items():
+    for name, tensor in of_other_program(layer.tensors, layer.kernel).items():
         if layer.is_embedding and name in _TRANSPOSED_NAMES:
             # Tools that read these apply them to the weight as it is stored, with its outputs last.
             name, tensor = _TRANSPOSED_NAMES[name], tensor.mT

@@ -2,13 +2,14 @@
 
 import difflib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from typing import TypeAlias
 
 from diffadapt import families
 from diffadapt.families.family import Aliases
 from diffadapt.families.fused_parts import FusedPart
+from diffadapt.formats.second_denoiser import SECOND
 from diffadapt.formats.verdicts import Place, Unused, Verdict
 from diffadapt.runtime.components import is_text_encoder
 from diffadapt.runtime.targets import Targets
@@ -36,10 +37,20 @@ class Names:
 
     Attributes:
         models: component -> paths of its model. `None` to resolve nothing and to accept every name as it is.
+        empty: components that the pipeline has room for, but that are not loaded (`None`).
     """
 
-    def __init__(self, models: Mapping[str, Targets] | None) -> None:
+    def __init__(
+        self, models: Mapping[str, Targets] | None, empty: Collection[str] = (), *, is_for_second: bool = False
+    ) -> None:
+        """
+        Args:
+            models, empty: see the attributes.
+            is_for_second: whether a name without a component means the second denoiser, if there is one.
+        """
+        self._is_for_second = is_for_second
         self.models = models
+        self.empty = empty
         self._aliases_by_component: dict[str, tuple[Aliases, Mapping[str, str]]] = {}
         self._paths_by_component: dict[str, tuple[Mapping[str, str], Mapping[str, str]]] = {}
         self._suggestions_left = 3
@@ -51,6 +62,8 @@ class Names:
     @cached_property
     def denoiser(self) -> str:
         """The component that a name without a component means."""
+        if self._is_for_second and self.has(SECOND):
+            return SECOND
         # Callers may ask for only the second of two denoisers ("transformer_2").
         names = (*families.DENOISERS, *(name for name in self.models or () if name.startswith(families.DENOISERS)))
         if self.models is not None and len(self.models) == 1 and "model" in self.models:
@@ -63,9 +76,8 @@ class Names:
         Args:
             path: the layer's path in the checkpoint, dotted or flattened.
         """
-        if not path.startswith(tuple(_OWN_MODELS)):
-            return (self.denoiser,)
-        own = [component for module, component in _OWN_MODELS.items() if path.startswith((f"{module}.", f"{module}_"))]
+        flat = path.replace(".", "_")
+        own = [component for module, component in _OWN_MODELS.items() if flat.startswith(f"{module}_")]
         return (*own, self.denoiser)
 
     def dotted(self, component: str, path: str, name: str) -> Verdict:
@@ -112,7 +124,8 @@ class Names:
             found = resolve(component, path)
             if found is not None:
                 return Place(component, found[0], name, path, found[1])
-        return self._missing(present[0] if present else components[0], path)
+        missed = next((component for component in components if component in self.empty), None)
+        return self._missing(missed or (present or components)[0], path)
 
     def _resolve(self, component: str, path: str) -> _Resolved | None:
         """Return the layer with a dotted name, which may be the model's own or that of its original layout."""
@@ -122,7 +135,11 @@ class Names:
         # Wan has a norm without weight under a name that its original layout uses for another norm.
         if found is not None and targets.has_weight(found):
             return found, ()
-        return self._by_alias(component, path) or self._fallback(component, path, found, is_flat=False)
+        other = self._by_alias(component, path) or self._fallback(component, path, found, is_flat=False)
+        if other is not None:
+            return other
+        # Some programs write dots for all underscores ("cross_attn.k.img"), or leave some underscores of a flat name.
+        return self._resolve_flat(component, path.replace(".", "_"))
 
     def _resolve_flat(self, component: str, flat: str) -> _Resolved | None:
         """Return the layer with a flattened name, as `_resolve` does."""
@@ -167,7 +184,7 @@ class Names:
                 for index, part in enumerate(parts)
             }
             aliases = {**numbered, **layers}
-            self._aliases_by_component[component] = aliases, {name.replace(".", "_"): name for name in aliases}
+            self._aliases_by_component[component] = aliases, _by_flat(aliases)
         return self._aliases_by_component[component]
 
     def _inner_paths(self, component: str) -> tuple[Mapping[str, str], Mapping[str, str]]:
@@ -178,13 +195,27 @@ class Names:
             for path in self.models[component].modules:
                 paths.setdefault(_inner_path(path), []).append(path)
             unique = {inner: found[0] for inner, found in paths.items() if len(found) == 1}
-            self._paths_by_component[component] = unique, {k.replace(".", "_"): path for k, path in unique.items()}
+            flattened = {flat: unique[inner] for flat, inner in _by_flat(unique).items()}
+            self._paths_by_component[component] = unique, flattened
         return self._paths_by_component[component]
+
+    def _is_second_denoiser(self, component: str) -> bool:
+        """Return whether the component is a further denoiser of a pipeline that has the first one.
+
+        A file for two experts (Wan 2.2) is for another model if the pipeline runs a single one (Wan 2.1).
+        """
+        stem = component.rstrip("_0123456789")
+        return stem in families.DENOISERS and component != stem and stem in (self.models or ())
 
     def _missing(self, component: str, path: str) -> Unused:
         assert self.models is not None
+        if component in self.empty and not self._is_second_denoiser(component):
+            return Unused(f"the pipeline has no {component} loaded (it is None)", component, harmless=True, lost=True)
         if component not in self.models:
             return Unused(f"there is no component {component!r} (only {', '.join(self.models)})", component)
+        part = families.left_out(self.models[component], path)
+        if part is not None:
+            return Unused(f"{part}, which this {component} is built without", component, harmless=True, lost=True)
         reason = f"{component} has no layer {path!r}"
         if self._suggestions_left:
             # Each suggestion compares with every path of the model: fine for a typo, too slow for a wrong base model.
@@ -196,6 +227,17 @@ class Names:
             if close:
                 reason += f"; did you mean {close[0]!r}?"
         return Unused(reason, component)
+
+
+def _by_flat(layers: Mapping[str, object]) -> dict[str, str]:
+    """Return the names of `layers` by their flattened forms, without those that different layers share."""
+    found: dict[str, str] = {}
+    ambiguous: set[str] = set()
+    for name, layer in layers.items():
+        flat = name.replace(".", "_")
+        if layers[found.setdefault(flat, name)] != layer:
+            ambiguous.add(flat)
+    return {flat: name for flat, name in found.items() if flat not in ambiguous}
 
 
 def _inner_path(path: str) -> str:

@@ -5,20 +5,23 @@ Files without the config also occur; they have a scale of 1 unless they contain 
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from diffadapt.errors import AdapterError
 from diffadapt.formats import embeddings, peft_config, peft_dump, prefixes, suffixes
 from diffadapt.formats.document import AdapterState, Document
-from diffadapt.formats.format import Alphas, Format, Header, Settings
+from diffadapt.formats.format import Format, Header, Settings
 from diffadapt.formats.names import Names
-from diffadapt.formats.verdicts import Place, Unused, Verdict
+from diffadapt.formats.second_denoiser import as_first, entry
+from diffadapt.formats.verdicts import OwnWeight, Place, Unused, Verdict
 from diffadapt.types.ia3 import FEEDFORWARD
 from diffadapt.types.layer_spec import LayerSpec
 
 _WHOLE = {"weight": "set_weight", "bias": "set_bias"}
 _COPY = re.compile(r"\.(?:modules_to_save|base_layer)$")
 _ORIGINAL = ".original_module"
+_OWN_WEIGHT = ".base_layer.weight"
 _TYPES = ("LORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3")
 
 
@@ -41,6 +44,10 @@ def _locate(header: Header, names: Names) -> dict[str, Verdict]:
                 verdicts[key] = Unused("a second copy of this layer; the trained one is used", harmless=True)
             else:
                 verdicts[key] = prefixes.place(layer, _WHOLE[last], names)
+        elif isinstance(verdict, Unused) and key.endswith(_OWN_WEIGHT):
+            layer = prefixes.place(key.removesuffix(_OWN_WEIGHT), "alpha", names)
+            if isinstance(layer, Place) and not layer.parts:
+                verdicts[key] = OwnWeight(layer.component, layer.path)
         elif isinstance(verdict, Place):
             if verdict.name == "ia3_l" and peft_config.is_feedforward(config, verdict.written):
                 verdict = verdict._replace(name=FEEDFORWARD)
@@ -76,11 +83,6 @@ def _unless_ambiguous(names: Names, verdict: Verdict) -> Verdict:
     return Unused("PEFT has another, unintended formula for a LoKr with whole factors on a Conv1d; merge it with PEFT")
 
 
-def _alphas(header: Header) -> Alphas:
-    config = header.config or {}
-    return lambda component, path, rank: peft_config.alpha(config, path, rank)
-
-
 def _settings(header: Header) -> Settings:
     config = header.config
     return lambda component, path, type: {} if config is None else peft_config.settings(config, path, type)
@@ -88,9 +90,12 @@ def _settings(header: Header) -> Settings:
 
 def _dump(state: AdapterState) -> dict[str, Document]:
     embeddings.refuse_embeddings(state, "peft")
+    state = as_first(state)
     documents = {component: peft_dump.document(layers) for component, layers in state.layers.items()}
+    for component, document in documents.items():
+        documents[component] = replace(document, metadata={**document.metadata, **entry(state.metadata)})
     # PEFT knows models, not pipelines, so every component gets a folder.
     return documents if len(documents) > 1 else {"": next(iter(documents.values()))}
 
 
-PEFT = Format("peft", _matches, _locate, _dump, _alphas, _settings)
+PEFT = Format("peft", _matches, _locate, _dump, _settings)

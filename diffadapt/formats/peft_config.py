@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -18,24 +18,46 @@ _REPEATED = re.compile(r"(?<![\\(])[*+?]|\{")
 _GROUP_REPEATED = re.compile(r"(?<!\\)\)[*+{]")
 
 
-def alpha(config: Mapping[str, Any], path: str, rank: int) -> float | None:
+def alpha(config: Mapping[str, Any], paths: Sequence[str], rank: int) -> float | None:
     """Return the alpha of a layer, such that `alpha / rank` is PEFT's scaling; `None` if the config has no alpha.
 
     Args:
         config: the options of PEFT's config.
-        path: the layer's path, as patterns in the config refer to it.
-        rank: the layer's rank.
+        paths: the layer's paths that patterns in the config may refer to, the likeliest first.
+        rank: the rank according to the layer's tensors.
 
     Raises:
         AdapterError: an option is not of the expected kind.
     """
-    value = _pattern_value(config, "alpha_pattern", path)
+    value = _value(config, "alpha_pattern", paths)
     if value is None:
         value = config.get("lora_alpha", config.get("alpha"))
     if value is None:
         return None
-    value = finite_number(value, "alpha")
-    return value * math.sqrt(rank) if flag(config.get("use_rslora"), "use_rslora") else value
+    value, divisor = finite_number(value, "alpha"), _divisor(config, paths, rank)
+    if flag(config.get("use_rslora"), "use_rslora"):
+        value *= math.sqrt(divisor)
+    return value if divisor == rank else value * rank / divisor
+
+
+def _divisor(config: Mapping[str, Any], paths: Sequence[str], rank: int) -> int:
+    """Return the rank that PEFT divides the alpha of a layer by: that of the config.
+
+    It differs from the rank of the tensors if the layer has fewer inputs or outputs and the factors were initialised
+    from its weight, and in files that have several layers joined to one. If a pattern has the rank of the tensors, it
+    is the one for this layer, though it may use other names.
+    """
+    found = _value(config, "rank_pattern", paths)
+    if found is None:
+        ranks = config.get("rank_pattern") or {}
+        found = rank if rank in ranks.values() else config.get("r") or rank
+    return whole_number(found, "r", _MOST_RANK)
+
+
+def _value(config: Mapping[str, Any], option: str, paths: Sequence[str]) -> Any:
+    """Return the value in `config[option]` for the first of a layer's paths that a pattern there matches, or `None`."""
+    found = (_pattern_value(config, option, path) for path in paths)
+    return next((value for value in found if value is not None), None)
 
 
 def dump(layers: Mapping[str, LayerState]) -> dict[str, Any]:

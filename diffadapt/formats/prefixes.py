@@ -19,6 +19,7 @@ from diffadapt.runtime.components import is_text_encoder
 
 FLAT = re.compile(r"(lora_(?:unet|transformer|te\d?|prior_unet|prior_te)|oft_(?:unet|te\d?)|lycoris)_")
 COMFY = re.compile(r"diffusion_model\.|text_encoders\.")
+COMPONENT = re.compile(r"unet|transformer(_\d|_ref)?|text_encoder(_\d)?|prior|decoder|connectors|text_conditioner")
 PEFT = "base_model.model."
 LTX2_PROJECTION = "text_embedding_projection."
 """Prefix of the layers of LTX-2's connectors that its checkpoint has outside `diffusion_model.`."""
@@ -27,7 +28,6 @@ _DENOISER = "diffusion_model."
 _EXPERT = re.compile(r"transformer_(\d)\.")
 _TEXT_ENCODER = re.compile(r"(?:text_encoders\.(?:(?!transformer\.)(\w+)\.)?|(clip_[lgh]|t5xxl)\.)(?:transformer\.)?")
 _NUMBERED_TEXT = re.compile(r"te(\d?)\.")
-_COMPONENT = re.compile(r"unet|transformer(_\d|_ref)?|text_encoder(_\d)?|prior|decoder|connectors|text_conditioner")
 _TEXT_ENCODERS = {
     "": ("text_encoder",),
     "1": ("text_encoder",),
@@ -78,8 +78,8 @@ def place(path: str, name: str, names: Names) -> Verdict:
 def _place_as_written(path: str, name: str, names: Names) -> Verdict:
     """Return the verdict on a tensor without removing wrapper prefixes."""
     flat = FLAT.match(path)
-    if flat and "." not in path:
-        rest = path[flat.end() :]
+    if flat:
+        rest = path[flat.end() :].replace(".", "_")
         return _excuse_projection(names.flat(_components(flat[1], rest, names), rest, name), rest, names)
     text = _TEXT_ENCODER.match(path)
     if text:
@@ -90,7 +90,7 @@ def _place_as_written(path: str, name: str, names: Names) -> Verdict:
     if path.startswith(LTX2_PROJECTION):
         return names.first(names.owners(path), path, name)
     component, _, rest = path.partition(".")
-    if rest and (_COMPONENT.fullmatch(component) or (names.models is not None and component in names.models)):
+    if rest and (COMPONENT.fullmatch(component) or (names.models is not None and component in names.models)):
         # If a pipeline has two transformers, only the second one has a number.
         verdict = names.dotted("transformer" if component == "transformer_1" else component, rest, name)
         return _excuse_projection(verdict, rest, names) if is_text_encoder(component) else verdict
@@ -146,7 +146,7 @@ def _unwrapped(path: str) -> str:
     if _COMPILED in path:
         return path.replace(_COMPILED, "")
     flat = FLAT.match(path)
-    if flat and "." not in path:
+    if flat:
         wrapper = _FLAT_WRAPPER.match(path, flat.end())
         return path if wrapper is None else path[: flat.end()] + path[wrapper.end() :]
     if path.startswith(_TRUNCATED):

@@ -7,7 +7,10 @@ OneTrainer 23df383, ComfyUI `comfy/weight_adapter/`.
 import re
 from collections.abc import Callable, Collection
 
+from diffadapt.formats import prefixes
 from diffadapt.formats.embeddings import token_verdict
+from diffadapt.formats.format import Header
+from diffadapt.formats.header_alpha import METADATA
 from diffadapt.formats.verdicts import BESIDE, Place, Unused, Verdict
 from diffadapt.types import TYPES
 
@@ -65,7 +68,9 @@ _PARAMETERS = frozenset(
 _PROCESSORS = {"to_q_lora": "to_q", "to_k_lora": "to_k", "to_v_lora": "to_v", "to_out_lora": "to_out.0"}
 _TEXT_PROJECTIONS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out.0": "out_proj"}
 
-_MODULATION = "a change of the block's own modulation (lightx2v), which is a parameter of no layer; pass strict=False"
+_MODULATION = "a change of the block's own modulation (lightx2v), which is a parameter of no layer and is left out"
+_PEFT_OFT = re.compile(r"\.oft_R\.[^.]+\.weight$")
+"""A key that contains the name of an adapter, as PEFT has it in memory."""
 _BOOKKEEPING = re.compile(r"_aux\.|sshs_|ss_|modelspec\.")
 
 
@@ -101,12 +106,21 @@ def locate_keys(keys: Collection[str], place: Callable[[str, str], Verdict]) -> 
     return verdicts
 
 
+def is_oft_of_peft(header: Header) -> bool:
+    """Return whether the file is PEFT's, if it is an OFT. OneTrainer rotates convolutions in the opposite direction."""
+    return (
+        header.config is not None
+        or "oft_" in header.metadata.get(METADATA, "")
+        or any(key.startswith(prefixes.PEFT) or _PEFT_OFT.search(key) for key in header.keys if "oft_R" in key)
+    )
+
+
 def _other_verdict(key: str) -> Verdict | None:
     """Return the verdict on a known key that is not a tensor of a layer, `None` for any other key."""
     if _BOOKKEEPING.match(key):
         return Unused("bookkeeping of a trainer, without effect", harmless=True)
     if key.endswith(".diff_m"):
-        return Unused(_MODULATION)
+        return Unused(_MODULATION, harmless=True, lost=True)
     return token_verdict(key)
 
 
@@ -138,6 +152,8 @@ def split_key(key: str) -> tuple[str, str] | None:
         name = _SPELLINGS.get(f"{stem}.{words[-1]}")
         if name is not None:
             return ".".join(words[:-3]), name
+    if len(words) > 2 and words[-2] == "oft_R" and words[-1].endswith("_oft"):
+        return ".".join(words[:-2]), words[-1]
     if len(words) > 2 and words[-2] in _PARAMETERS and words[-1] not in ("weight", "bias"):
         return ".".join(words[:-2]), _SPELLINGS[words[-2]]
     return None

@@ -1,4 +1,4 @@
-"""The verdicts of a format on the keys of a file: a tensor of a layer, the vectors of a token, or unused."""
+"""The verdicts of a format on the keys of a file: the layer or token that each is for, or why it is unused."""
 
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
@@ -44,12 +44,15 @@ class Unused:
     Attributes:
         reason: why it has none.
         component: the component that its key names, if any.
-        harmless: whether a file with this tensor is still complete and correct, as with a trainer's bookkeeping.
+        harmless: whether the models get all that they have a place for without this tensor, as with a trainer's
+            bookkeeping.
+        lost: whether a harmless tensor changes other models or programs, so that a converted file needs it.
     """
 
     reason: str
     component: str | None = None
     harmless: bool = False
+    lost: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,4 +72,17 @@ class Vectors:
     output: bool = False
 
 
-Verdict: TypeAlias = Place | Vectors | Unused
+@dataclass(frozen=True, slots=True)
+class OwnWeight:
+    """The weight that a layer has without the adapter, which PEFT stores next to the adapter's tensors.
+
+    Attributes:
+        component: name of the pipeline component.
+        path: path of the layer in that component.
+    """
+
+    component: str
+    path: str
+
+
+Verdict: TypeAlias = Place | Vectors | OwnWeight | Unused

@@ -1,18 +1,22 @@
 """XLabs' LoRAs for Flux.1: factors on the attention processors of the original layout, at a scale of 1.
 
 Keys are `double_blocks.<n>.processor.qkv_lora1.down.weight`, where `qkv_lora1` is for the image stream and `qkv_lora2`
-for the text stream; single blocks have `qkv_lora` without a number. Source: XLabs-AI/x-flux 4749542
+for the text stream; single blocks have `qkv_lora` without a number. Some programs put ComfyUI's or diffusers' prefix in
+front. Source: XLabs-AI/x-flux 4749542
 `src/flux/modules/layers.py`.
 """
 
 import re
 
-from diffadapt.formats import suffixes
+from diffadapt.formats import prefixes, suffixes
 from diffadapt.formats.format import Format, Header
 from diffadapt.formats.names import Names
-from diffadapt.formats.verdicts import Unused, Verdict
+from diffadapt.formats.verdicts import Verdict
 
-_KEY = re.compile(r"(?:(double)|single)_blocks\.(\d+)\.processor\.(qkv|proj)_lora([12])?\.(?:(down)|up)\.weight")
+_KEY = re.compile(
+    r"(?:diffusion_model\.|transformer\.)?(?:(double)|single)_blocks\.(\d+)\.processor\."
+    r"(qkv|proj)_lora([12])?\.(?:(down)|up)\.weight"
+)
 
 
 def _matches(header: Header) -> bool:
@@ -20,7 +24,7 @@ def _matches(header: Header) -> bool:
 
 
 def _locate(header: Header, names: Names) -> dict[str, Verdict]:
-    verdicts = suffixes.locate_keys(header.keys, lambda path, name: Unused("a name unlike the others in this file"))
+    verdicts = suffixes.locate_keys(header.keys, lambda path, name: prefixes.place(path, name, names))
     denoiser = names.denoiser
     for key in header.keys:
         match = _KEY.fullmatch(key)

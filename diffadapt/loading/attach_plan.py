@@ -1,12 +1,13 @@
 """Attaching what was planned: in all components, or in none."""
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 
 from torch import nn
 
 from diffadapt.loading.plan import Plan
 from diffadapt.runtime.adapter import Adapter
-from diffadapt.runtime.attach import attach_, detach_
+from diffadapt.runtime.attach import attach_, detach_, refresh_
 from diffadapt.runtime.bank import bank_of
 from diffadapt.tokens.installation import install_, uninstall_
 from diffadapt.tokens.learned_tokens import learned_tokens_of
@@ -25,41 +26,47 @@ def attach_all_(models: Mapping[str, nn.Module], name: str, planned: Plan, *, re
     Raises:
         AdapterError: a component refuses its adapter or its tokens; see `attach_` and `install_`.
     """
-    before = _attached(models, name) if replacing else {}
-    tokens_before = {
-        component: tokens for component, adapter in before.items() if (tokens := learned_tokens_of(adapter)) is not None
-    }
-    uninstall_(models, name)
-    attached: list[str] = []
-    try:
+    with _all_or_nothing(models, name):
+        uninstall_(models, name)
         for component, adapter in planned.adapters.items():
             attach_(models[component], name, adapter, planned.hosts(component), replacing=replacing)
-            attached.append(component)
         install_(models, name, planned.tokens)
-    except BaseException:
-        uninstall_(models, name)
-        for component in attached:
-            if component not in before:
-                detach_(models[component], name)
-            else:
-                hosts = {path: layer.host for path, layer in before[component].layers.items()}
-                attach_(models[component], name, before[component], hosts, replacing=True)
-        install_(models, name, tokens_before)
-        raise
-    for component in before.keys() - planned.adapters.keys():
-        detach_(models[component], name)
+        for component in _attached(models, name).keys() - planned.adapters.keys():
+            detach_(models[component], name)
 
 
 def detach_all_(models: Mapping[str, nn.Module], name: str) -> None:
-    """Remove adapter `name` from all components, with its tokens.
+    """Remove adapter `name` from all components, with its tokens, or, if one refuses, from none.
 
     Raises:
-        AdapterError: the tokens cannot be removed, in which case nothing has changed, or a model refuses; see
-            `uninstall_` and `detach_`.
+        AdapterError: the tokens cannot be removed, or a model refuses; see `uninstall_` and `detach_`.
     """
-    uninstall_(models, name)
-    for model in models.values():
-        detach_(model, name)
+    with _all_or_nothing(models, name):
+        uninstall_(models, name)
+        for model in models.values():
+            detach_(model, name)
+
+
+@contextmanager
+def _all_or_nothing(models: Mapping[str, nn.Module], name: str) -> Generator[None, None, None]:
+    """If the body raises, attach exactly the adapters called `name` that were attached before, with their tokens."""
+    before = _attached(models, name)
+    tokens = {component: found for component, adapter in before.items() if (found := learned_tokens_of(adapter))}
+    try:
+        yield
+    except BaseException:
+        uninstall_(models, name)
+        for component, model in models.items():
+            old, new = before.get(component), _attached({component: model}, name).get(component)
+            if old is None:
+                detach_(model, name)
+            elif old is not new:
+                hosts = {path: layer.host for path, layer in old.layers.items()}
+                attach_(model, name, old, hosts, replacing=True)
+        install_(models, name, tokens)
+        for model in models.values():
+            refresh_(model)
+        raise
 
 
 def _attached(models: Mapping[str, nn.Module], name: str) -> dict[str, Adapter]:

@@ -10,14 +10,15 @@ from torch import Tensor
 from diffadapt import families
 from diffadapt.errors import AdapterError, Fault
 from diffadapt.files.checkpoint import Checkpoint
-from diffadapt.loading.content import Content, Group, part_of, rounded
+from diffadapt.loading.content import AlphaSource, Content, Group, part_of, rounded
 from diffadapt.loading.duplicates import without_duplicates
 from diffadapt.runtime import input_width
 from diffadapt.runtime.adapter_layer import AdapterLayer
 from diffadapt.runtime.foreign_hooks import compute_dtype, execution_device
 from diffadapt.runtime.targets import Targets
 from diffadapt.types.layer_spec import LayerSpec
-from diffadapt.weights import decoded
+from diffadapt.weights import decoded, unreadable
+from diffadapt.weights.resting import resting_tensor
 
 ForWriting: TypeAlias = Literal["whole", "split"]
 """What a plan for writing a file does with fused layers: keep them "whole", or "split" them as for attaching."""
@@ -32,6 +33,7 @@ class Built:
     Attributes:
         layers: component -> module path -> adapter layer.
         used: the number of tensors that they were built from.
+        alphas_from: `(component, module path)` -> where the alpha of the adapter layer comes from; see `Content`.
         faults, ignored: see `Plan`.
     """
 
@@ -39,6 +41,7 @@ class Built:
     used: int
     faults: list[Fault]
     ignored: list[Fault]
+    alphas_from: dict[tuple[str, str], AlphaSource]
 
 
 class Builder:
@@ -85,10 +88,11 @@ class Builder:
         if self._checkpoint.headers_only or self._for_writing is not None:
             return tensor
         dtype, device = self._dtype_and_device(component)
-        # A caller's tensor is used as it is if possible: copying would be half of the loading time, and double the memory.
+        # A caller's tensor is used as it is if possible: copying takes half of the loading time and doubles the memory.
         own = tensor.detach()
-        if self._checkpoint.mapped or own.dtype != dtype or own.device != device or not own.is_contiguous():
-            own = own.to(device, dtype, copy=self._checkpoint.mapped).contiguous()
+        copied = self._checkpoint.mapped or own.is_inference()
+        if copied or own.dtype != dtype or own.device != device or not own.is_contiguous():
+            own = own.to(device, dtype, copy=copied).contiguous()
         return own.pin_memory() if self._pins_memory else own
 
     def _with_values(self, content: Content) -> Content:
@@ -121,9 +125,28 @@ class Builder:
         tensors = {name: self.moved(component, tensor) for name, tensor in content.tensors.items()}
         own = None if self._targets is None else input_width.own_inputs(self._targets[component].model, path)
         widens = own is not None and spec.in_features > own
-        return AdapterLayer(
+        layer = AdapterLayer(
             content.adapter_type, spec, tensors, content.alpha, settings=content.settings, widens=widens
         )
+        is_loaded = self._targets is not None and self._for_writing is None and not self._checkpoint.headers_only
+        if is_loaded and layer.reads_weight:
+            self._refuse_unreadable(component, path, layer)
+        return layer
+
+    def _refuse_unreadable(self, component: str, path: str, layer: AdapterLayer) -> None:
+        """Raise `AdapterError` if the adapter layer needs a base weight that cannot be decoded."""
+        assert self._targets is not None
+        host = self._targets[component].modules[path]
+        weight = resting_tensor(host, "weight")
+        # A model may get its weights later.
+        if weight is not None and weight.device.type == "meta":
+            return
+        problem = unreadable(host, "weight")
+        if problem is not None:
+            raise AdapterError(
+                f"a {layer.adapter_type.name} needs the values of the layer's weight: {problem}; convert it to a plain "
+                "LoRA on an unquantised model (to_lora), or leave this layer unquantised"
+            )
 
     def _dtype_and_device(self, component: str) -> tuple[torch.dtype, torch.device]:
         found = self._dtypes_and_devices.get(component)
@@ -145,6 +168,7 @@ def build(layers: Sequence[tuple[Group, list[Content]]], builder: Builder, broke
     """
     built: dict[str, dict[str, AdapterLayer]] = {}
     sources: dict[tuple[str, str], Group] = {}
+    alphas_from: dict[tuple[str, str], AlphaSource] = {}
     done: list[Group] = []
     faults: list[Fault] = []
     # A layer that the file contains by itself takes precedence over one that is fused with others.
@@ -161,12 +185,13 @@ def build(layers: Sequence[tuple[Group, list[Content]]], builder: Builder, broke
             continue
         done.append(group)
         built.setdefault(component, {}).update(new)
+        alphas_from.update(((component, path), contents[0].alpha_from) for path in new)
         # A fused layer that is written whole has a path of its own, and stands for all of its parts.
         covered = new.keys() & paths or (paths if new else ())
         sources.update(((component, path), group) for path in covered)
     used = set(sources.values())
     ignored = [Fault(key, _TWICE) for group in done if group not in used for key in group.keys.values()]
-    return Built(built, sum(len(group.keys) for group in used), faults, ignored)
+    return Built(built, sum(len(group.keys) for group in used), faults, ignored, alphas_from)
 
 
 def _refuse_broken(group: Group, broken: Set[str]) -> None:
@@ -193,5 +218,5 @@ def _dense(indices: Tensor, values: Tensor, spec: LayerSpec) -> Tensor:
     places = indices.long()
     if (places < 0).any() or (places >= torch.tensor(shape, device=places.device).view(2, 1)).any():
         raise AdapterError(f"bias_indices are not all places in a matrix of shape {shape}")
-    rest = torch.zeros(shape, device=values.device)
+    rest = torch.zeros(shape, dtype=torch.float32, device=values.device)
     return rest.index_put((places[0], places[1]), values.flatten().float(), accumulate=True).view(spec.weight_shape)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from diffadapt.types import named
 from diffadapt.types.adapter_type import AdapterType, Tensors
 from diffadapt.types.layer_spec import LayerSpec
 from diffadapt.types.layer_state import scale_of
+from diffadapt.types.tensor_ops import narrowed
+
+AlphaSource: TypeAlias = Literal["tensor", "header", "none"]
 
 
 @dataclass(eq=False)
@@ -53,6 +56,8 @@ class Content:
         tensors: the tensors of the adapter type, fitted to `spec`.
         alpha: the alpha, or `None` if the file gives none or it is one of the settings.
         settings: see `AdapterType.settings`.
+        alpha_from: where the alpha comes from: a "tensor" of the file or its "header"; "none" if the scale is 1 because
+            neither has one.
         bias: what the tensor `bias_name(adapter_type)` is, unless it is what the type defines, a change that the scale
             applies to: a "change" that no scale applies to, or the "new" bias. `with_bias` converts it.
         rest: a sparse change of the weight that is added at the same scale: its positions in the matrix (out, fan_in),
@@ -67,6 +72,7 @@ class Content:
     tensors: Tensors
     alpha: float | None
     settings: Mapping[str, float]
+    alpha_from: AlphaSource = "none"
     bias: Literal["change", "new"] | None = None
     rest: tuple[Tensor, Tensor] | None = None
 
@@ -158,16 +164,7 @@ def rounded(content: Content, dtypes: set[torch.dtype]) -> Content:
     if len(dtypes) != 1:
         return content
     (dtype,) = dtypes
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in content.tensors.items():
-        if tensor.dtype == dtype:
-            tensors[name] = tensor
-            continue
-        result = tensor.to(dtype)
-        # Below the smallest normal number, rounding errors are no longer relative: products of small numbers vanish.
-        lost = torch.linalg.vector_norm(result.to(tensor.dtype) - tensor)
-        tensors[name] = result if lost <= torch.finfo(dtype).eps * torch.linalg.vector_norm(tensor) else tensor
-    return replace(content, tensors=tensors)
+    return replace(content, tensors={name: narrowed(tensor, dtype) for name, tensor in content.tensors.items()})
 
 
 def bias_name(adapter_type: AdapterType) -> str:

@@ -1,7 +1,10 @@
 """Conversion of a file from one format to another, without a pipeline."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+
+from torch import nn
 
 from diffadapt import families
 from diffadapt.errors import AdapterError
@@ -21,6 +24,7 @@ def convert(
     format: str = "diffusers",
     *,
     family: str | None = None,
+    models: Mapping[str, nn.Module] | None = None,
     source_format: str | None = None,
     weight_name: str | None = None,
     subfolder: str | None = None,
@@ -37,6 +41,8 @@ def convert(
         format: the format to write, as for `pipe.adapters.save`.
         family: the family of the models that the file is for ("sdxl", "flux", ...); defaults to the one recognised from
             its names and shapes.
+        models: the models that the file is for, by component, also on the meta device; defaults to the published ones
+            of the family.
         source_format: the format of the file; defaults to the one that its names match.
         weight_name: the name of the file in a folder or on the hub, as for `pipe.load_adapter`.
         subfolder: the subfolder that the file is in, as for `pipe.load_adapter`.
@@ -50,14 +56,21 @@ def convert(
     """
     chosen = writer(format)
     checkpoint = read(source, Location(weight_name, subfolder))
-    family = family or families.of_file((key, tuple(tensor.shape)) for key, tensor in checkpoint.tensors.items())
+    if models is not None:
+        family = families.of_models(models)
+    else:
+        family = family or families.of_file((key, tuple(tensor.shape)) for key, tensor in checkpoint.tensors.items())
     if family is None:
         raise AdapterError(
             f"{checkpoint.origin}: its names do not tell for which models it is; pass family=, or load it into a "
             "pipeline and save it from there"
         )
-    planned = planned_on(checkpoint, family, "whole" if chosen.original(family) else "split", source_format)
-    planned.refuse_faults(strict=True)
+    for_writing: ForWriting = "whole" if chosen.original(family) else "split"
+    if models is None:
+        planned = planned_on(checkpoint, family, for_writing, source_format)
+    else:
+        planned = plan(checkpoint, models, for_writing=for_writing, format=source_format)
+    planned.refuse_faults(strict=True, for_writing=True)
     layers = {
         component: {path: layer.state for path, layer in found.items()} for component, found in planned.layers.items()
     }
@@ -81,9 +94,9 @@ def planned_on(
     best: Plan | None = None
     for models in published(family):
         planned = plan(checkpoint, models, for_writing=for_writing, format=format)
-        if (planned.layers or planned.tokens) and not planned.faults:
+        if (planned.layers or planned.tokens) and not planned.faults and not planned.lost:
             return planned
-        if best is None or len(planned.faults) < len(best.faults):
+        if best is None or (len(planned.faults), len(planned.lost)) < (len(best.faults), len(best.lost)):
             best = planned
     assert best is not None
     return best

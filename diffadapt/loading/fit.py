@@ -12,13 +12,14 @@ from typing import Literal
 from torch import Tensor
 
 from diffadapt.errors import AdapterError, Fault
-from diffadapt.formats.format import Alphas, Settings
+from diffadapt.formats.format import Settings
+from diffadapt.formats.header_alpha import HeaderAlphas
 from diffadapt.formats.verdicts import BESIDE
-from diffadapt.loading.content import Content, Group, bias_name
+from diffadapt.loading.content import AlphaSource, Content, Group, bias_name
 from diffadapt.runtime import input_width
 from diffadapt.runtime.bank import bank_of
 from diffadapt.runtime.targets import Targets
-from diffadapt.types import identify
+from diffadapt.types import identify, oft
 from diffadapt.types.adapter_type import AdapterType, Tensors
 from diffadapt.types.layer_spec import LayerSpec
 from diffadapt.types.tensor_ops import shape_of
@@ -26,6 +27,7 @@ from diffadapt.weights.resting import resting_tensor
 
 _MOST_PER_CHANNEL = 2**15
 """Elements of a tensor for each input and output of its layer: a rank that nobody trains, or the largest blocks."""
+_LOKR = ("lokr", "dora-lokr")
 _MOST_IN_A_WEIGHT = 2**40
 """Elements of a layer's weight; without a model, a file may claim to be for a layer of any size."""
 
@@ -36,11 +38,12 @@ class Fitted:
 
     Attributes:
         layers: the group and the contents of each layer: one content, or one for each numbered part.
-        faults: see `Plan`.
+        faults, notes: see `Plan`.
     """
 
     layers: list[tuple[Group, list[Content]]] = field(default_factory=list[tuple[Group, list[Content]]])
     faults: list[Fault] = field(default_factory=list[Fault])
+    notes: list[Fault] = field(default_factory=list[Fault])
 
     @property
     def values(self) -> Iterator[tuple[str, Tensor]]:
@@ -48,15 +51,25 @@ class Fitted:
         return (value for group, _ in self.layers for value in group.values)
 
 
-def fit(groups: Iterable[Group], targets: Mapping[str, Targets] | None, alphas: Alphas, settings: Settings) -> Fitted:
+def fit(
+    groups: Iterable[Group],
+    targets: Mapping[str, Targets] | None,
+    alphas: HeaderAlphas,
+    settings: Settings,
+    *,
+    is_oft_of_peft: bool = False,
+) -> Fitted:
     """Fit the tensors of each group to their layer. If they do not fit, each of them is a fault.
 
     Args:
         groups: the tensors of each layer.
         targets: the models' paths, by component; `None` if there is no model, so that the tensors decide the geometry.
-        alphas, settings: what the file's metadata gives; see `Format`.
+        alphas: the alphas in the file's header.
+        settings: the settings in the file's metadata; see `Format`.
+        is_oft_of_peft: see `suffixes.is_oft_of_peft`.
     """
-    fitter, fitted = _Fitter(targets, alphas, settings), Fitted()
+    fitted = Fitted()
+    fitter = _Fitter(targets, alphas, settings, is_oft_of_peft, fitted.notes)
     for group in groups:
         try:
             fitted.layers.append((group, fitter.contents(group)))
@@ -68,10 +81,19 @@ def fit(groups: Iterable[Group], targets: Mapping[str, Targets] | None, alphas: 
 class _Fitter:
     """Fits groups of tensors to layers of the models, or to one another if there are no models."""
 
-    def __init__(self, targets: Mapping[str, Targets] | None, alphas: Alphas, settings: Settings) -> None:
+    def __init__(
+        self,
+        targets: Mapping[str, Targets] | None,
+        alphas: HeaderAlphas,
+        settings: Settings,
+        is_oft_of_peft: bool,
+        notes: list[Fault],
+    ) -> None:
         self._targets = targets
         self._alphas = alphas
         self._settings = settings
+        self._is_oft_of_peft = is_oft_of_peft
+        self._notes = notes
 
     def contents(self, group: Group) -> list[Content]:
         """Return one content, or one for each part if the group has numbered tensors.
@@ -103,14 +125,26 @@ class _Fitter:
         spec = self._spec(group, tensors, adapter_type)
         bias = self._bias(group, adapter_type)
         fitted = adapter_type.fit(_with_bias_named(tensors, adapter_type), spec)
+        if not self._is_oft_of_peft:
+            fitted = oft.of_other_program(fitted, spec.kernel)
         _refuse_unusable(fitted, spec)
         _refuse_other_shape(group, "reshape_weight", spec.weight_shape)
-        alpha, settings = self._alpha_and_settings(group, adapter_type, adapter_type.rank(fitted))
+        alpha, alpha_from, settings = self._alpha_and_settings(group, adapter_type, adapter_type.rank(fitted))
         rest = _rest(group, spec)
         if rest is not None and adapter_type.stages(fitted, spec) != ("add",):
             raise AdapterError(f"the rest of a weight's change (bias_values) cannot be added to a {adapter_type.name}")
         return Content(
-            group.component, group.path, group.parts, adapter_type, spec, fitted, alpha, settings, bias, rest
+            group.component,
+            group.path,
+            group.parts,
+            adapter_type,
+            spec,
+            fitted,
+            alpha,
+            settings,
+            alpha_from,
+            bias,
+            rest,
         )
 
     def _spec(self, group: Group, tensors: Tensors, adapter_type: AdapterType) -> LayerSpec:
@@ -146,19 +180,46 @@ class _Fitter:
 
     def _alpha_and_settings(
         self, group: Group, adapter_type: AdapterType, rank: int | None
-    ) -> tuple[float | None, dict[str, float]]:
-        """Return `Content.alpha` and `Content.settings`. A tensor takes precedence over the metadata."""
+    ) -> tuple[float | None, AlphaSource, dict[str, float]]:
+        """Return `Content.alpha`, `Content.alpha_from` and `Content.settings`.
+
+        A tensor takes precedence over the header. A contradiction is noted.
+        """
         settings = {**self._settings(group.component, group.written, adapter_type.name), **_marked(group, adapter_type)}
-        has_rank = rank is not None or "rank" in settings
-        alpha = _number(group.tensors["alpha"]) if "alpha" in group.tensors else None
-        if alpha is None and has_rank:
-            alpha = self._alphas(group.component, group.written, rank or int(settings["rank"]))
+        rank = rank or int(settings.get("rank", 0)) or None
+        stored = _number(group.tensors["alpha"]) if "alpha" in group.tensors else None
+        is_scale = adapter_type.alpha_is is None and (rank is not None or adapter_type.name in _LOKR)
+        header = self._alpha_of_header(group, rank) if is_scale and self._alphas.are_there else None
+        alpha = header if stored is None else stored
         if alpha is None:
-            return None, settings
-        _refuse_alpha(alpha, is_scale=has_rank, is_setting=adapter_type.alpha_is is not None)
-        if adapter_type.alpha_is is None:
-            return alpha, settings
-        return None, {**settings, adapter_type.alpha_is: alpha}
+            return None, "none", settings
+        _refuse_alpha(alpha, is_scale=rank is not None, is_setting=adapter_type.alpha_is is not None)
+        if adapter_type.alpha_is is not None:
+            return None, "none", {**settings, adapter_type.alpha_is: alpha}
+        if rank is None:
+            if is_scale and alpha != 1:
+                self._note(group, f"its alpha ({alpha:g}) has no effect, because both factors of the LoKr are whole")
+            return stored, "none", settings
+        if stored is not None and header is not None and not math.isclose(stored, header, rel_tol=1e-3):
+            self._note(
+                group,
+                f"its alpha tensor makes the scale {stored / rank:g} and the header makes it {header / rank:g}; the "
+                "tensor is used",
+            )
+        return alpha, "header" if stored is None else "tensor", settings
+
+    def _alpha_of_header(self, group: Group, rank: int | None) -> float | None:
+        """Return the alpha of a layer according to the header, and note entries of the header that are not used."""
+        paths = tuple(dict.fromkeys((group.written, group.path, *(part.path for part in group.parts))))
+        names = any(".lora_A" in key or ".lora_B" in key for key in group.keys.values())
+        found = self._alphas.of(group.component, paths, rank or 1, peft_names=names)
+        if rank is not None and "alpha" not in group.tensors:
+            for note in found.notes:
+                self._note(group, note)
+        return found.value
+
+    def _note(self, group: Group, note: str) -> None:
+        self._notes.append(Fault(f"{group.component}.{group.path}", note))
 
 
 def _numbered(group: Group) -> list[Group]:
@@ -199,6 +260,12 @@ def _type_tensors(group: Group) -> dict[str, Tensor]:
 
 def _identified(tensors: Tensors) -> AdapterType:
     """Return the adapter type that the tensors belong to. Raise `AdapterError` if there is none."""
+    variants = sorted(name for name in tensors if name.endswith("_oft"))
+    if variants:
+        raise AdapterError(
+            f"{variants[0]} marks a variant of OFT whose rotation is computed in another way, which is not supported; "
+            "merge the adapter in the program that made it"
+        )
     adapter_type = identify(tensors)
     known = set(adapter_type.tensors) if adapter_type else set[str]()
     if adapter_type is not None and bias_name(adapter_type) in known:

@@ -1,8 +1,7 @@
 """The plan for loading a file: what it will do to the models, decided before any of them is changed."""
 
-from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,11 +12,17 @@ from diffadapt import families
 from diffadapt.errors import AdapterError, Fault, LoadError
 from diffadapt.files.checkpoint import Checkpoint
 from diffadapt.formats import detect
+from diffadapt.formats.header_alpha import HeaderAlphas
+from diffadapt.formats.names import Names
+from diffadapt.formats.peft import PEFT
+from diffadapt.formats.suffixes import is_oft_of_peft
+from diffadapt.formats.verdicts import Unused
 from diffadapt.loading.build import Builder, ForWriting, build
+from diffadapt.loading.content import AlphaSource
 from diffadapt.loading.finite import non_finite
 from diffadapt.loading.fit import fit
-from diffadapt.loading.locate import locate
-from diffadapt.loading.report import Report, explained
+from diffadapt.loading.locate import Located, locate
+from diffadapt.loading.report import Report, ScaleRange, explained
 from diffadapt.runtime.adapter import Adapter
 from diffadapt.runtime.adapter_layer import AdapterLayer
 from diffadapt.runtime.targets import Targets
@@ -38,6 +43,9 @@ class Plan:
         used: the number of tensors that are used.
         faults: the unused tensors that a complete load would need.
         ignored: the unused tensors that nobody misses.
+        alphas_from: see `Built`.
+        notes: see `Report`.
+        lost: those of the ignored tensors that other models have a place for, so that a converted file needs them.
         targets: the models' paths, by component; empty if there are no models.
         device: the device that was asked for the adapters; `None` for the device on which each model computes.
     """
@@ -50,8 +58,19 @@ class Plan:
     used: int
     faults: list[Fault]
     ignored: list[Fault]
+    lost: list[Fault]
     targets: Mapping[str, Targets]
+    alphas_from: Mapping[tuple[str, str], AlphaSource]
+    notes: list[Fault]
     device: torch.device | None = None
+
+    def __repr__(self) -> str:
+        layers = (
+            ", ".join(f"{component} {len(found)} layers" for component, found in self.layers.items()) or "no layers"
+        )
+        unused = len(self.faults) + len(self.ignored)
+        name = self.checkpoint.name or "a state dict"
+        return f"<Plan of {name}: {self.format}, {layers}, {self.used} used, {unused} unused>"
 
     @cached_property
     def adapters(self) -> dict[str, Adapter]:
@@ -67,32 +86,45 @@ class Plan:
 
     def report(self, name: str) -> Report:
         """Return the account of the file, loaded as adapter `name`."""
-        types = Counter(layer.adapter_type.name for layers in self.layers.values() for layer in layers.values())
+        scales: dict[str, list[tuple[float, str]]] = {}
+        for component, layers in self.layers.items():
+            for path, layer in layers.items():
+                scale = layer.scale, self.alphas_from[component, path]
+                scales.setdefault(layer.adapter_type.name, []).append(scale)
         return Report(
             name=name,
             format=self.format,
             family=self.family,
-            types=dict(types),
+            types={name: len(found) for name, found in scales.items()},
+            scales={name: ScaleRange.of(found) for name, found in scales.items()},
             components={component: len(layers) for component, layers in self.layers.items()},
             tokens=vectors_by_token(self.tokens.values()),
             used=self.used,
             unused=self.faults + self.ignored,
             metadata=dict(self.checkpoint.header.metadata),
+            notes=self.notes,
         )
 
-    def refuse_faults(self, strict: bool) -> None:
-        """Raise `LoadError` if nothing of the file can be used or, with `strict`, if there are any faults."""
-        if not (self.layers or self.tokens) or (strict and self.faults):
-            raise LoadError(self._refusal(), self.faults + self.ignored)
+    def refuse_faults(self, strict: bool, *, for_writing: bool = False) -> None:
+        """Raise `LoadError` if nothing of the file can be used or, with `strict`, if there are any faults.
 
-    def _refusal(self) -> str:
+        Args:
+            strict: whether to refuse faults.
+            for_writing: whether tensors that the written file would lack are faults.
+        """
+        faults = [*self.faults, *(self.lost if for_writing else ())]
+        if not (self.layers or self.tokens) or (strict and faults):
+            raise LoadError(self._refusal(faults), self.faults + self.ignored)
+
+    def _refusal(self, faults: list[Fault]) -> str:
         total = self.used + len(self.faults) + len(self.ignored)
-        lines = [f"{self.checkpoint.origin}: {len(self.faults)} of {total} tensors cannot be used, nothing was loaded"]
+        unused = faults or self.ignored
+        lines = [f"{self.checkpoint.origin}: {len(unused)} of {total} tensors cannot be used, nothing was loaded"]
         family = _family_of_file(self.checkpoint)
         if families.differ(family, self.family):
             lines.append(f"this looks like a {family} adapter; the model is {self.family}")
-        lines += [f"  {line}" for line in explained(self.faults or self.ignored)]
-        if self.layers or self.tokens:
+        lines += [f"  {line}" for line in explained(unused)]
+        if (self.layers or self.tokens) and faults == self.faults:
             lines.append("pass strict=False to load the rest")
         return "\n".join(lines)
 
@@ -108,6 +140,7 @@ def plan(
     tokenizers: Mapping[str, Any] | None = None,
     leaving: str | None = None,
     format: str | None = None,
+    empty: Collection[str] = (),
 ) -> Plan:
     """Decide where every tensor of a file belongs, and build its adapter layers and learned tokens. Changes no model.
 
@@ -122,22 +155,26 @@ def plan(
         tokenizers: the tokenizer of each text encoder; without it, learned tokens cannot be installed.
         leaving: the name of an adapter that is about to be removed, along with its tokens.
         format: the name of the file's format; defaults to the one that its names match.
+        empty: components that the pipeline has room for, but that are not loaded (`None`). Their tensors are no fault.
 
     Raises:
         LoadError: the file is of no known format, or its metadata is invalid. Tensors that cannot be used do not raise
             here; see `Plan.refuse_faults`.
     """
     wanted = None if components is None else set(components)
+    if checkpoint.parts:
+        options: dict[str, Any] = {"dtype": dtype, "device": device, "for_writing": for_writing, "format": format}
+        return _plan_parts(checkpoint, models, wanted, empty, options)
     try:
         file_format = detect(checkpoint.header, format)
         targets = _targets(models, wanted)
-        located = locate(file_format, checkpoint, targets, wanted)
-        alphas, settings = file_format.alphas(checkpoint.header), file_format.settings(checkpoint.header)
+        located = locate(file_format, checkpoint, targets, wanted, empty)
+        alphas, settings = HeaderAlphas(checkpoint.header), file_format.settings(checkpoint.header)
     except AdapterError as error:
         raise LoadError(f"{checkpoint.origin}: {error}") from error
     # Shapes come first: values are read only after the shapes have shown that there are not too many of them.
-    fitted = fit(located.groups, targets, alphas, settings)
-    vectors = resolve_vectors(located.vectors, checkpoint, models, wanted)
+    fitted = fit(located.groups, targets, alphas, settings, is_oft_of_peft=is_oft_of_peft(checkpoint.header))
+    vectors = resolve_vectors(located.vectors, checkpoint, models, wanted, empty)
     broken = non_finite([*fitted.values, *vectors.values])
     builder = Builder(checkpoint, targets, dtype, device, for_writing)
     built = build(fitted.layers, builder, broken)
@@ -152,8 +189,74 @@ def plan(
         used=built.used + tokens.used,
         faults=[*located.faults, *fitted.faults, *built.faults, *tokens.faults],
         ignored=[*located.ignored, *built.ignored, *tokens.ignored],
+        lost=located.lost,
         targets=targets or {},
+        alphas_from=built.alphas_from,
+        notes=fitted.notes,
         device=device,
+    )
+
+
+def _plan_parts(
+    checkpoint: Checkpoint,
+    models: Mapping[str, nn.Module] | None,
+    wanted: set[str] | None,
+    empty: Collection[str],
+    options: Mapping[str, Any],
+) -> Plan:
+    """Plan every part of a checkpoint for the component that it is named after, and return all as one plan.
+
+    Args:
+        options: further arguments of `plan`.
+    """
+    plans: list[Plan] = []
+    outside = Located()
+    for component, part in checkpoint.parts.items():
+        unused = None
+        if wanted is not None and component not in wanted:
+            unused = Unused(f"component {component} was not asked for", component, harmless=True)
+        elif models is not None and component not in models:
+            verdict = Names(_targets(models, None), empty).dotted(component, component, "")
+            assert isinstance(verdict, Unused)
+            unused = verdict
+        if unused is not None:
+            for key in part.tensors:
+                outside.add_unused(f"{component}/{key}", unused)
+            continue
+        own = None if models is None else {component: models[component]}
+        plans.append(_renamed(plan(part, own, **options), component))
+    family = None if models is None else families.of_models(models)
+    return Plan(
+        checkpoint=checkpoint,
+        format=plans[0].format if plans else PEFT.name,
+        family=_family_of_file(checkpoint) if family is None else family,
+        layers={component: layers for part in plans for component, layers in part.layers.items()},
+        tokens={},
+        used=sum(part.used for part in plans),
+        faults=[*outside.faults, *(fault for part in plans for fault in part.faults)],
+        ignored=[*outside.ignored, *(fault for part in plans for fault in part.ignored)],
+        lost=[*outside.lost, *(fault for part in plans for fault in part.lost)],
+        targets={component: targets for part in plans for component, targets in part.targets.items()},
+        alphas_from={place: source for part in plans for place, source in part.alphas_from.items()},
+        notes=[note for part in plans for note in part.notes],
+        device=options["device"],
+    )
+
+
+def _renamed(part: Plan, component: str) -> Plan:
+    """Return the plan of one part, with the keys of the whole and with the part's name for the only component."""
+
+    def keyed(faults: list[Fault]) -> list[Fault]:
+        return [Fault(f"{component}/{key}", reason) for key, reason in faults]
+
+    return replace(
+        part,
+        layers=dict(zip((component,), part.layers.values(), strict=False)),
+        alphas_from={(component, path): source for (_, path), source in part.alphas_from.items()},
+        faults=keyed(part.faults),
+        ignored=keyed(part.ignored),
+        lost=keyed(part.lost),
+        notes=keyed(part.notes),
     )
 
 

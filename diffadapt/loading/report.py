@@ -1,12 +1,42 @@
 """The report on a file that `load_adapter` and `inspect` return: what is used, and why the rest is not."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from diffadapt.errors import Fault
 
 _MOST_REASONS = 10
+
+
+@dataclass(frozen=True)
+class ScaleRange:
+    """The scales (`alpha / rank`) of a file's adapter layers of one type.
+
+    Attributes:
+        least, most: the smallest and the largest of them.
+        sources: where they come from -> the number of adapter layers: an alpha in a "tensor" or in the "header" of the
+            file, or "none", which makes the scale 1.
+    """
+
+    least: float
+    most: float
+    sources: Mapping[str, int]
+
+    @classmethod
+    def of(cls, scales: Iterable[tuple[float, str]]) -> "ScaleRange":
+        """Return the range of scales with their sources; there must be at least one."""
+        values, sources = zip(*scales, strict=True)
+        return cls(min(values), max(values), {name: sources.count(name) for name in _SOURCES if name in sources})
+
+    def __str__(self) -> str:
+        span = f"{self.least:g}" if self.least == self.most else f"{self.least:g} to {self.most:g}"
+        mixed = len(self.sources) > 1
+        sources = [f"{_SOURCES[name]} {count}" if mixed else _SOURCES[name] for name, count in self.sources.items()]
+        return f"{span} ({', '.join(sources)})"
+
+
+_SOURCES = {"tensor": "alpha tensors", "header": "alpha in the header", "none": "no alpha"}
 
 
 @dataclass(frozen=True)
@@ -24,6 +54,8 @@ class Report:
         metadata: the metadata of the safetensors header, verbatim.
         tokens: the learned tokens of the file (textual inversions) and their numbers of vectors. A pipeline that does
             not spell out a token of several vectors needs all of its names in the prompt: `token token_1 token_2`.
+        scales: the scales (`alpha / rank`) of the adapter layers of each adapter type.
+        notes: `(layer, note)` for everything in which the file contradicts itself, and what was used.
     """
 
     name: str
@@ -35,18 +67,31 @@ class Report:
     unused: list[Fault] = field(default_factory=list[Fault])
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])
     tokens: Mapping[str, int] = field(default_factory=dict[str, int])
+    scales: Mapping[str, ScaleRange] = field(default_factory=dict[str, ScaleRange])
+    notes: list[Fault] = field(default_factory=list[Fault])
+
+    def __repr__(self) -> str:
+        return (
+            f"<Report on {self.name!r}: {self.format}, family {self.family or 'unknown'}, "
+            f"{_counted(self.types, 'layers')}, {self.used} used, {len(self.unused)} unused>"
+        )
 
     def __str__(self) -> str:
         rows = [
             ("adapter", self.name),
             ("format", f"{self.format}, family {self.family or 'unknown'}"),
             ("types", _counted(self.types, "layers")),
+            *(
+                [("scales", ", ".join(f"{name} {scales}" for name, scales in self.scales.items()))]
+                if self.scales
+                else []
+            ),
             ("components", _counted(self.components, "layers")),
             *([("tokens", _listed(self.tokens))] if self.tokens else []),
             ("tensors", f"{self.used} used, {len(self.unused)} unused"),
         ]
         lines = [f"{label:<11}{value}" for label, value in rows]
-        return "\n".join([*lines, *(f"  {line}" for line in explained(self.unused))])
+        return "\n".join([*lines, *(f"  {line}" for line in explained([*self.unused, *self.notes]))])
 
 
 def explained(faults: list[Fault]) -> list[str]:

@@ -90,9 +90,10 @@ def restoring(owner: Owner) -> Generator[None, None, None]:
     """
     with exclusive(owner.models().values()):
         states: dict[tuple[str, str], _AdapterState] = {}
-        calls: dict[str, tuple[int, int, bool]] = {}
+        calls: dict[str, tuple[int, int, bool, bool]] = {}
         for component, bank in owner.snapshot().banks.items():
-            calls[component] = bank.call.samples, bank.call.images, bank.call.asks_images
+            call = bank.call
+            calls[component] = call.samples, call.images, call.asks_images, call.counted
             for name, adapter in bank.adapters.items():
                 state = _AdapterState(adapter, adapter.active, adapter.strength, adapter.gates.clone())
                 states[component, name] = state
@@ -103,12 +104,13 @@ def restoring(owner: Owner) -> Generator[None, None, None]:
 
 
 def _restore_(
-    owner: Owner, states: dict[tuple[str, str], _AdapterState], calls: dict[str, tuple[int, int, bool]]
+    owner: Owner, states: dict[tuple[str, str], _AdapterState], calls: dict[str, tuple[int, int, bool, bool]]
 ) -> None:
-    """Write back the states of adapters by component and name, and the samples and images of calls by component."""
+    """Write back the states of adapters by component and name, and the samples of calls by component."""
     snapshot = owner.snapshot()
     for component, bank in snapshot.banks.items():
-        bank.call.samples, bank.call.images, bank.call.asks_images = calls.get(component, (0, 1, True))
+        call = bank.call
+        call.samples, call.images, call.asks_images, call.counted = calls.get(component, (0, 1, True, True))
         for name, adapter in bank.adapters.items():
             state = states.get((component, name))
             adapter.active = state is not None and state.active

@@ -6,12 +6,15 @@ import torch
 from torch import nn
 
 from diffadapt.errors import AdapterError, naming
+from diffadapt.management.snapshot import check_name
 from diffadapt.runtime.adapter import Adapter
 from diffadapt.runtime.adapter_layer import AdapterLayer, Dropout
 from diffadapt.runtime.attach import attach_, refresh_
 from diffadapt.runtime.bank import bank_of
 from diffadapt.runtime.base_weight import weight_of
+from diffadapt.runtime.components import unwrapped
 from diffadapt.runtime.foreign_hooks import execution_device
+from diffadapt.runtime.inference_mode import ordinary_tensors
 from diffadapt.runtime.targets import Targets
 from diffadapt.types import for_config
 from diffadapt.types.config import AdapterConfig
@@ -24,9 +27,10 @@ def add_adapter(model: nn.Module, config: AdapterConfig, name: str = "default") 
     Its parameters are float32, on the device the model runs on. `requires_grad` of the base model stays as it is.
 
     Args:
-        model: a UNet, a transformer, a text encoder or any other module.
+        model: a UNet, a transformer, a text encoder or any other module; wrappers of `torch.compile`, data parallelism
+            and the like are looked through.
         config: settings of the adapter type you want: `LoraConfig`, `LoHaConfig`, `LoKrConfig`, `OFTConfig`, ...
-        name: name of the adapter, without a dot.
+        name: name of the adapter: printable characters, without slashes.
 
     Returns:
         The adapter, an `nn.Module` registered in `model`; pass `adapter.parameters()` to an optimiser.
@@ -35,15 +39,32 @@ def add_adapter(model: nn.Module, config: AdapterConfig, name: str = "default") 
         AdapterError: a pattern that matches no layer, a layer that cannot carry such an adapter, settings that do not
             suit a layer (the message names it), a name in use, or a merged adapter on the model.
     """
+    _refuse_arguments(model, config, name)
+    model = unwrapped(model)
     bank = bank_of(model)
     if bank is not None and bank.merged:
         raise AdapterError(f"{', '.join(bank.merged)} is merged into the weights; unmerge() before adding an adapter")
-    layers, hosts = new_layers(model, config)
-    adapter = Adapter(layers)
+    with ordinary_tensors():
+        layers, hosts = new_layers(model, config)
+        adapter = Adapter(layers)
     attach_(model, name, adapter, hosts)
     adapter.active = adapter.outside_slots = True
     refresh_(model)
     return adapter
+
+
+def _refuse_arguments(model: object, config: object, name: str) -> None:
+    """Raise `AdapterError` if `add_adapter` is called with something else than a model, settings and a name."""
+    if not isinstance(model, nn.Module):
+        components = getattr(model, "components", None) or {}
+        models = [f"pipe.{key}" for key, value in components.items() if isinstance(value, nn.Module)]
+        instead = f"one of {', '.join(models)}" if models else "a model, such as pipe.unet or pipe.transformer"
+        raise AdapterError(f"add_adapter: a {type(model).__name__} is no model; pass {instead}")
+    if not isinstance(config, AdapterConfig):
+        raise AdapterError(
+            f"add_adapter: the settings are a {type(config).__name__}, expected LoraConfig(...), LoKrConfig(...), ..."
+        )
+    check_name(name)
 
 
 def new_layers(model: nn.Module, config: AdapterConfig) -> tuple[dict[str, AdapterLayer], dict[str, nn.Module]]:

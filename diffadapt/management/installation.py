@@ -1,6 +1,6 @@
 """Put planned adapters into the models, next to the weights or merged into them, and remove them again."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 
 from diffadapt.errors import AdapterError
@@ -80,12 +80,14 @@ def install_adapter_(
     owner.changed()
 
 
-def remove_adapter_(owner: Owner, name: str) -> None:
-    """Remove adapter `name` with its tokens from all components; see `Adapters.remove`."""
-    snapshot = owner.snapshot()
-    if snapshot[name].name in snapshot.merged:
-        raise AdapterError(f"adapter {name!r} is merged into the weights; call unmerge() before remove()")
-    detach_all_(snapshot.models, name)
+def remove_adapters_(owner: Owner, names: Iterable[str]) -> None:
+    """Remove adapters with their tokens from all components; see `Adapters.remove`."""
+    snapshot, names = owner.snapshot(), list(names)
+    for name in names:
+        if snapshot[name].name in snapshot.merged:
+            raise AdapterError(f"adapter {name!r} is merged into the weights; call unmerge() before remove()")
+    for name in names:
+        detach_all_(snapshot.models, name)
     follow_schedules(owner, owner.follow)
     owner.changed()
 

@@ -1,72 +1,42 @@
 """The object behind `pipe.adapters`: everything users can do with loaded adapters."""
 
 import os
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
+from diffadapt.errors import AdapterError
 from diffadapt.files.checkpoint import Location, Source
 from diffadapt.loading.plan import Plan
 from diffadapt.loading.report import Report
 from diffadapt.management.activation import activate_, restoring, scheduled
+from diffadapt.management.call_forms import Names, Strengths, chosen_of, name_and_scale, names_of
+from diffadapt.management.collection import AdapterCollection
 from diffadapt.management.deriving import derive_adapter_
-from diffadapt.management.installation import install_adapter_, remove_adapter_
-from diffadapt.management.owner import Owner, exclusive_method
+from diffadapt.management.installation import install_adapter_, remove_adapters_
+from diffadapt.management.owner import exclusive_method
 from diffadapt.management.per_sample import mixed_per_sample
 from diffadapt.management.reserving import Requests, Reserved, prepare_hotswap_, release_slots_
 from diffadapt.management.saving import save_adapter
-from diffadapt.management.snapshot import Chosen, LoadedAdapter
-from diffadapt.management.sources import plan_source, prefetch_source
+from diffadapt.management.snapshot import Chosen
+from diffadapt.management.sources import located, plan_source, prefetch_source
 from diffadapt.management.weights import merge_adapters_, unmerge_adapters_, unmerged
 from diffadapt.merging.undo_from_file import BaseFiles
 from diffadapt.strengths.by_prefix import Strength
+from diffadapt.strengths.schedules import Schedule
 from diffadapt.to_lora.combine import Combination, Method, Sign
 from diffadapt.to_lora.derive import conversion
 from diffadapt.to_lora.report import Conversion
 
 
-class Adapters:
-    """The adapters of a pipeline or of one model: a collection by name, which prints as a table.
+class Adapters(AdapterCollection):
+    """The adapters of a pipeline or of one model: a collection by name, and everything that can be done with them.
 
     It holds no state of its own: adapters live on the models, so pipelines that share a model share its adapters.
     """
-
-    def __init__(self, owner: Owner) -> None:
-        self._owner = owner
-
-    @property
-    def names(self) -> list[str]:
-        """Names of all loaded adapters, in the order of loading."""
-        return list(self._owner.snapshot().adapters)
-
-    @property
-    def active(self) -> dict[str, Strength]:
-        """Name -> strength of every active adapter, as it was set."""
-        return self._owner.snapshot().active
-
-    @property
-    def merged(self) -> list[str]:
-        """Names of the adapters that are merged into the weights."""
-        return list(self._owner.snapshot().merged)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._owner.snapshot().adapters
-
-    def __len__(self) -> int:
-        return len(self._owner.snapshot().adapters)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._owner.snapshot().adapters)
-
-    def __getitem__(self, name: str) -> LoadedAdapter:
-        return self._owner.snapshot()[name]
-
-    def __repr__(self) -> str:
-        return str(self._owner.snapshot())
 
     @exclusive_method
     def load(
@@ -74,6 +44,7 @@ class Adapters:
         source: Source | Plan,
         name: str | None = None,
         *,
+        adapter_name: str | None = None,
         scale: Strength = 1.0,
         components: Iterable[str] | None = None,
         where: Location | None = None,
@@ -89,6 +60,7 @@ class Adapters:
             where: the arguments of `pipe.load_adapter` that locate a file: `weight_name`, `subfolder`, `revision`, ...
         """
         snapshot = self._owner.snapshot()
+        name, scale = name_and_scale(name, adapter_name, scale)
         if name is not None:
             snapshot.refuse_name(name)
         planned = plan_source(
@@ -147,6 +119,8 @@ class Adapters:
         *,
         scale: Strength | None = None,
         where: Location | None = None,
+        weight_name: str | None = None,
+        subfolder: str | None = None,
         strict: bool = True,
         dtype: torch.dtype | None = None,
         allow_recompile: bool = False,
@@ -161,6 +135,8 @@ class Adapters:
             source: a file, folder, hub id or state dict, or what `prefetch` returned.
             scale: strength of the new adapter; defaults to that of the old one.
             where: the arguments of `pipe.load_adapter` that locate a file: `weight_name`, `subfolder`, `revision`, ...
+            weight_name: name of the file in a folder or hub repository with several.
+            subfolder: folder of the file in a hub repository or local folder.
             strict: raise an error unless every tensor of the file can be used.
             dtype: dtype of the parameters; defaults to the dtype each component computes in.
             allow_recompile: if the slots have no room, run the adapter outside them instead of raising an error.
@@ -173,7 +149,8 @@ class Adapters:
                 message says what to reserve); or it cannot be merged in the place of a merged one. The old adapter
                 then stays as it is, and merged weights keep every bit.
         """
-        old = self[name]
+        old = self._owner.snapshot()[name]
+        where = located(where, weight_name, subfolder)
         planned = plan_source(self._owner, source, where=where, dtype=dtype, name=name, leaving=name)
         planned.refuse_faults(strict)
         install_adapter_(
@@ -186,6 +163,8 @@ class Adapters:
         source: Source,
         *,
         where: Location | None = None,
+        weight_name: str | None = None,
+        subfolder: str | None = None,
         components: Iterable[str] | None = None,
         strict: bool = True,
         dtype: torch.dtype | None = None,
@@ -198,6 +177,8 @@ class Adapters:
         Args:
             source: a file, folder, hub id or state dict.
             where: the arguments of `pipe.load_adapter` that locate a file: `weight_name`, `subfolder`, `revision`, ...
+            weight_name: name of the file in a folder or hub repository with several.
+            subfolder: folder of the file in a hub repository or local folder.
             components: use these components only and ignore the rest of the file; defaults to all.
             strict: raise an error unless every tensor of the file can be used.
             dtype: dtype of the parameters; defaults to the dtype each component computes in.
@@ -205,10 +186,11 @@ class Adapters:
         Raises:
             AdapterError: the source cannot be read or applied.
         """
+        where = located(where, weight_name, subfolder)
         return prefetch_source(self._owner, source, where=where, components=components, strict=strict, dtype=dtype)
 
     @exclusive_method
-    def activate(self, adapters: Chosen) -> None:
+    def activate(self, adapters: Chosen, strengths: Strengths | None = None) -> None:
         """Make exactly these adapters active.
 
         Args:
@@ -217,13 +199,24 @@ class Adapters:
                 a layer that none covers gets the number of the prefix "", or 1. In the place of a number, a schedule
                 (`Linear`, `Cosine`, `Piecewise`) sets the strength at every step of the runs that follow. Text encoders
                 run before the steps and get the strength of the first one.
+            strengths: without a mapping, one strength for all names, or one for each in a list.
 
         Raises:
             AdapterError: an unknown name, a prefix that matches no layer of the adapter, a strength that is not a
                 finite number, a merged adapter, slots without room for all adapters at once, or a schedule without a
                 scheduler to follow. Nothing has changed then.
         """
-        activate_(self._owner, adapters, self._owner.follow)
+        activate_(self._owner, chosen_of("activate", adapters, strengths), self._owner.follow)
+
+    @exclusive_method
+    def deactivate(self, *names: Names) -> None:
+        """Make adapters inactive. Without names, make all inactive. They stay loaded.
+
+        Raises:
+            AdapterError: no such adapter, or a merged adapter. Nothing has changed then.
+        """
+        leaving = names_of("deactivate", names) if names else self.names
+        activate_(self._owner, self._owner.snapshot().active_without(leaving), self._owner.follow)
 
     def scheduled(self, adapters: Chosen, scheduler: Any = None) -> AbstractContextManager[None]:
         """Make exactly these adapters active inside the `with` block; restore the state before on leaving.
@@ -232,17 +225,19 @@ class Adapters:
             adapters: names and strengths as for `activate`.
             scheduler: the scheduler that steps a loop of your own, for schedules to follow; defaults to the pipeline's.
         """
-        return scheduled(self._owner, adapters, scheduler)
+        if isinstance(scheduler, (int, float, Schedule, Mapping, Sequence)):
+            raise AdapterError(f"scheduled: {scheduler!r} is no scheduler; pass {{name: strength}} for strengths")
+        return scheduled(self._owner, chosen_of("scheduled", adapters, None), scheduler)
 
-    def activated(self, adapters: Chosen) -> AbstractContextManager[None]:
+    def activated(self, adapters: Chosen, strengths: Strengths | None = None) -> AbstractContextManager[None]:
         """Make exactly these adapters active inside the `with` block; restore the state before on leaving.
 
         Other threads that want to use adapters of the same models wait until then.
 
         Args:
-            adapters: names and strengths as for `activate`.
+            adapters, strengths: names and strengths as for `activate`.
         """
-        return scheduled(self._owner, adapters)
+        return scheduled(self._owner, chosen_of("activated", adapters, strengths))
 
     def per_sample(self, mixes: Sequence[Chosen], *, images: int | None = None) -> AbstractContextManager[None]:
         """Give every prompt of a batch its own mix of adapters inside the `with` block; restore the state on leaving.
@@ -269,13 +264,19 @@ class Adapters:
             yield
 
     @exclusive_method
-    def remove(self, name: str) -> None:
-        """Remove an adapter with the tokens it brought, and free its memory. Other adapters stay as they are.
+    def remove(self, *names: Names) -> None:
+        """Remove adapters with the tokens they brought, and free their memory. Other adapters stay as they are.
 
         Raises:
-            AdapterError: no such adapter, it is merged, or other tokens were added to its tokenizers since.
+            AdapterError: no such adapter, it is merged (nothing has been removed then), or other tokens were added to
+                its tokenizers since.
         """
-        remove_adapter_(self._owner, name)
+        if not names:
+            raise AdapterError("remove: no name; clear() removes all adapters")
+        remove_adapters_(self._owner, names_of("remove", names))
+
+    def __delitem__(self, name: str) -> None:
+        self.remove(name)
 
     @exclusive_method
     def clear(self) -> None:
@@ -285,7 +286,7 @@ class Adapters:
             self.remove(name)
 
     @exclusive_method
-    def merge(self, *names: str, compact: bool | None = None, base_files: BaseFiles = False) -> None:
+    def merge(self, *names: Names, compact: bool | None = None, base_files: BaseFiles = False) -> None:
         """Add adapters to the weights, at their present strengths. Without names, merge all that are active.
 
         A merged adapter costs nothing at run time, and `hotswap` merges another one in its place. `unmerge` undoes all
@@ -301,15 +302,17 @@ class Adapters:
                 files stay open while anything is merged: they may be moved or deleted, but not written.
 
         Raises:
-            AdapterError: an adapter that is unknown or merged already, nothing to merge, weights that are quantised or
-                out of reach, a result that is not finite, or no such files. No weight has been written then.
-        """
-        merge_adapters_(self._owner, names, compact, base_files)
+            AdapterError: an adapter that is unknown or merged already, nothing to merge, weights that are out of reach
+                or that cannot be quantised again, a result that the weights cannot hold, or no such files. The weights
+                are unchanged then.
 
-    @property
-    def undo_bytes(self) -> int:
-        """Bytes of memory that are kept to undo merges."""
-        return self._owner.snapshot().undo_bytes
+        Warns:
+            UserWarning: quantised weights lost much of the change to rounding; see `requantisation_errors`.
+        """
+        chosen = tuple(names_of("merge", names))
+        if names and not chosen:
+            return
+        merge_adapters_(self._owner, chosen, compact, base_files)
 
     @exclusive_method
     def unmerge(self) -> None:
@@ -392,7 +395,3 @@ class Adapters:
             AdapterError: no such adapter, or the format cannot express it. Nothing has been written then.
         """
         return save_adapter(self._owner, name, path, format)
-
-    def models(self) -> list[nn.Module]:
-        """Return the models of the pipeline, or the one model."""
-        return list(self._owner.models().values())

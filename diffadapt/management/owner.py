@@ -1,6 +1,6 @@
 """Objects whose models carry adapters: a pipeline or a single model, seen from `Adapters`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeAlias, TypeVar
@@ -8,6 +8,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeAlias, TypeVar
 from torch import nn
 
 from diffadapt.management.snapshot import AdapterSnapshot
+from diffadapt.runtime.inference_mode import ordinary_tensors
 from diffadapt.runtime.locks import exclusive
 from diffadapt.strengths.scheduler_clock import Listener
 
@@ -22,15 +23,22 @@ class Owner:
     Attributes:
         models: returns the present models by component.
         tokenizers: returns the tokenizers by the component of their text encoder.
+        empty: returns the names of components that the owner has room for, but that are not loaded.
         qualified: whether prefixes of module paths start with the name of a component.
         changed: is called after adapters were loaded or removed, or slots reserved or released.
+        counts_prompts: whether the models are those of a pipeline, which says how many prompts it is called with when
+            it encodes them.
+        feeds_control: whether the owner is able to feed a control image, for adapters that read one.
         follow: connects the owner's schedulers to a listener; `None` for an owner without schedulers.
     """
 
     models: Callable[[], Mapping[str, nn.Module]]
     tokenizers: Callable[[], Mapping[str, Any]] = dict[str, Any]
+    empty: Callable[[], Collection[str]] = tuple[str, ...]
     qualified: bool = True
     changed: Callable[[], None] = lambda: None
+    counts_prompts: bool = False
+    feeds_control: bool = True
     follow: Follow | None = None
 
     def snapshot(self) -> AdapterSnapshot:
@@ -52,7 +60,7 @@ def exclusive_method(method: Callable[Concatenate[S, P], R]) -> Callable[Concate
 
     @wraps(method)
     def alone(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        with exclusive(self._owner.models().values()):
+        with exclusive(self._owner.models().values()), ordinary_tensors():
             return method(self, *args, **kwargs)
 
     return alone

@@ -41,6 +41,8 @@ def mixed_per_sample(owner: Owner, mixes: Sequence[Chosen], images: int | None) 
             once = is_text_encoder(component)
             bank.call.samples, bank.call.images = len(mixes), 1 if once else images or 1
             bank.call.asks_images = images is None and not once
+            bank.call.knows_images = True
+            bank.call.counted = once or not owner.counts_prompts
         snapshot.set_active_(names)
         yield
 

@@ -62,7 +62,7 @@ class AdapterPool:
             options: `where`, `components`, `strict` and `dtype` of `Adapters.prefetch`.
 
         Raises:
-            AdapterError: the name is empty, has a dot, or is in this pool already.
+            AdapterError: the name is no adapter's, or is in this pool already.
         """
         with self._lock:
             check_name(name)
@@ -92,6 +92,25 @@ class AdapterPool:
 
     def __len__(self) -> int:
         return len(self._sources)
+
+    def __str__(self) -> str:
+        """Return a table of the adapters, those last used at the end."""
+        with self._lock:
+            waiting = [name for name in self._sources if name not in self._plans]
+            rows = [("name", "state", "size")]
+            for name in (*waiting, *self._plans):
+                state = "in the models" if name in self._resident else "in memory" if name in self._plans else "-"
+                rows.append((name, state, f"{_size(self._plans[name]) / 2**20:.1f} MiB" if name in self._plans else ""))
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        return "\n".join([*lines, f"{self.bytes / 2**20:.1f} of {self.budget / 2**20:.1f} MiB"])
+
+    def __repr__(self) -> str:
+        with self._lock:
+            return (
+                f"<AdapterPool: {len(self._sources)} adapters, {len(self._plans)} in memory ({self.bytes / 2**20:.1f} "
+                f"of {self.budget / 2**20:.1f} MiB), {len(self._resident)} in the models>"
+            )
 
     @property
     def bytes(self) -> int:
@@ -190,7 +209,12 @@ class AdapterPool:
                 plan = reading.result()
             finally:
                 with self._lock:
-                    self._reading.pop(name, None)
+                    # The name may have been given to another source in between, which is read anew.
+                    is_current = self._reading.get(name) is reading or name in self._plans
+                    if self._reading.get(name) is reading:
+                        del self._reading[name]
+            if not is_current:
+                return self._plan(name)
         with self._lock:
             # If two requests waited for it, both use the first one's: it must not be in the models twice.
             plan = self._plans.setdefault(name, plan)

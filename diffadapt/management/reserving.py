@@ -10,7 +10,7 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from diffadapt.errors import AdapterError
+from diffadapt.errors import AdapterError, naming
 from diffadapt.files.checkpoint import Source
 from diffadapt.files.read import read
 from diffadapt.loading.plan import plan
@@ -25,7 +25,7 @@ from diffadapt.runtime.foreign_hooks import compute_dtype, execution_device
 from diffadapt.runtime.slots.forms import lower
 from diffadapt.runtime.slots.reservation import Reservation
 from diffadapt.runtime.slots.slot import Needs
-from diffadapt.runtime.targets import Targets
+from diffadapt.runtime.targets import Targets, refuse_peft
 from diffadapt.types.config import AdapterConfig
 from diffadapt.types.layer_spec import LayerSpec
 
@@ -69,11 +69,17 @@ def prepare_hotswap_(
     models = snapshot.models
     reserved = reserve_all_(models, needs_of(models, wanted), count, rank=rank, samples=samples)
     snapshot = owner.snapshot()
+    for component, bank in snapshot.banks.items():
+        for adapter in bank.adapters.values():
+            # An adapter in training stays outside the slots, which are copies of its parameters.
+            is_trained = any(parameter.requires_grad for parameter in adapter.parameters())
+            adapter.outside_slots = component not in reserved.layers or (adapter.outside_slots and is_trained)
     seat_(snapshot, active)
     for name in snapshot.adapters:
         if name not in active:
             with suppress(AdapterError):
                 seat_(snapshot, [name], staying=snapshot.adapters)
+    snapshot.refresh_()
     owner.changed()
     return reserved
 
@@ -130,6 +136,9 @@ def reserve_all_(
         with torch.inference_mode(False):
             reservation = Reservation(layers, slots, compute_dtype(modules), execution_device(modules), samples)
         hosts = Targets(models[component]).modules
+        for path in layers:
+            with naming(f"{component}.{path}"):
+                refuse_peft(hosts[path])
         made[component] = reservation, {path: hosts[path] for path in layers}
     for component, (reservation, hosts) in made.items():
         reserve_(models[component], reservation, hosts)

@@ -1,7 +1,7 @@
 """The adapters that are loaded into some models at one moment, and names and strengths resolved against them."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -20,21 +20,26 @@ from diffadapt.tokens.learned_tokens import LearnedTokens, learned_tokens_of, ve
 Chosen: TypeAlias = str | Iterable[str] | Mapping[str, Strength]
 """One name, several names, or name -> strength; a name alone means the strength 1."""
 
+_LONGEST_SCALE = 40
+_MOST_NAMED = 6
+
 LayerStrengths: TypeAlias = float | list[float]
 """One strength for all layers of an adapter on one model, or one per layer in the order of `Adapter.layers`."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class LoadedAdapter:
     """One loaded adapter, over all components.
 
     Attributes:
         name: name of the adapter.
         components: component -> the `Adapter` module on that model, which owns the parameters.
+        rescale: gives the adapter another strength; `None` if it was not taken from `pipe.adapters`.
     """
 
     name: str
     components: Mapping[str, Adapter]
+    rescale: Callable[[Strength], None] | None = field(default=None, repr=False, compare=False)
 
     @property
     def learned(self) -> tuple[LearnedTokens, ...]:
@@ -84,11 +89,26 @@ class LoadedAdapter:
         """Strength that `activate` or `scale=` set last."""
         return next(iter(self.components.values())).strength
 
+    @property
+    def scale(self) -> Strength:
+        """The strength. Assigning to it gives an active adapter another one, as `activate` does."""
+        return self.strength
+
+    @scale.setter
+    def scale(self, strength: Strength) -> None:
+        if self.rescale is None:
+            raise AdapterError(f"scale of adapter {self.name!r}: set it on pipe.adapters[{self.name!r}]")
+        self.rescale(strength)
+
+    def __repr__(self) -> str:
+        layers = ", ".join(f"{component} {len(one.layers)} layers" for component, one in self.components.items())
+        return f"<LoadedAdapter {self.name!r}: {', '.join(self.types)}, {layers}, {'' if self.active else 'in'}active>"
+
 
 def check_name(name: str) -> None:
     """Raise `AdapterError` if `name` cannot be the name of an adapter."""
-    if not name or "." in name:
-        raise AdapterError(f"{name!r} is no name for an adapter: a name must not be empty or contain a dot")
+    if not name.strip() or not name.isprintable() or "/" in name or "\\" in name:
+        raise AdapterError(f"{name!r} is no name for an adapter: expected printable characters, without slashes")
 
 
 class AdapterSnapshot:
@@ -112,6 +132,8 @@ class AdapterSnapshot:
         for component, model in models.items():
             bank = bank_of(model)
             if bank is not None:
+                # Layers may have been replaced since the last call of the model.
+                bank.find_layers(model)
                 self.banks[component] = bank
                 for name, adapter in bank.adapters.items():
                     found.setdefault(name, {})[component] = adapter
@@ -133,9 +155,24 @@ class AdapterSnapshot:
         return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
     @property
+    def line(self) -> str:
+        """All adapters in one short line."""
+        named = [
+            f"{name} {_short(adapter.strength)}" if adapter.active else f"({name})"
+            for name, adapter in self.adapters.items()
+        ]
+        more = [f"... {len(named) - _MOST_NAMED} more"] if len(named) > _MOST_NAMED else []
+        return f"<Adapters: {', '.join([*named[:_MOST_NAMED], *more]) or 'none'}>"
+
+    @property
     def active(self) -> dict[str, Strength]:
         """Name -> strength of every active adapter, as it was set."""
         return {name: adapter.strength for name, adapter in self.adapters.items() if adapter.active}
+
+    def active_without(self, names: Iterable[str]) -> dict[str, Strength]:
+        """Return the active adapters but for `names`, which must be loaded."""
+        leaving = {self[name].name for name in names}
+        return {name: strength for name, strength in self.active.items() if name not in leaving}
 
     @cached_property
     def merged(self) -> list[str]:
@@ -257,5 +294,11 @@ class AdapterSnapshot:
             ",".join(str(dtype).removeprefix("torch.") for dtype in adapter.dtypes),
             f"{adapter.bytes / 2**20:.1f} MiB",
             state,
-            str(adapter.strength),
+            _short(adapter.strength),
         )
+
+
+def _short(strength: Strength) -> str:
+    """Return a strength as text of bounded length."""
+    text = str(strength)
+    return text if len(text) <= _LONGEST_SCALE else f"{text[: _LONGEST_SCALE - 3]}..."

@@ -11,6 +11,7 @@ from diffadapt.files.read import read
 from diffadapt.loading.plan import Plan, plan
 from diffadapt.management.owner import Owner
 from diffadapt.runtime.bank import bank_of
+from diffadapt.runtime.inference_mode import ordinary_tensors
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -62,7 +63,7 @@ def plan_source(
             checkpoint = replace(checkpoint, name=name)
     if dtype is not None and dtype not in _DTYPES:
         raise AdapterError(f"dtype is {dtype}; adapters compute in float16, bfloat16, float32 or float64")
-    return plan(
+    planned = plan(
         checkpoint,
         models,
         components=components,
@@ -71,7 +72,14 @@ def plan_source(
         tokenizers=owner.tokenizers(),
         leaving=leaving,
         format=format,
+        empty=owner.empty(),
     )
+    if not owner.feeds_control and any(layer.widens for found in planned.layers.values() for layer in found.values()):
+        raise AdapterError(
+            f"{checkpoint.origin}: a control LoRA, which reads a control image that this pipeline does not feed; load "
+            "it into a control pipeline: diffusers.FluxControlPipeline.from_pipe(pipe)"
+        )
+    return planned
 
 
 def prefetch_source(
@@ -85,11 +93,18 @@ def prefetch_source(
 ) -> Plan:
     """Read a source and plan it in CPU memory; see `Adapters.prefetch`."""
     cpu = torch.device("cpu")
-    planned = plan_source(owner, source, where=where, components=components, dtype=dtype, device=cpu)
+    with ordinary_tensors():
+        planned = plan_source(owner, source, where=where, components=components, dtype=dtype, device=cpu)
     planned.refuse_faults(strict)
     for component, adapter in planned.adapters.items():
         adapter.train(planned.targets[component].model.training)
     return planned
+
+
+def located(where: Location | None, weight_name: str | None, subfolder: str | None) -> Location:
+    """Return where a file is; `weight_name` and `subfolder` take precedence over those of `where`."""
+    found = where or Location()
+    return replace(found, weight_name=weight_name or found.weight_name, subfolder=subfolder or found.subfolder)
 
 
 def _refuse_unusable(owner: Owner, planned: Plan) -> None:

@@ -4,9 +4,13 @@ The merged weight is that of `compose.weight`, computed in float32 (float64 for 
 weight and rounded once, however many adapters are merged. Weights are written in place: parameters stay the same
 objects, and compiled graphs stay valid.
 
-Unmerging does not subtract, because rounding would make that inexact. For each weight one of three things is kept: a
+A quantised weight is decoded, merged in float32 and quantised again by its backend. Rounding to few bits may lose much
+of a small change; how much is measured (`undo_by_parts`).
+
+Unmerging does not subtract, because rounding would make that inexact. For each weight one of four things is kept: a
 copy of the original; or, in a few percent of its memory, corrections of a prediction from the merged weight
-(`undo_by_correction`); or nothing, if the files that the model was read from are at hand (`undo_from_file`).
+(`undo_by_correction`); or nothing, if the files that the model was read from are at hand (`undo_from_file`); or, of a
+quantised weight, copies of its packed parts (`undo_by_parts`).
 
 Base tensors are written one after the other, so at most one of them exists twice. Each gets its way back before it is
 written: if anything fails, the tensors written so far become what they were.
@@ -22,6 +26,7 @@ from diffadapt.errors import AdapterError
 from diffadapt.merging.keeping import Keeping
 from diffadapt.merging.moves import ByName, Moves
 from diffadapt.merging.undo_by_correction import UndoByCorrection
+from diffadapt.merging.undo_by_parts import restore_, warn_of_losses
 from diffadapt.merging.weight_update import merge_dtype
 from diffadapt.runtime.adapter import Adapter
 from diffadapt.runtime.attach import refresh_
@@ -41,8 +46,8 @@ def merge_(models: Mapping[str, nn.Module], names: Iterable[str], keeping: Keepi
         keeping: what to keep of the weights; defaults to `Keeping()`.
 
     Raises:
-        AdapterError: a weight is quantised or on the meta device, a bias is missing, a result is not finite, or an
-            active adapter that multiplies weights would find them changed. Nothing has changed then.
+        AdapterError: a weight cannot be written, or is on the meta device, a bias is missing, a weight cannot hold the
+            result, or an active adapter that multiplies weights would find them changed. Nothing has changed then.
     """
     names = tuple(names)
     wanted: dict[str, dict[str, Adapter]] = {}
@@ -76,8 +81,13 @@ def remerged(
         hosts: component -> module path -> layer, for adapters that are not attached yet.
 
     Raises:
-        AdapterError: a weight is quantised or on the meta device, a bias is missing, or a result is not finite.
+        AdapterError: a weight cannot be written, or is on the meta device, a bias is missing, or a weight cannot hold
+            the result.
     """
+    for component, adapters in wanted.items():
+        bank = bank_of(models[component])
+        if bank is not None:
+            bank.refuse_lost_merges(models[component], (path for each in adapters.values() for path in each.layers))
     moves_by_model = [
         Moves(models[component], component, adapters, (hosts or {}).get(component, {}), keeping)
         for component, adapters in wanted.items()
@@ -101,6 +111,7 @@ def remerged(
         if bank is not None:
             bank.merged = (*(n for n in bank.merged if n in adapters), *(n for n in adapters if n not in bank.merged))
             refresh_(models[component])
+    warn_of_losses(models[component] for component in wanted)
 
 
 @torch.no_grad()
@@ -113,8 +124,9 @@ def unmerge_(model: nn.Module) -> None:
     bank = bank_of(model)
     if bank is None or not bank.merged:
         return
+    bank.refuse_lost_merges(model)
     while bank.undo:
-        bank.undo[-1].tensor.copy_(bank.undo[-1].restored())
+        restore_(bank.undo[-1])
         bank.undo.pop()
     bank.merged = ()
     refresh_(model)

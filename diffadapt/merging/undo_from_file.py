@@ -144,6 +144,7 @@ def _originals(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for name in module._parameters:
             tensor = resting_tensor(module, name)
             # Vectors tell nothing: many models have the same ones and zeros in norms and biases.
-            if tensor is not None and tensor.ndim > 1:
+            is_plain = tensor is not None and type(tensor) in (Tensor, nn.Parameter) and tensor.is_floating_point()
+            if tensor is not None and is_plain and tensor.ndim > 1:
                 original = merged[id(tensor)].restored() if id(tensor) in merged else tensor
                 yield f"{path}.{name}".removeprefix("."), original

@@ -319,7 +319,7 @@ def _product_dtype(like: Tensor, total: torch.dtype) -> torch.dtype:
 
 def _multiplies_in_float32() -> bool:
     # Measured, because too many settings, old and new, ask for less.
-    factor = torch.full((64, 64), 1 + 2.0**-12)
+    factor = torch.full((64, 64), 1 + 2.0**-12, dtype=torch.float32)
     return bool(torch.mm(factor, factor)[0, 0] > 64)
 
 

@@ -1,25 +1,27 @@
 """Objects that replace methods of a pipeline while it has adapters, to notice its calls."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
+from diffadapt.errors import AdapterError
 from diffadapt.pipelines.components import components_of
 from diffadapt.runtime.bank import Bank, bank_of
+from diffadapt.runtime.call_state import CallState
 from diffadapt.runtime.components import is_text_encoder
 from diffadapt.runtime.foreign_hooks import diffusers_scales_with_peft
 from diffadapt.strengths.scheduler_clock import Listener, follow, is_scheduler
 from diffadapt.tokens.installation import is_extended, refresh_tokens_
 
 _IMAGES = ("num_images_per_prompt", "num_videos_per_prompt")
-_PASSED_ON = frozenset({"lora_scale", *_IMAGES})
 
 
 class EncodePromptHook:
     """A replacement for an `encode_prompt` of diffusers. It passes `lora_scale` on to the adapters of text encoders,
-    and the number of images per prompt to all other adapters.
+    and the number of images per prompt to all other adapters. If every prompt has its own mix of adapters, it also
+    checks that there are as many prompts as mixes.
 
     diffusers uses that scale with peft only, and without peft it crashes on the text encoders of transformers 5. The
     ids of learned tokens are read again here, since textual inversions of diffusers may have changed the tokenizers.
@@ -39,14 +41,12 @@ class EncodePromptHook:
         """Replace the `encode_prompt` methods of `pipe` while one of its models carries adapters, else restore them."""
         models = components_of(pipe).values()
         adapted = any(bank_of(model) is not None for model in models)
-        has_tokens = any(is_extended(model) for model in models)
         for owner in _prompt_encoders(pipe):
             present = owner.__dict__.get("encode_prompt")
             if not adapted and isinstance(present, cls):
                 del owner.__dict__["encode_prompt"]
             elif adapted and present is None:
-                if has_tokens or _PASSED_ON.intersection(inspect.signature(owner.encode_prompt).parameters):
-                    owner.__dict__["encode_prompt"] = cls(pipe, owner)
+                owner.__dict__["encode_prompt"] = cls(pipe, owner)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         owner_class = type(self.owner)
@@ -60,14 +60,21 @@ class EncodePromptHook:
         for _, model in models:
             if is_extended(model):
                 refresh_tokens_(model)
-        images = next((number for name in _IMAGES if (number := bound.arguments.get(name)) is not None), 1)
         banks: list[Bank] = []
         for name, model in models:
             bank = bank_of(model)
-            if bank is not None and is_text_encoder(name):
+            if bank is None:
+                continue
+            if is_text_encoder(name):
                 banks.append(bank)
-            elif bank is not None and bank.call.asks_images:
-                bank.call.images = images
+            if bank.call.samples:
+                _count_prompts(bank.call, bound)
+            if not is_text_encoder(name):
+                _count_images(bank.call, bound)
+                if bank.call.samples and not bank.call.knows_images and _is_compiled(self.pipe.components[name]):
+                    raise AdapterError(
+                        "per_sample: this pipeline does not say how many images it draws of each prompt; pass images="
+                    )
         value = None if scale is None else torch.as_tensor(scale, dtype=torch.float32)
         for bank in banks:
             bank.call.outer = bank.call.value = value
@@ -102,6 +109,51 @@ class ProgressBarHook:
         for scheduler in filter(is_scheduler, self.pipe.components.values()):
             follow(scheduler, self.pipe, self.listener, running=True)
         return type(self.pipe).progress_bar(self.pipe, *args, **kwargs)
+
+
+def _count_prompts(call: CallState, bound: inspect.BoundArguments) -> None:
+    """Raise `AdapterError` if an `encode_prompt` is not called with as many prompts as there are mixes."""
+    prompts = _number_of_prompts(bound.arguments)
+    if prompts is not None and prompts != call.samples:
+        raise AdapterError(
+            f"per_sample: {call.samples} mixes, but the pipeline encodes {prompts} prompts; pass as many prompts and "
+            "negative prompts as samples"
+        )
+    call.counted = call.counted or prompts is not None
+
+
+def _count_images(call: CallState, bound: inspect.BoundArguments) -> None:
+    """Note how many images of each prompt an `encode_prompt` is called for.
+
+    Raises:
+        AdapterError: `per_sample` was told another number.
+    """
+    parameters = bound.signature.parameters
+    given = [bound.arguments.get(name, parameters[name].default) for name in _IMAGES if name in parameters]
+    images = given[0] if given and isinstance(given[0], int) else 1
+    if call.asks_images:
+        call.images, call.knows_images = images, bool(given)
+    elif given and images != call.images:
+        raise AdapterError(
+            f"per_sample: images is {call.images}, but the pipeline draws {images} images of each prompt; leave images "
+            "out, or pass the same number"
+        )
+
+
+def _is_compiled(model: Any) -> bool:
+    """Return whether calls of a whole model are compiled, its hooks included."""
+    return hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
+
+
+def _number_of_prompts(arguments: Mapping[str, Any]) -> int | None:
+    """Return how many prompts the arguments of an `encode_prompt` are for, or `None` if they do not say."""
+    prompt = arguments.get("prompt")
+    if isinstance(prompt, str):
+        return 1
+    # Pipelines with several text encoders of different kinds have embeddings named after each.
+    embeddings = (value for name, value in arguments.items() if name.startswith("prompt_embeds"))
+    found = next((value for value in (prompt, *embeddings) if value is not None), None)
+    return len(found) if isinstance(found, (list, tuple, torch.Tensor)) else None
 
 
 def _prompt_encoders(pipe: Any) -> Iterator[Any]:

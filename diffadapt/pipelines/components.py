@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from diffadapt.errors import AdapterError
-from diffadapt.runtime.components import is_text_encoder
+from diffadapt.runtime.components import is_text_encoder, unwrapped
 
 
 def components_of(pipe: Any) -> dict[str, nn.Module]:
@@ -20,23 +20,27 @@ def components_of(pipe: Any) -> dict[str, nn.Module]:
     return found
 
 
+def empty_components_of(pipe: Any) -> list[str]:
+    """Return the names of the components that a pipeline has room for, but that are not loaded (`None`)."""
+    return [name for name, component in pipe.components.items() if component is None]
+
+
+def feeds_control(pipe: Any) -> bool:
+    """Return whether a pipeline is able to feed a control image next to the latents.
+
+    Among diffusers' own pipelines for Flux.1, only some are. About other pipelines, nothing is known.
+    """
+    name = type(pipe).__name__
+    is_known = type(pipe).__module__.startswith("diffusers.pipelines.flux.")
+    return not is_known or (name.startswith("FluxControl") and "ControlNet" not in name)
+
+
 def tokenizers_of(pipe: Any) -> dict[str, Any]:
     """Return the tokenizers of a pipeline by the component name of their text encoder."""
     components: Mapping[str, Any] = pipe.components
     encoders = filter(is_text_encoder, components)
     paired = {name: components.get(name.replace("text_encoder", "tokenizer")) for name in encoders}
     return {name: tokenizer for name, tokenizer in paired.items() if hasattr(tokenizer, "add_tokens")}
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return a model without the wrappers of `torch.compile` and data parallelism."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
 
 
 def role_of(model: nn.Module) -> str:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,15 @@ from diffadapt.loading.report import Report
 from diffadapt.management.manager import Adapters
 from diffadapt.management.owner import Owner
 from diffadapt.pipelines.call_hooks import EncodePromptHook, ProgressBarHook
-from diffadapt.pipelines.components import components_of, role_of, tokenizers_of, unwrapped
+from diffadapt.pipelines.components import (
+    components_of,
+    empty_components_of,
+    feeds_control,
+    role_of,
+    tokenizers_of,
+    unwrapped,
+)
+from diffadapt.pipelines.diffusers_methods import DiffusersMethods
 from diffadapt.strengths.by_prefix import Strength
 
 
@@ -23,6 +32,7 @@ def load_adapter(
     source: Source | Plan,
     name: str | None = None,
     *,
+    adapter_name: str | None = None,
     scale: Strength = 1.0,
     components: Iterable[str] | None = None,
     weight_name: str | None = None,
@@ -40,11 +50,12 @@ def load_adapter(
     """Load an adapter into this pipeline. It joins the adapters that are active already.
 
     Args:
-        source: path of a file or folder, hub id, or a state dict. Tensors of a state dict are not changed, but not
-            copied either where dtype and device fit, so do not write into them afterwards. Or a `Plan` that
-            `pipe.adapters.prefetch` returned.
+        source: path of a file or folder, hub id, link to the hub, or a state dict. Tensors of a state dict are not
+            changed, but not copied either where dtype and device fit, so do not write into them afterwards. Or a `Plan`
+            that `pipe.adapters.prefetch` returned.
         name: name of the adapter; defaults to the file name, or to "default_0", "default_1", ... for a state dict. If
             the file has a learned token without a name (a textual inversion), the token gets this name.
+        adapter_name: the same as `name`, as diffusers calls it.
         scale: strength of the adapter: a number, a schedule, or prefix -> number or schedule ("unet.up_blocks": 0.5);
             see `pipe.adapters.activate`.
         components: load into these components only ("unet", "text_encoder", ...) and ignore the rest of the file;
@@ -73,6 +84,7 @@ def load_adapter(
     return adapters_of(pipe).load(
         source,
         name,
+        adapter_name=adapter_name,
         scale=scale,
         components=components,
         where=where,
@@ -98,15 +110,24 @@ def adapters_of(owner: Any) -> Adapters:
             role = "text_encoder_2"
         # The component name matters for saving: a file is loaded again by it.
         return Adapters(Owner(lambda: {role: model}, qualified=False))
-    EncodePromptHook.install(owner)
+    _install_hooks(owner)
     return Adapters(
         Owner(
             lambda: components_of(owner),
             tokenizers=lambda: tokenizers_of(owner),
-            changed=lambda: EncodePromptHook.install(owner),
+            empty=lambda: empty_components_of(owner),
+            changed=lambda: _install_hooks(owner),
+            counts_prompts=True,
+            feeds_control=feeds_control(owner),
             follow=lambda listener: ProgressBarHook.install(owner, listener),
         )
     )
+
+
+def _install_hooks(pipe: Any) -> None:
+    """Replace the methods of `pipe` that have to know of its adapters, or restore them if it carries none."""
+    EncodePromptHook.install(pipe)
+    DiffusersMethods.install(pipe, partial(adapters_of, pipe))
 
 
 def load_adapter_into_model(
@@ -114,6 +135,7 @@ def load_adapter_into_model(
     source: Source,
     name: str | None = None,
     *,
+    adapter_name: str | None = None,
     component: str | None = None,
     scale: Strength = 1.0,
     weight_name: str | None = None,
@@ -134,6 +156,7 @@ def load_adapter_into_model(
         source: path of a file or folder, hub id, or a state dict. Tensors of a state dict are not changed, but not
             copied either where dtype and device fit, so do not write into them afterwards.
         name: name of the adapter; defaults to the file name, or to "default_0", "default_1", ... for a state dict.
+        adapter_name: the same as `name`, as diffusers calls it.
         component: the part of a file for a whole pipeline that is loaded ("unet", "text_encoder_2", ...); defaults to
             the one that models of this class are. The rest of the file is ignored.
         scale: strength of the adapter: a number, or module path prefix -> number ("up_blocks": 0.5).
@@ -161,6 +184,7 @@ def load_adapter_into_model(
     return adapters.load(
         source,
         name,
+        adapter_name=adapter_name,
         scale=scale,
         where=where,
         strict=strict,

@@ -1,6 +1,6 @@
 """Explain an adapter file without loading it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -10,7 +10,7 @@ from diffadapt.files.read import read
 from diffadapt.loading.conversion import planned_on
 from diffadapt.loading.plan import plan
 from diffadapt.loading.report import Report
-from diffadapt.pipelines.components import components_of
+from diffadapt.pipelines.components import components_of, empty_components_of
 
 
 def inspect(
@@ -40,11 +40,13 @@ def inspect(
         AdapterError: the source cannot be read, is in no known format, or `family` is unknown.
     """
     models: Mapping[str, nn.Module] | None = None
+    empty: Sequence[str] = ()
     if target is not None:
-        models = target if isinstance(target, Mapping) else components_of(target)
+        is_mapping = isinstance(target, Mapping)
+        models, empty = (target, ()) if is_mapping else (components_of(target), empty_components_of(target))
     checkpoint = read(source, Location(weight_name, subfolder), headers_only=True)
     if models is None and family is not None:
         planned = planned_on(checkpoint, family, format=format)
     else:
-        planned = plan(checkpoint, models, format=format)
+        planned = plan(checkpoint, models, format=format, empty=empty)
     return planned.report(checkpoint.name or "default_0")

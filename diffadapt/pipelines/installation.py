@@ -8,8 +8,6 @@ import warnings
 from collections.abc import Sequence
 from types import ModuleType
 
-from diffadapt.pipelines.entry import adapters_of, load_adapter
-
 _OWNERS = {
     "diffusers.pipelines.pipeline_utils": "DiffusionPipeline",
     "diffusers.modular_pipelines.modular_pipeline": "ModularPipeline",
@@ -31,6 +29,9 @@ def install() -> None:
 
 def _extend(owner: type) -> None:
     """Give a pipeline class the two names; warn about those that it has already, and leave them as they are."""
+    # Whoever imports a pipeline waits for torch anyway.
+    from diffadapt.pipelines.entry import adapters_of, load_adapter
+
     for name, value in (("load_adapter", load_adapter), ("adapters", property(adapters_of))):
         existing = vars(owner).get(name)
         if getattr(owner, name, None) is None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from diffadapt.runtime import compose
 from diffadapt.runtime.adapter_layer import AdapterLayer
-from diffadapt.runtime.class_mixing import Mixin
+from diffadapt.runtime.class_mixing import Mixin, mix_, unmix_
 
 ACTIVE = "_diffadapt_active"
 """Name of the tuple in a layer's `__dict__` with the adapter layers that run on it."""
@@ -21,7 +21,8 @@ TOKENS = "_diffadapt_tokens"
 class Adapted(Mixin):
     """A layer that carries adapter layers: a call runs the layer's own call and its active adapter layers."""
 
-    _diffadapt_active: tuple[AdapterLayer, ...]
+    # Empty, because a class that someone derived from this one stays with the layer after its adapters are removed.
+    _diffadapt_active: tuple[AdapterLayer, ...] = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the layer's output with its active adapter layers."""
@@ -37,8 +38,7 @@ class Extended(Adapted):
     The weight keeps its shape. Ids of learned tokens reach neither the weight nor the adapter layers.
     """
 
-    _diffadapt_active = ()
-    _diffadapt_tokens: tuple[nn.Module, ...]
+    _diffadapt_tokens: tuple[nn.Module, ...] = ()
 
     def __call__(self, input: Tensor) -> Tensor:
         """Return the vectors for the ids `input`, those of learned tokens included."""
@@ -49,3 +49,21 @@ class Extended(Adapted):
         for tokens in self._diffadapt_tokens:
             output = tokens(input, output)
         return output
+
+
+def carry_(host: nn.Module, mixin: type[Adapted] = Adapted) -> None:
+    """Make a layer able to carry adapter layers.
+
+    Raises:
+        TypeError: the class of the layer cannot be changed.
+    """
+    if not isinstance(host, mixin):
+        mix_(host, mixin)
+    host.__dict__.setdefault(ACTIVE, ())
+
+
+def release_(host: nn.Module) -> None:
+    """Undo `carry_`. A class that someone else gave to the layer since then is left alone."""
+    host.__dict__.pop(ACTIVE, None)
+    if not isinstance(host, Extended):
+        unmix_(host)

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from diffadapt.runtime.adapter_layer import AdapterLayer
+from diffadapt.runtime.inference_mode import ordinary_tensors
 from diffadapt.strengths.by_prefix import Strength
 from diffadapt.types.tensor_ops import FLOAT8
 
 
 class LayerTree(nn.Module):
-    """A tree of adapter layers or slots that mirrors the model's module paths, with their gates in one tensor.
+    """Adapter layers or slots, named after the model's module paths, with their gates in one tensor.
 
     Saving, moving, freezing, counting and deleting are the ordinary module operations on this tree.
     """
@@ -31,15 +32,12 @@ class LayerTree(nn.Module):
         raise NotImplementedError
 
     def _insert(self, path: str, leaf: nn.Module) -> None:
-        """Insert `leaf` at `path`, and the modules above it where they do not exist yet."""
-        *parents, last = path.split(".")
-        node: nn.Module = self
-        for name in parents:
-            child = node._modules.get(name)
-            if child is None:
-                child = node._modules[name] = nn.Module()
-            node = child
-        node._modules[last] = leaf
+        """Make `leaf` a child, named after `path` with slashes for dots and a slash at the end.
+
+        Other libraries (PEFT) search all modules of a model for names that end like those of its layers, or that match
+        a pattern. No name of a child does.
+        """
+        self._modules[path.replace(".", "/") + "/"] = leaf
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LayerTree":
         def keep_precision(tensor: Tensor) -> Tensor:
@@ -83,8 +81,13 @@ class Adapter(LayerTree):
             self._insert(path, layer)
         self._scales = torch.tensor([layer.scale for layer in self.layers.values()], dtype=torch.float64)
         device = next((p.device for p in self.parameters() if p.device.type != "meta"), torch.device("cpu"))
-        self._assign_gates(torch.zeros(len(self.layers), device=device))
+        self._assign_gates(torch.zeros(len(self.layers), dtype=torch.float32, device=device))
         self.set_strengths(1.0)
+
+    def __repr__(self) -> str:
+        types = sorted({layer.adapter_type.name for layer in self.layers.values()})
+        state = "active" if self.active else "inactive"
+        return f"<Adapter: {', '.join(types)}, {len(self.layers)} layers, {self.bytes / 2**20:.1f} MiB, {state}>"
 
     def set_strengths(self, strengths: float | Sequence[float] | Sequence[Sequence[float]]) -> None:
         """Set the gates to the scales times `strengths`, in a single write.
@@ -99,7 +102,10 @@ class Adapter(LayerTree):
     def set_gates(self, gates: Tensor) -> None:
         """Write `gates`, of shape (layers,) or (samples, layers)."""
         if gates.shape != self._gates.shape:
-            self._assign_gates(gates.to(self._gates))
+            # Outside inference mode, or these gates could not be written outside it any more.
+            with ordinary_tensors():
+                self._assign_gates(torch.empty(gates.shape, dtype=torch.float32, device=self._gates.device))
+            self._gates.copy_(gates)
         else:
             self._gates.copy_(gates)
 

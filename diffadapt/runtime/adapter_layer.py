@@ -19,7 +19,7 @@ from diffadapt.types.adapter_type import AdapterType, Stage, Surroundings, Tenso
 from diffadapt.types.layer_spec import LayerSpec
 from diffadapt.types.layer_state import LayerState, scale_of
 from diffadapt.types.tensor_ops import add
-from diffadapt.weights.resting import resting_tensor
+from diffadapt.weights.resting import resting_tensor, rests_on_disk
 
 BANK = "diffadapt"
 """Name of the child module that holds a model's adapters."""
@@ -228,6 +228,11 @@ class AdapterLayer(nn.Module):
         return next(iter(self._parameters.values())).dtype  # type: ignore[union-attr]
 
     @property
+    def reads_weight(self) -> bool:
+        """Whether the layer's host must have a weight that can be decoded, for this layer to run."""
+        return "patch" in self.stages or self.adapter_type.reads_weight(self.tensors)
+
+    @property
     def is_additive(self) -> bool:
         """Whether the layer only adds to the output of its host."""
         return "add" in self.stages and len(self.stages) == 1
@@ -281,7 +286,7 @@ class AdapterLayer(nn.Module):
             return prepared
         # Patches overlap, so the input cannot be mapped before the convolution: map the weight instead.
         rows = weight().to(next(iter(tensors.values()))).flatten(1)
-        one = torch.ones((), device=rows.device)
+        one = _one(rows)
         delta = self.adapter_type.apply_map(prepared, self.spec, vectors=rows, axis=1, gate=one, transposed=True)
         return {**prepared, PATCH_DELTA: delta.view(self.spec.weight_shape)}
 
@@ -314,7 +319,7 @@ class AdapterLayer(nn.Module):
                 if name in changed:
                     changed[name] = changed[name] * _slice_mask(changed[name], axis, dropout.input)
         if dropout.module:
-            gate = gate * (torch.rand((), device=gate.device) >= dropout.module)
+            gate = gate * (torch.rand((), dtype=torch.float32, device=gate.device) >= dropout.module)
         return changed, gate
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
@@ -366,7 +371,8 @@ class _PreparedCache:
             (tensor, (tensor._version, tensor.data_ptr(), tensor.dtype)) for tensor in layer.tensors.values()
         ]
         if with_weight:
-            weight = resting_tensor(layer.host, "weight")
+            on_disk = rests_on_disk(layer.host, "weight")
+            weight = layer.host._parameters.get("weight") if on_disk else resting_tensor(layer.host, "weight")
             # Without its storage, since casting and offloading hooks give the weight a new one in every forward.
             if weight is not None:
                 sources.append((weight, None if weight.is_inference() else (weight._version, weight.dtype)))
@@ -374,7 +380,7 @@ class _PreparedCache:
 
 
 def _one(like: Tensor) -> Tensor:
-    return torch.ones((), device=like.device)
+    return torch.ones((), dtype=torch.float32, device=like.device)
 
 
 def _per_row(gates: Tensor, values: Tensor) -> Tensor:
@@ -386,4 +392,4 @@ def _slice_mask(tensor: Tensor, axis: int, probability: float) -> Tensor:
     """Return ones, with zeros for slices dropped along `axis`, in a shape that broadcasts over `tensor`."""
     shape = [1] * tensor.ndim
     shape[axis] = tensor.shape[axis]
-    return (torch.rand(shape, device=tensor.device) >= probability).to(tensor.dtype)
+    return (torch.rand(shape, dtype=torch.float32, device=tensor.device) >= probability).to(tensor.dtype)

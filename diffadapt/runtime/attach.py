@@ -11,31 +11,35 @@ Attaching changes the following, and detaching puts it back:
 `__call__` is overridden and not `forward`. Whatever diffusers and accelerate install as the instance's `forward`
 (casting, offloading) therefore runs inside, in whichever order it was installed.
 
-No other module changes the class, the children or the hooks of a model's module. The rest of what diffadapt changes in
-objects of other libraries has one place each:
+Apart from `replaced_layers`, which moves all this to a layer that replaced another, no other module changes the class,
+the children or the hooks of a model's module. The rest of what diffadapt changes in objects of other libraries has one
+place each:
 
 | object | what is changed | where |
 |---|---|---|
 | the layer that reads latents, and the model's config | weight, `in_features`, config entries | `input_width` |
+| groups of diffusers' group offloading to disk | the adapters in them | `disk_offload` |
 | modules with gradient checkpointing | the checkpointing function in their `__dict__`, during a call | `bank` |
 | weights and biases | their content, in place | `merging/` |
 | tokenizers | their added tokens and their class | `tokens/vocabulary` |
 | schedulers | stand-ins for methods, in their `__dict__` | `strengths/scheduler_clock` |
 | pipelines | stand-ins for `encode_prompt` and `progress_bar`, in their `__dict__` | `pipelines/call_hooks` |
+| pipelines | stand-ins for diffusers' adapter methods, in their `__dict__` | `pipelines/diffusers_methods` |
 | pipeline classes | `load_adapter` and `adapters` | `pipelines/installation` |
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Mapping
 
 from torch import nn
 
 from diffadapt.errors import AdapterError
-from diffadapt.runtime.adapted_layers import ACTIVE, TOKENS, Adapted, Extended
+from diffadapt.runtime.adapted_layers import ACTIVE, TOKENS, Extended, carry_, release_
 from diffadapt.runtime.adapter import Adapter
 from diffadapt.runtime.adapter_layer import BANK, AdapterLayer
-from diffadapt.runtime.bank import RESERVED, Bank, bank_of
-from diffadapt.runtime.class_mixing import mixed, own_class
+from diffadapt.runtime.bank import RESERVED, Bank, bank_of, child_name, fusible_attentions
+from diffadapt.runtime.class_mixing import unmix_
 from diffadapt.runtime.input_width import fit_input_width_
+from diffadapt.runtime.replaced_layers import present_hosts, refuse_problems
 from diffadapt.runtime.slots.reservation import Reservation
 
 
@@ -53,12 +57,15 @@ def attach_(
             then.
     """
     bank = bank_of(model)
-    if bank is not None and name in bank._modules and not replacing:
+    if bank is not None and name in bank.adapters and not replacing:
         raise AdapterError(f"adapter {name!r} exists already; remove it first or pass another name")
+    if bank is not None:
+        refuse_problems(bank.find_layers(model))
+    hosts = present_hosts(model, hosts, adapter.layers)
     present: dict[str, Adapter] = {} if bank is None else bank.adapters
     _fit_input_width_(model, {**present, name: adapter}.values(), bank)
     try:
-        bank = _adapt_(model, {path: hosts[path] for path in adapter.layers})
+        bank = _adapt_(model, hosts)
     except AdapterError:
         _fit_input_width_(model, present.values(), bank)
         raise
@@ -67,7 +74,7 @@ def attach_(
         layer.__dict__["host"] = hosts[path]
     if adapter.training != model.training:
         adapter.train(model.training)
-    bank._modules[name] = adapter
+    bank._modules[child_name(name)] = adapter
 
 
 def detach_(model: nn.Module, name: str) -> None:
@@ -78,10 +85,11 @@ def detach_(model: nn.Module, name: str) -> None:
             now. Nothing is changed then.
     """
     bank = bank_of(model)
-    if bank is None or name not in bank._modules:
+    if bank is None or name not in bank.adapters:
         return
+    bank.find_layers(model)
     _fit_input_width_(model, [adapter for other, adapter in bank.adapters.items() if other != name], bank)
-    del bank._modules[name]
+    del bank._modules[child_name(name)]
     if bank.reservation is not None:
         bank.reservation.vacate(name)
     refresh_(model)
@@ -97,7 +105,11 @@ def reserve_(model: nn.Module, reservation: Reservation, hosts: Mapping[str, nn.
     Raises:
         AdapterError: the class of a layer cannot be changed. Nothing is changed then.
     """
-    bank = _adapt_(model, {path: hosts[path] for path in reservation.slots})
+    bank = bank_of(model)
+    if bank is not None:
+        refuse_problems(bank.find_layers(model))
+    hosts = present_hosts(model, hosts, {path: slots[0] for path, slots in reservation.slots.items()})
+    bank = _adapt_(model, hosts)
     for path, slots in reservation.slots.items():
         for slot in slots:
             slot.__dict__["call"] = bank.call
@@ -112,6 +124,7 @@ def unreserve_(model: nn.Module) -> None:
     bank = bank_of(model)
     if bank is None or bank.reservation is None:
         return
+    bank.find_layers(model)
     _fit_input_width_(model, bank.adapters.values(), bank, with_slots=False)
     del bank._modules[RESERVED]
     bank._outside = None
@@ -161,10 +174,16 @@ def extend_(host: nn.Module, tokens: tuple[nn.Module, ...]) -> None:
     """
     if host.__dict__.get(TOKENS, ()) == tokens:
         return
-    base = own_class(host)
-    mixin = Extended if tokens else Adapted if ACTIVE in host.__dict__ else None
     try:
-        host.__class__ = base if mixin is None else mixed(base, mixin)
+        if tokens:
+            carries = ACTIVE in host.__dict__
+            carry_(host, Extended)
+            if not carries:
+                del host.__dict__[ACTIVE]
+        else:
+            unmix_(host)
+            if ACTIVE in host.__dict__:
+                carry_(host)
     except TypeError as error:
         raise AdapterError(f"a {type(host).__name__} cannot get further tokens ({error})") from error
     if tokens:
@@ -175,30 +194,27 @@ def extend_(host: nn.Module, tokens: tuple[nn.Module, ...]) -> None:
 
 def _adapt_(model: nn.Module, hosts: Mapping[str, nn.Module]) -> Bank:
     """Make `hosts` able to carry adapter layers, all of them or none, and return the bank of `model`."""
-    changed: list[tuple[nn.Module, type[nn.Module]]] = []
-    for path, host in hosts.items():
-        if ACTIVE not in host.__dict__:
-            base = type(host)
-            try:
-                if not isinstance(host, Adapted):
-                    host.__class__ = mixed(base, Adapted)
-            except TypeError as error:
-                for earlier, before in changed:
-                    earlier.__class__ = before
-                    earlier.__dict__.pop(ACTIVE, None)
-                raise AdapterError(f"{path}: its class cannot carry an adapter ({error})") from error
-            changed.append((host, base))
-            host.__dict__[ACTIVE] = ()
     bank = bank_of(model)
+    new = {path: host for path, host in hosts.items() if bank is None or path not in bank.hosts}
+    changed: list[nn.Module] = []
+    for path, host in new.items():
+        try:
+            carry_(host)
+        except TypeError as error:
+            for earlier in changed:
+                release_(earlier)
+            raise AdapterError(f"{path}: its class cannot carry an adapter ({error})") from error
+        changed.append(host)
     if bank is None:
         bank = Bank()
         bank.train(model.training)
         model._modules[BANK] = bank
         model.register_forward_pre_hook(bank.before_call, with_kwargs=True)
         model.register_forward_hook(bank.after_call, with_kwargs=True)
-    new = {path: host for path, host in hosts.items() if path not in bank.hosts}
-    bank.hosts.update(new)
-    bank.attentions.update(_fusible_attentions(model, new))
+    if new:
+        bank.hosts.update(new)
+        bank.attentions.update(fusible_attentions(model, new))
+        bank._watch = None
     return bank
 
 
@@ -216,8 +232,11 @@ def _release_unused_(model: nn.Module, bank: Bank) -> None:
     for adapter in bank.adapters.values() if unused else ():
         unused.difference_update(adapter.layers)
     for path in unused:
-        _release_(bank.hosts.pop(path))
+        release_(bank.hosts.pop(path))
         bank.attentions.pop(path, None)
+        bank.lost.discard(path)
+    if unused:
+        bank._watch = None
     if not bank._modules:
         del model._modules[BANK]
         for hooks in (model._forward_pre_hooks, model._forward_hooks):
@@ -225,23 +244,3 @@ def _release_unused_(model: nn.Module, bank: Bank) -> None:
                 del hooks[key]
                 model._forward_pre_hooks_with_kwargs.pop(key, None)
                 model._forward_hooks_with_kwargs.pop(key, None)
-
-
-def _release_(host: nn.Module) -> None:
-    host.__dict__.pop(ACTIVE, None)
-    if isinstance(host, Adapted) and not isinstance(host, Extended):
-        host.__class__ = own_class(host)
-
-
-def _fusible_attentions(model: nn.Module, paths: Iterable[str]) -> Iterator[tuple[str, nn.Module]]:
-    """Yield each path with its parent module, if diffusers can fuse the projections of that parent."""
-    parents: dict[str, nn.Module] = {}
-    for path in paths:
-        parent_path = path.rpartition(".")[0]
-        if parent_path not in parents:
-            parent = model
-            for name in filter(None, parent_path.split(".")):
-                parent = parent._modules[name] or parent
-            parents[parent_path] = parent
-        if hasattr(parents[parent_path], "fused_projections"):
-            yield path, parents[parent_path]

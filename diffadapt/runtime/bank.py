@@ -3,7 +3,7 @@
 While a call runs with gradients, the bank also replaces the checkpointing functions of the model's blocks.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,15 +12,17 @@ from torch import Tensor, nn
 from diffadapt.errors import AdapterError
 from diffadapt.runtime.adapted_layers import ACTIVE
 from diffadapt.runtime.adapter import Adapter
-from diffadapt.runtime.adapter_layer import BANK
+from diffadapt.runtime.adapter_layer import BANK, AdapterLayer
 from diffadapt.runtime.call_state import CallState
+from diffadapt.runtime.disk_offload import keep_in_memory_, note_groups_, why_not_writable
 from diffadapt.runtime.foreign_hooks import diffusers_scales_with_peft, is_bypassed
 from diffadapt.runtime.locks import refuse_other_threads
+from diffadapt.runtime.replaced_layers import Watch, described, find_again_, module_at, refuse_problems, reseat_
 from diffadapt.runtime.slots.reservation import Reservation
 from diffadapt.runtime.undo import Undo
 
 RESERVED = "reserved.slots"
-"""Name of the bank's child that holds the slots. It has a dot, which no adapter's name has."""
+"""Name of the bank's child that holds the slots. It has a dot, which no child of an adapter has; see `child_name`."""
 
 _INPUT_NAMES = ("sample", "hidden_states", "x", "input_ids", "inputs_embeds")
 _SCALE_KWARGS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
@@ -37,6 +39,7 @@ class Bank(nn.Module):
         attentions: module path of a host -> its parent, if diffusers can fuse the parent's projections and then no
             longer calls the host.
         merged: the names of the adapters that are merged into the weights.
+        lost: module paths of layers that were replaced after an adapter was merged into their weights.
         undo: a way back for every base tensor that the merged adapters changed.
         replacing: learned tokens that replace parts of the model's output, each with `replaced(ids, output)`.
     """
@@ -47,12 +50,19 @@ class Bank(nn.Module):
         self.hosts: dict[str, nn.Module] = {}
         self.attentions: dict[str, nn.Module] = {}
         self.merged: tuple[str, ...] = ()
+        self.lost: set[str] = set()
         self.undo: list[Undo] = []
         self.replacing: tuple[nn.Module, ...] = ()
+        # `None` makes the next call of the model look for its layers.
+        self._watch: Watch | None = None
         # Modules whose checkpointing function is replaced during this call, with their own function.
         self._checkpointed: list[tuple[nn.Module, Any]] = []
         # The adapters outside the slots that the last `refresh_` made active; `None` makes the next one set all layers.
         self._outside: tuple[Adapter, ...] | None = ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is copied and pickled. A copy looks for its own layers."""
+        return {**self.__dict__, "_watch": None}
 
     @property
     def reservation(self) -> Reservation | None:
@@ -68,7 +78,73 @@ class Bank(nn.Module):
     @property
     def adapters(self) -> dict[str, Adapter]:
         """The adapters by name, in the order in which they were attached."""
-        return {name: child for name, child in self._modules.items() if isinstance(child, Adapter)}
+        children = ((name, child) for name, child in self._modules.items() if isinstance(child, Adapter))
+        return {_adapter_name(name) if "%" in name else name: child for name, child in children}
+
+    def find_layers(self, model: nn.Module) -> dict[str, str]:
+        """Move adapter layers to the layers that are at their paths now, if any were replaced.
+
+        Returns:
+            Path -> problem, for layers that were replaced by something that cannot carry their adapters.
+        """
+        keep_in_memory_(model, self.children())
+        note_groups_(model, self.hosts)
+        if self._watch is not None and self._watch.is_current():
+            return {}
+        carried: dict[str, tuple[list[str], list[AdapterLayer]]] = {path: ([], []) for path in self.hosts}
+        for name, adapter in self.adapters.items():
+            for path, layer in adapter.layers.items():
+                carried[path][0].append(name)
+                carried[path][1].append(layer)
+        for path, slots in self.reservation.slots.items() if self.reservation is not None else ():
+            carried[path][1].extend(slots)
+        moved, problems = find_again_(model, self.hosts, carried)
+        if moved:
+            self.attentions = dict(fusible_attentions(model, self.hosts))
+        if moved:
+            merged = {path for name in self.merged for path in self.adapters[name].layers}
+            self.lost.update(path for path in moved if path in merged and not self._can_unmerge(self.hosts[path]))
+            if self.reservation is not None:
+                reseat_(self.reservation, moved, {name: adapter.layers for name, adapter in self.adapters.items()})
+        # With a problem, every call looks again, and is refused.
+        self._watch = None if problems else Watch(model, self.hosts)
+        return problems
+
+    def refuse_lost_merges(self, model: nn.Module, paths: Iterable[str] = ()) -> None:
+        """Raise `AdapterError` if a layer was replaced after an adapter was merged into its weight.
+
+        Args:
+            model: the model of this bank.
+            paths: further layers that are going to be merged into, which must be there, too.
+        """
+        problems = self.find_layers(model)
+        concerned = {*paths, *(path for name in self.merged for path in self.adapters[name].layers)}
+        refuse_problems({path: problem for path, problem in problems.items() if path in concerned})
+        reason = why_not_writable(model, {path: self.hosts[path] for path in concerned if path in self.hosts})
+        if concerned and reason is not None:
+            raise AdapterError(reason)
+        if self.lost:
+            first = min(self.lost)
+            names = ", ".join(repr(name) for name in self.merged if first in self.adapters[name].layers)
+            raise AdapterError(
+                f"{first} was replaced after {names} was merged into its weight, whose original is gone; load the "
+                "model again, or unmerge before the layers are replaced"
+            )
+
+    def _problem(self, model: nn.Module) -> str | None:
+        """Find layers that were replaced. Return why an adapter that acts on one cannot act, or `None`."""
+        problems = self.find_layers(model)
+        active = {path: text for path, text in problems.items() if self.hosts[path].__dict__.get(ACTIVE)}
+        return described(active) if active else None
+
+    @torch.compiler.assume_constant_result
+    def _traced_problem(self, model: nn.Module) -> str | None:
+        """Return what `_problem` returns. This runs while a graph is traced and leaves nothing in the graph."""
+        return self._problem(model)
+
+    def _can_unmerge(self, host: nn.Module) -> bool:
+        """Return whether there is a way back for a tensor of `host`."""
+        return any(id(parameter) in self.ways for parameter in host._parameters.values())
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """Return nothing, to keep accelerate's per-layer offloading out of the bank.
@@ -100,9 +176,12 @@ class Bank(nn.Module):
 
         Raises:
             AdapterError: a layer with an adapter would not be called because its projections were fused after loading,
-                or another thread holds the model.
+                another thread holds the model, or rows of the batch cannot be assigned to the mixes of `per_sample`.
         """
         refuse_other_threads(model)
+        problem = self._traced_problem(model) if torch.compiler.is_compiling() else self._problem(model)
+        if problem is not None:
+            raise AdapterError(problem)
         for path, attention in self.attentions.items():
             fused = attention.fused_projections and is_bypassed(attention, path.rpartition(".")[2])
             if fused and self.hosts[path].__dict__[ACTIVE]:
@@ -120,6 +199,9 @@ class Bank(nn.Module):
                     kwargs[name] = {key: option for key, option in options.items() if key != "scale"}
         self.call.value = value
         self.call.batch = _batch_of(args, kwargs)
+        if not torch.compiler.is_compiling():
+            # A compiled graph must not depend on what is checked here.
+            self.call.refuse_unknown_rows()
         if value is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._bind_checkpointing(model, value)
         return args, kwargs
@@ -156,10 +238,32 @@ class Bank(nn.Module):
             module.__dict__["_gradient_checkpointing_func"] = checkpoint
 
 
+def child_name(adapter: str) -> str:
+    """Return the name of the bank's child for an adapter: its own, without dots, which separate names of modules."""
+    return adapter.replace("%", "%25").replace(".", "%2E")
+
+
+def _adapter_name(child: str) -> str:
+    """Return the name of the adapter with this `child_name`."""
+    return child.replace("%2E", ".").replace("%25", "%")
+
+
 def bank_of(model: nn.Module) -> Bank | None:
     """Return the bank of `model`, or `None` if it has neither adapters nor slots."""
     bank = model._modules.get(BANK)
     return bank if isinstance(bank, Bank) else None
+
+
+def fusible_attentions(model: nn.Module, paths: Iterable[str]) -> Iterator[tuple[str, nn.Module]]:
+    """Yield each path with its parent module, if diffusers can fuse the projections of that parent."""
+    parents: dict[str, nn.Module | None] = {"": model}
+    for path in paths:
+        parent_path = path.rpartition(".")[0]
+        if parent_path not in parents:
+            parents[parent_path] = module_at(model, parent_path)
+        parent = parents[parent_path]
+        if parent is not None and hasattr(parent, "fused_projections"):
+            yield path, parent
 
 
 def _batch_of(args: Any, kwargs: Mapping[str, Any]) -> int:

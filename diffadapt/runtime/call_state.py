@@ -13,7 +13,10 @@ class CallState:
         outer: the value that `value` is reset to after a call of the model; set while a pipeline encodes its prompt.
         samples: the number of samples with a mix of adapters of their own; 0 if all samples have the same mix.
         images: the number of images per sample, which follow one another in the batch (`num_images_per_prompt`).
+        knows_images: whether the pipeline, or the user, says how many images there are.
         asks_images: whether `images` is read from the pipeline when it encodes its prompts.
+        counted: whether the samples are known to be as many as the prompts of the call. In a pipeline they are counted
+            when it encodes its prompts; the rows of a model that is called on its own are the samples.
         batch: the number of rows of the model's input in this call; guidance makes it a multiple of
             `samples * images`. 0 if it is not known.
     """
@@ -23,8 +26,29 @@ class CallState:
         self.outer: Tensor | None = None
         self.samples = 0
         self.images = 1
+        self.knows_images = True
         self.asks_images = True
+        self.counted = True
         self.batch = 0
+
+    def refuse_unknown_rows(self) -> None:
+        """Raise `AdapterError` if samples have mixes of their own and the rows of the batch cannot be assigned to them.
+
+        Divisibility is not enough: with guidance, one prompt has two rows, and so have two prompts without it.
+        """
+        if not self.samples:
+            return
+        if not self.counted:
+            raise AdapterError(
+                f"per_sample: {self.samples} mixes, but the pipeline has not encoded its prompts inside the block, so "
+                "it is not known how many there are; encode them there, or run the samples one by one. For a loop of "
+                "your own, diffadapt.adapters(model).per_sample(...) takes the rows of a model's batch as samples"
+            )
+        if self.asks_images and not self.knows_images and self.batch != self.samples:
+            raise AdapterError(
+                f"per_sample: a batch of {self.batch} rows for {self.samples} mixes, but this pipeline does not say "
+                "how many images it draws of each prompt; pass images= to per_sample"
+            )
 
     def spread(self, gate: Tensor, rows: int) -> Tensor:
         """Return the gates of all rows of a layer's input, given those of all samples.

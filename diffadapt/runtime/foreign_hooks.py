@@ -17,7 +17,10 @@ _FUSIBLE = frozenset({"to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v
 
 
 def compute_dtype(modules: Sequence[nn.Module]) -> torch.dtype:
-    """Return the dtype that a model computes in, which under layerwise casting is not the dtype of its weights.
+    """Return the dtype that most of a model's layers compute in.
+
+    It is not always the dtype of their weights: not of quantised layers, nor under layerwise casting. And models in
+    half precision keep some tables and norms in float32.
 
     Args:
         modules: all modules of the model.
@@ -26,10 +29,30 @@ def compute_dtype(modules: Sequence[nn.Module]) -> torch.dtype:
         casting = _diffusers_hook(module, "layerwise_casting")
         if casting is not None:
             return casting.compute_dtype
+    sizes: dict[torch.dtype, int] = {}
+    for module in modules:
+        size, dtype = _matrix(module)
+        if dtype is not None:
+            sizes[dtype] = sizes.get(dtype, 0) + size
+    if sizes:
+        return max(sizes, key=lambda dtype: sizes[dtype])
     for parameter in _parameters(modules):
         if parameter.is_floating_point() and parameter.dtype not in FLOAT8:
             return parameter.dtype
     return torch.float32
+
+
+def _matrix(module: nn.Module) -> tuple[int, torch.dtype | None]:
+    """Return the size of a layer's weight and the dtype that the layer computes in; `None` if it does not say."""
+    own = module.__dict__.get("compute_dtype")
+    if isinstance(own, torch.dtype):
+        # A quantised layer, whose packed weight may be floating-point, too (`quant_storage` of bitsandbytes).
+        features: Any = getattr(module, "out_features", 1), getattr(module, "in_features", 1)
+        return features[0] * features[1], own
+    weight = module._parameters.get("weight")
+    if weight is None or weight.ndim < 2 or not weight.is_floating_point() or weight.dtype in FLOAT8:
+        return 0, None
+    return weight.numel(), weight.dtype
 
 
 def execution_device(modules: Sequence[nn.Module]) -> torch.device:

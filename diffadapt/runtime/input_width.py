@@ -10,7 +10,7 @@ them the layer is as it was. While the layer has more inputs, so do the model's 
 Parameters remain the same objects, since optimisers and hooks refer to them; only their content is replaced.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,8 +27,10 @@ from diffadapt.weights.resting import resting_tensor
 _LATENT_LAYERS = {"FluxTransformer2DModel": ("x_embedder", "proj_out")}
 """Class of a model -> the names of its layer that reads latents and of its layer that writes them."""
 
-_MAX_LATENTS = 8
-"""The largest number of latents, side by side, that the reading layer may take."""
+_CONTROL, _FILL = 2, 6
+"""The inputs of Flux.1's models with additional ones, in latents: with a control image; with the image and the mask of
+FLUX.1 Fill. Only the former are given to a model that has fewer, because only control pipelines feed them to any model.
+"""
 
 _ORIGINAL = "_diffadapt_original"
 
@@ -55,21 +57,37 @@ def spec_for(model: nn.Module, path: str, spec: LayerSpec, columns: Mapping[str,
         spec: the present geometry of the layer.
         columns: tensor name -> its axis of the inputs; see `AdapterType.columns`.
         tensors: the tensors in the file for this layer, by name.
+
+    Raises:
+        AdapterError: the adapter was made for a model with other inputs.
     """
     host, outputs = _host(model, path)
     if host is None or spec.kind != "linear":
         return spec
     found = {tensors[name].shape[axis] for name, axis in columns.items() if name in tensors and tensors[name].ndim == 2}
-    # Only a few whole latents are plausible. Any other number means a file for another layer, which must be refused.
-    inputs = next(iter(found), 0) if len(found) == 1 else 0
-    fits = 0 < inputs <= _MAX_LATENTS * outputs and inputs % outputs == 0
-    return replace(spec, in_features=inputs) if fits else spec
+    inputs, own = next(iter(found), 0) if len(found) == 1 else 0, _original(host).inputs
+    made_for = {_CONTROL * outputs: "a control LoRA", _FILL * outputs: "made for FLUX.1 Fill"}.get(inputs)
+    if inputs in (own, outputs) or (inputs == _CONTROL * outputs and own == outputs):
+        return replace(spec, in_features=inputs)
+    if made_for is not None:
+        raise AdapterError(
+            f"the file is {made_for}: its layer has {inputs} inputs and that of this model has {own}; load it into the "
+            "model that it was made for"
+        )
+    # Any other number means a file for another layer, which does not fit.
+    return spec
 
 
 def own_inputs(model: nn.Module, path: str) -> int | None:
     """Return the number of inputs of the layer at `path` without adapters; `None` if that number never changes."""
     host, _ = _host(model, path)
     return None if host is None else _original(host).inputs
+
+
+def move_original_(host: nn.Module, successor: nn.Module) -> None:
+    """Remember of the layer that replaced `host` what is remembered of `host`."""
+    if _ORIGINAL in host.__dict__:
+        successor.__dict__[_ORIGINAL] = host.__dict__.pop(_ORIGINAL)
 
 
 def fit_input_width_(
@@ -96,7 +114,7 @@ def fit_input_width_(
     for layer in layers:
         _refuse_inputs(path, layer, inputs)
     if inputs != host.in_features:
-        _refuse_layer(model, path, host)
+        _refuse_layer(model, path, host, undo)
         _resize_(model, host, inputs, undo)
     for layer in layers:
         if layer.spec.in_features != inputs:
@@ -135,12 +153,17 @@ def _refuse_inputs(path: str, layer: AdapterLayer, inputs: int) -> None:
         ) from error
 
 
-def _refuse_layer(model: nn.Module, path: str, host: nn.Linear) -> None:
+def _refuse_layer(model: nn.Module, path: str, host: nn.Linear, undo: Sequence[Undo]) -> None:
     weight = resting_tensor(host, "weight")
     if weight is None or type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
         raise AdapterError(
             f"{path}: its weight is quantised ({type(weight).__name__}), so its number of inputs cannot be changed; "
             "leave the layer out when quantising the model"
+        )
+    if any(way.tensor is weight and way.restored().dtype != weight.dtype for way in undo):
+        raise AdapterError(
+            f"{path}: adapters are merged into its quantised weight, so its number of inputs cannot be changed; call "
+            "unmerge() first"
         )
     if copies_weights(list(model.modules())):
         raise AdapterError(

@@ -10,6 +10,7 @@ from diffadapt.errors import AdapterError
 from diffadapt.runtime.adapter_layer import BANK
 from diffadapt.runtime.foreign_hooks import is_bypassed
 from diffadapt.types.layer_spec import LayerKind, LayerSpec
+from diffadapt.weights.resting import resting_tensor
 
 _CLIP_PREFIX = "text_model."
 _CARRIERS: tuple[LayerKind, ...] = ("linear", "conv", "embedding", "norm")
@@ -25,6 +26,15 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                 path = f"{prefix}{name}"
                 yield path, child
                 stack.append((f"{path}.", child))
+
+
+def refuse_peft(module: nn.Module) -> None:
+    """Raise `AdapterError` if `module` stands in the place of a layer that peft has put an adapter on."""
+    if hasattr(module, "base_layer") and type(module).__module__.partition(".")[0] == "peft":
+        raise AdapterError(
+            "peft has an adapter here (load_lora_weights and add_adapter of diffusers); call unload_lora_weights() "
+            "first, then load that adapter with load_adapter(), too"
+        )
 
 
 class Targets:
@@ -49,12 +59,18 @@ class Targets:
 
     @cached_property
     def flattened(self) -> dict[str, str]:
-        """Path with underscores for dots -> path, for every leaf module.
+        """Path with underscores for dots -> path, for every leaf module whose path alone has this form.
 
         For example, `down_blocks_0_attentions_0_proj_in` -> `down_blocks.0.attentions.0.proj_in`.
         """
-        leaves = ((path, module) for path, module in self.modules.items() if not module._modules)
-        return {path.replace(".", "_"): self._paths[id(module)] for path, module in leaves}
+        found: dict[str, str] = {}
+        ambiguous: set[str] = set()
+        for path, module in self.modules.items():
+            if not module._modules:
+                flat, own = path.replace(".", "_"), self._paths[id(module)]
+                if found.setdefault(flat, own) != own:
+                    ambiguous.add(flat)
+        return {flat: path for flat, path in found.items() if flat not in ambiguous}
 
     def resolve(self, path: str) -> str | None:
         """Return the model's own path for a dotted path in a file, or `None` if the model has no such module.
@@ -80,7 +96,8 @@ class Targets:
     def has_weight(self, path: str) -> bool:
         """Return whether the module at `path` has a weight."""
         module = self.modules[path]
-        return module._parameters.get("weight") is not None or getattr(module, "weight", None) is not None
+        # Layers that pack their weight may have it under another name.
+        return resting_tensor(module, "weight") is not None or LayerSpec.of(module) is not None
 
     def spec(self, path: str, kinds: Collection[LayerKind] = _CARRIERS) -> LayerSpec:
         """Return the geometry of the layer at `path`, for an adapter whose type can sit on layers of these `kinds`.
@@ -95,6 +112,7 @@ class Targets:
             raise AdapterError(f"nn.MultiheadAttention reads the weight of {name} without calling the layer")
         if is_bypassed(parent, name):
             raise AdapterError("its projections are fused, so it is never called; call unfuse_qkv_projections() first")
+        refuse_peft(module)
         spec = LayerSpec.of(module)
         if spec is None or spec.kind not in kinds:
             raise AdapterError(f"a {type(module).__name__} cannot carry {'an' if spec is None else 'this'} adapter")
@@ -110,7 +128,7 @@ class Targets:
 
         Args:
             wanted: "all-linear", "all-conv", a regular expression for the whole path, or a list of path endings
-                that match whole path components.
+                that match whole path components. An expression that matches no path is taken as one ending.
             excluded: a regular expression or a list of path endings; the layers that match are left out.
             kinds: the kinds of layers to choose from.
 
@@ -121,6 +139,8 @@ class Targets:
         for pattern in [wanted] if isinstance(wanted, str) else wanted:
             matched = self._matching(pattern, kinds, is_regex=isinstance(wanted, str))
             if not matched:
+                for module in self.modules.values():
+                    refuse_peft(module)
                 raise AdapterError(
                     f"target_modules: {pattern!r} matches no layer of {type(self.model).__name__}; "
                     f"its layers end in {', '.join(self._endings(kinds))}"
@@ -138,17 +158,24 @@ class Targets:
             kind = pattern.removeprefix("all-")
             found = {path: module for path, module in self.modules.items() if self._kind(path) == kind}
         elif is_regex:
-            expression = re.compile(pattern)
-            found = {path: module for path, module in self.modules.items() if expression.fullmatch(path)}
+            found = self._matching_expression(pattern) or self._ending_in(pattern)
         else:
-            found = {
-                path: module for path, module in self.modules.items() if path == pattern or path.endswith(f".{pattern}")
-            }
+            found = self._ending_in(pattern)
         return {
             path: module
             for path, module in found.items()
             if self._paths[id(module)] == path and (spec := LayerSpec.of(module)) is not None and spec.kind in kinds
         }
+
+    def _matching_expression(self, pattern: str) -> dict[str, nn.Module]:
+        try:
+            expression = re.compile(pattern)
+        except re.error as error:
+            raise AdapterError(f"target_modules: {pattern!r} is no regular expression ({error})") from error
+        return {path: module for path, module in self.modules.items() if expression.fullmatch(path)}
+
+    def _ending_in(self, ending: str) -> dict[str, nn.Module]:
+        return {path: module for path, module in self.modules.items() if path == ending or path.endswith(f".{ending}")}
 
     def _kind(self, path: str) -> str | None:
         try:

@@ -68,7 +68,8 @@ class Linear(Schedule):
         over: the axis of the positions.
 
     Raises:
-        AdapterError: a number is not finite, the axis is unknown, or the positions are equal or missing.
+        AdapterError: a number is not finite, the axis is unknown, or the positions are missing, equal, in the wrong
+            order (a run goes up in fractions and steps, and down in sigma) or in no run.
     """
 
     start: float
@@ -84,6 +85,12 @@ class Linear(Schedule):
         _check_finite(type(self).__name__, (self.start, self.end, *positions))
         if len(positions) != 2 or positions[0] == positions[1]:
             raise AdapterError(f"{type(self).__name__}: between is {positions}, expected two different positions")
+        _check_range(type(self).__name__, positions, self.over)
+        if (positions[0] > positions[1]) != (self.over == "sigma"):
+            raise AdapterError(
+                f"{type(self).__name__}: between is {positions}, expected the earlier position first, and so "
+                + ("the larger sigma" if self.over == "sigma" else f"the smaller {self.over}")
+            )
 
     @property
     def _positions(self) -> tuple[float, float]:
@@ -118,7 +125,7 @@ class Piecewise(Schedule):
         over: the axis of the positions.
 
     Raises:
-        AdapterError: a number is not finite, the axis is unknown, or the points are missing or not in order.
+        AdapterError: a number is not finite, the axis is unknown, or the points are missing, not in order or in no run.
     """
 
     points: Sequence[tuple[float, float]]
@@ -133,6 +140,7 @@ class Piecewise(Schedule):
         positions = [position for position, _ in points]
         if not points or positions != sorted(positions):
             raise AdapterError(f"Piecewise: points are {points}, expected at least one, with ascending positions")
+        _check_range("Piecewise", positions, self.over)
 
     def at(self, moment: Moment) -> float:
         position, points = moment.on(self.over), self.points
@@ -148,6 +156,15 @@ def _check_axis(axis: str) -> None:
     """Raise `AdapterError` if there is no such axis."""
     if axis not in get_args(Axis):
         raise AdapterError(f"over is {axis!r}, expected one of {', '.join(get_args(Axis))}")
+
+
+def _check_range(schedule: str, positions: Sequence[float], axis: Axis) -> None:
+    """Raise `AdapterError` if a run has no such positions."""
+    most = 1.0 if axis == "fraction" else math.inf
+    for position in positions:
+        if not 0 <= position <= most:
+            found = f"{schedule}: the position {position!r} over {axis!r} is in no run, expected "
+            raise AdapterError(found + ("0 to 1" if axis == "fraction" else "at least 0"))
 
 
 def _check_finite(schedule: str, numbers: Sequence[object]) -> None:

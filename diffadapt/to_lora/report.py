@@ -52,7 +52,7 @@ class Conversion:
         return all(layer.exact for layer in self.layers)
 
     def __str__(self) -> str:
-        worst = sorted(self.layers, key=lambda layer: -layer.error)
+        worst = sorted((layer for layer in self.layers if layer.rank or layer.error), key=lambda layer: -layer.error)
         rows = [("layer", "from", "rank", "exact", "error")]
         rows += [
             (layer.path, ",".join(layer.types), str(layer.rank), "yes" if layer.exact else "no", f"{layer.error:.2%}")
@@ -62,8 +62,11 @@ class Conversion:
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
         if len(worst) > _SHOWN:
             lines.append(f"... and {len(worst) - _SHOWN} more with smaller errors")
-        exact, used = sum(layer.exact for layer in worst), sum(layer.rank > 0 for layer in worst)
-        lines.append(
-            f"{self.name}: {used} of {len(worst)} layers changed, {exact} exact, error {self.error:.2%} overall"
-        )
+        exact, used = sum(layer.exact for layer in self.layers), sum(layer.rank > 0 for layer in self.layers)
+        changed = f"{self.name}: {used} of {len(self.layers)} layers changed, {exact} exact"
+        lines.append(f"{changed}, keeps {1 - self.error**2:.2%} of the energy (relative error {self.error:.2%})")
         return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        used = sum(layer.rank > 0 for layer in self.layers)
+        return f"<Conversion to {self.name!r}: {used} of {len(self.layers)} layers, relative error {self.error:.2%}>"

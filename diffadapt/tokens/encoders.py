@@ -11,6 +11,10 @@ _MODEL_TYPES = {"clip": "clip", "t5": "t5", "t5xxl": "t5", "llama": "llama", "ge
 """First part of a text encoder's name in files -> part of the `model_type` in its transformers config."""
 
 
+class NoTextEncoder(AdapterError):
+    """No text encoder of the pipeline is the one that vectors of a file are for."""
+
+
 def text_encoders(models: Mapping[str, nn.Module] | None) -> dict[str, nn.Module] | None:
     """Return the text encoders among `models`, sorted by component; `None` if `models` is `None`."""
     return None if models is None else {name: models[name] for name in sorted(models) if is_text_encoder(name)}
@@ -26,7 +30,8 @@ def component_for(written: str, vectors: Tensor, encoders: Mapping[str, nn.Modul
         encoders: the text encoders of the pipeline, by component.
 
     Raises:
-        AdapterError: the pipeline has no such text encoder, or its embeddings are of another width.
+        NoTextEncoder: the pipeline has no such text encoder.
+        AdapterError: its embeddings are of another width.
     """
     width = vectors.shape[1]
     widths = {component: token_embedding(model).embedding_dim for component, model in encoders.items()}
@@ -35,11 +40,11 @@ def component_for(written: str, vectors: Tensor, encoders: Mapping[str, nn.Modul
     if model_type is None:
         fitting = [component for component in encoders if widths[component] == width]
         if not fitting:
-            raise AdapterError(f"vectors of width {width} fit no text encoder; there are {present}")
+            raise NoTextEncoder(f"vectors of width {width} fit no text encoder; there are {present}")
         return fitting[0]
     alike = [component for component, model in encoders.items() if model_type in _model_type(model)]
     if not alike:
-        raise AdapterError(f"there is no text encoder {written!r}; there are {present}")
+        raise NoTextEncoder(f"there is no text encoder {written!r}; there are {present}")
     component = alike[1] if written == "clip_g" and len(alike) > 1 else alike[0]
     if widths[component] != width:
         raise AdapterError(f"vectors of width {width} do not fit {component}, which has {widths[component]}")

@@ -16,8 +16,9 @@ from diffadapt.errors import AdapterError, Fault
 from diffadapt.files.checkpoint import Checkpoint
 from diffadapt.formats.embeddings import OUTPUT
 from diffadapt.formats.verdicts import Vectors
+from diffadapt.runtime.components import is_text_encoder
 from diffadapt.tokens import vocabulary
-from diffadapt.tokens.encoders import component_for, text_encoders, token_embedding
+from diffadapt.tokens.encoders import NoTextEncoder, component_for, text_encoders, token_embedding
 from diffadapt.tokens.learned_tokens import LearnedTokens, Token, tokens_by_adapter
 from diffadapt.types.layer_spec import LayerSpec
 
@@ -84,6 +85,7 @@ def resolve_vectors(
     checkpoint: Checkpoint,
     models: Mapping[str, nn.Module] | None,
     wanted: Collection[str] | None,
+    empty: Collection[str] = (),
 ) -> Resolved:
     """Find the text encoder for every tensor of learned vectors. Reads no values.
 
@@ -92,8 +94,9 @@ def resolve_vectors(
         checkpoint: the content of the file.
         models: the models by component; `None` to trust the names in the file.
         wanted: the components that were asked for; `None` for all.
+        empty: components that the pipeline has room for, but that are not loaded. Vectors for them are no fault.
     """
-    encoders = text_encoders(models)
+    encoders, missing = text_encoders(models), ", ".join(filter(is_text_encoder, empty))
     resolved = Resolved()
     sizes: dict[str, tuple[int, int]] = {}
     for key, verdict in learned.items():
@@ -113,6 +116,10 @@ def resolve_vectors(
                 raise AdapterError(f"vectors of width {width} beside others of width {expected} for {component}")
             if before + count > _MOST_VECTORS:
                 raise AdapterError(f"{before + count} vectors for {component}, expected at most {_MOST_VECTORS}")
+        except NoTextEncoder as error:
+            faults = resolved.ignored if missing else resolved.faults
+            faults.append(Fault(key, f"{error}; {missing} is not loaded" if missing else str(error)))
+            continue
         except AdapterError as error:
             resolved.faults.append(Fault(key, str(error)))
             continue
@@ -221,8 +228,10 @@ class _Draft:
             raise AdapterError(
                 f"{len(vectors)} vectors do not fit into the {self.tokenizer.model_max_length} tokens of a prompt"
             )
-        for token, own in zip(tokens, vectors.split([token.rows for token in tokens]), strict=True):
-            self._refuse_taken(token, own, output)
+        sizes = [token.rows for token in tokens]
+        outputs = (None,) * len(sizes) if output is None else output.split(sizes)
+        for token, own, own_output in zip(tokens, vectors.split(sizes), outputs, strict=True):
+            self._refuse_taken(token, own, own_output)
         for token in tokens:
             self.added.update(vocabulary.names_of(token.name, token.rows))
         self.tokens += tokens

@@ -11,7 +11,7 @@ import json
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from diffadapt.runtime.class_mixing import Mixin, mixed, own_class
+from diffadapt.runtime.class_mixing import Mixin, mix_, unmix_
 
 _FURTHER_NAMES = "_diffadapt_rest"
 """Name of the entry in a tokenizer's `__dict__`: token of several vectors -> its further names."""
@@ -93,7 +93,7 @@ def spell_out_(tokenizer: Any, rest: Mapping[str, tuple[str, ...]]) -> None:
     """
     if rest:
         tokenizer.__dict__[_FURTHER_NAMES] = {**tokenizer.__dict__.get(_FURTHER_NAMES, {}), **rest}
-        tokenizer.__class__ = mixed(own_class(tokenizer), _SpellsOut)
+        mix_(tokenizer, _SpellsOut)
 
 
 def remove_(tokenizer: Any, names: Collection[str]) -> None:
@@ -106,7 +106,7 @@ def remove_(tokenizer: Any, names: Collection[str]) -> None:
         tokenizer.__dict__[_FURTHER_NAMES] = left
         if not left:
             del tokenizer.__dict__[_FURTHER_NAMES]
-            tokenizer.__class__ = own_class(tokenizer)
+            unmix_(tokenizer)
     removed = sorted(index for name, index in added(tokenizer).items() if name in names)
 
     def moved(index: int) -> int:

@@ -132,6 +132,8 @@ class AdapterType:
         prepare: returns the part of the formula that does not depend on the input, as named tensors. All functions
             below take them. Under autograd and in compiled graphs, it runs in every call; in other inference, its
             result is cached until a tensor that it depends on changes.
+        reads_weight: whether `prepare` reads the base weight, from the fitted tensors. Such an adapter layer is refused
+            at load if the weight cannot be decoded.
         delta_weight: returns the canonical change of the weight at scale 1, in the dtype of the tensors.
         delta_output: returns `onto + gate * op(input, delta_weight)`, plus the change of the bias, at the cost of the
             factors. `gate` is a 0-d float32 tensor; `onto` may be overwritten when gradients are disabled.
@@ -182,6 +184,7 @@ class AdapterType:
     rank: Callable[[Tensors], int | None] = _no_rank
     stages: Callable[[Tensors, LayerSpec], tuple[Stage, ...]] = _adds
     prepare: Callable[[Tensors, LayerSpec, Surroundings], Tensors] = _unprepared
+    reads_weight: Callable[[Tensors], bool] = lambda tensors: False
     delta_weight: Callable[[Tensors, LayerSpec], Tensor] = _missing
     delta_output: DeltaOutput = _missing
     delta_bias: Callable[[Tensors], Tensor | None] = lambda tensors: None

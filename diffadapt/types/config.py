@@ -1,7 +1,9 @@
 """The settings that adapter types have in common. Each type's own settings are in the module of the type."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
 from typing import Literal
 
 import torch
@@ -17,7 +19,7 @@ class AdapterConfig:
 
     Attributes:
         target_modules: the layers to adapt: "all-linear", "all-conv", a regular expression for whole module paths, or
-            a list of path endings.
+            one path ending ("to_q") or a list of them.
         exclude_modules: layers to leave out of `target_modules`, specified in the same way.
         init: whether the adapter starts without an effect. With `False` all its tensors are random, for tests.
         dropout: probability that training zeroes an element of the adapter's input (for rotations: a whole block).
@@ -39,8 +41,8 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         for name in ("dropout", "module_dropout", "rank_dropout"):
             probability = getattr(self, name, 0.0)
-            if not 0 <= probability < 1:
-                raise AdapterError(f"{name} is {probability}, expected 0 <= {name} < 1")
+            if not _is_number(probability) or not 0 <= probability < 1:
+                raise AdapterError(f"{name} is {probability!r}, expected 0 <= {name} < 1")
         if self.init not in self._inits():
             known = ", ".join(map(repr, self._inits()))
             raise AdapterError(f"init is {self.init!r}; {type(self).__name__} knows {known}")
@@ -96,9 +98,10 @@ class RankedConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for rank in (self.rank, *self.rank_pattern.values()):
-            if rank < 1:
-                raise AdapterError(f"rank is {rank}, expected at least 1")
+            refuse_unless_whole("rank", rank)
         for alpha in (self.alpha, *self.alpha_pattern.values()):
+            if alpha is not None and not _is_number(alpha):
+                raise AdapterError(f"alpha is {alpha!r}, expected a finite number")
             if alpha == 0:
                 raise AdapterError("alpha is 0, which makes the scale 0: the adapter could not learn; leave it out")
         if self.dora_axis not in ("output", "input"):
@@ -124,11 +127,37 @@ class RankedConfig(AdapterConfig):
             alpha_pattern={},
         )
 
+    def most_rank(self, spec: LayerSpec) -> int | None:
+        """Return the largest rank that means anything on a layer, or `None` if there is no such limit."""
+        rows, *columns = spec.weight_shape
+        return max(rows, math.prod(columns))
+
     def refuse_idle(self, specs: Mapping[str, LayerSpec]) -> None:
-        """Raise `AdapterError` if a pattern names no layer, or if no layer has a kernel for a Tucker core."""
+        """Raise `AdapterError` if a pattern names no layer, if a rank is larger than its layer, or if no layer has a
+        kernel for a Tucker core.
+        """
         for name in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(self, name):
                 if not any(patterns.matches(pattern, path) for path in specs):
                     raise AdapterError(f"{name}: {pattern!r} names none of the {len(specs)} adapted layers")
+        for path, spec in specs.items():
+            rank, most = self.at(path).rank, self.most_rank(spec)
+            if most is not None and rank > most:
+                raise AdapterError(
+                    f"{path}: rank is {rank}, expected at most {most} for a weight of shape {spec.weight_shape}; "
+                    "lower it, or give this layer a rank of its own in rank_pattern"
+                )
         if getattr(self, "use_tucker", False) and not any(spec.has_kernel for spec in specs.values()):
             raise AdapterError("use_tucker has no effect: none of the adapted layers has a kernel larger than one")
+
+
+def refuse_unless_whole(name: str, value: object, least: int = 1) -> None:
+    """Raise `AdapterError` if the setting `name` is no whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise AdapterError(f"{name} is {value!r}, expected a whole number, at least {least}")
+    if value < least:
+        raise AdapterError(f"{name} is {value}, expected at least {least}")
+
+
+def _is_number(value: object) -> bool:
+    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)

@@ -106,6 +106,7 @@ def dora(base: AdapterType) -> AdapterType:
         geometry=lambda tensors: base.geometry({name: tensors[name] for name in tensors if name in base.tensors}),
         stages=_stages,
         prepare=prepare,
+        reads_weight=lambda tensors: True,
         delta_weight=delta_weight,
         delta_output=delta_output,
         as_low_rank=as_low_rank,

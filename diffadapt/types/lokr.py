@@ -64,6 +64,10 @@ class LoKrConfig(RankedConfig):
         if self.factor == 0 or self.factor < -1:
             raise AdapterError(f"factor is {self.factor}, expected at least 1, or -1 for as square as possible")
 
+    def most_rank(self, spec: LayerSpec) -> int | None:
+        """Return `None`, since a large rank leaves both factors whole."""
+        return None
+
     def alpha_of(self) -> float | None:
         """Return the alpha of every adapter layer, or `None` with two whole factors."""
         return None if self.full_matrix else super().alpha_of()

@@ -18,7 +18,10 @@ Every block has a skew-symmetric matrix Q. `oft_R` contains its upper triangle; 
     I + 2 Q + 2 Q^2 + ... + 2 Q^(n-2) + Q^(n-1)   oft_R, n terms of the Neumann series, in the opposite direction
     (I + Q) (I - Q)^-1                            oft_blocks
 
-The tensors are the same for the first two; the config of the file tells which one applies. OneTrainer marks a scaled
+The tensors are the same for the first two; the config of the file tells which one applies. PEFT rotates the inputs of
+every layer, so its weight is `W R'`. OneTrainer and ComfyUI-OFTv2 do so for linear layers, but multiply the flattened
+weight of a 2-d convolution from the other side: `W R`. Adapter layers have PEFT's meaning; since `R(-Q) = R(Q)'`,
+`of_other_program` translates it exactly. OneTrainer marks a scaled
 OFT, in which `oft_R` is divided by `2 sqrt(b - 1)`, with a tensor `scaled_oft` (OneTrainer,
 `modules/module/oft_utils.py`). Since a rotation preserves the norm of a row, a DoRA on top of it needs only the norm of
 the base weight, which is in the file.
@@ -38,7 +41,7 @@ from torch import Tensor
 
 from diffadapt.errors import AdapterError
 from diffadapt.types.adapter_type import AdapterType, Stage, Surroundings, Tensors
-from diffadapt.types.config import AdapterConfig
+from diffadapt.types.config import AdapterConfig, refuse_unless_whole
 from diffadapt.types.layer_spec import LayerSpec, plain_spec
 from diffadapt.types.tensor_ops import apply_blocks, promoted, shape_of, take_rows
 
@@ -70,6 +73,8 @@ class RotationConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("block_size", "num_blocks"):
+            refuse_unless_whole(name, getattr(self, name), least=0)
         if (self.block_size > 0) == (self.num_blocks > 0):
             raise AdapterError(
                 f"block_size is {self.block_size} and num_blocks is {self.num_blocks}, expected exactly one of them"
@@ -282,6 +287,18 @@ def block_size(triangle: Tensor) -> int:
     return (1 + math.isqrt(1 + 8 * triangle.shape[-1])) // 2 if triangle.ndim else 0
 
 
+def of_other_program(tensors: Tensors, kernel: Sequence[int]) -> dict[str, Tensor]:
+    """Return tensors of PEFT as OneTrainer and ComfyUI-OFTv2 have them, or the other way round.
+
+    Args:
+        tensors: the tensors of an OFT.
+        kernel: spatial kernel size of the layer if it is a convolution.
+    """
+    if len(kernel) != 2 or "oft_R" not in tensors:
+        return dict(tensors)
+    return {**tensors, "oft_R": -tensors["oft_R"]}
+
+
 def scaled_oft_divisor(size: int) -> float:
     """Return the number by which OneTrainer's scaled OFT divides the parameters of blocks of the given size."""
     return 2 * math.sqrt(size - 1)
@@ -358,6 +375,7 @@ OFT = AdapterType(
     geometry=geometry,
     stages=stages,
     prepare=prepare,
+    reads_weight=lambda tensors: "dora_scale" in tensors and "initial_norm" not in tensors,
     rows=rows,
     apply_map=apply_map,
     gain=gain,

@@ -24,6 +24,18 @@ def promoted(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the tensor in `dtype`, or unchanged if that would lose more than rounding does.
+
+    Below the smallest normal number, rounding errors are no longer relative: products of small numbers vanish.
+    """
+    if tensor.dtype == dtype:
+        return tensor
+    result = tensor.to(dtype)
+    lost = torch.linalg.vector_norm(result.to(tensor.dtype) - tensor)
+    return result if lost <= torch.finfo(dtype).eps * torch.linalg.vector_norm(tensor) else tensor
+
+
 def take_rows(tensor: Tensor, rows: Sequence[range]) -> Tensor:
     """Return the given rows of a tensor, in the given order. The result may be a view of the tensor."""
     slices = [tensor[part.start : part.stop] for part in rows]

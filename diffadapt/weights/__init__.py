@@ -117,7 +117,7 @@ def _storage(codec: WeightCodec, layer: nn.Module, name: str) -> Hashable:
 
 def _class(layer: nn.Module) -> type[nn.Module]:
     """Return the class of a layer without what adapters mix into it."""
-    return getattr(type(layer), "_diffadapt_base", type(layer))
+    return vars(type(layer)).get("_diffadapt_base", type(layer))
 
 
 _FORWARDS = frozenset({nn.Linear.forward})

@@ -1,10 +1,13 @@
 """bitsandbytes 4-bit (nf4, fp4, nested or not, any `quant_storage`) and 8-bit weights.
 
 On CPUs with AVX512-BF16, bitsandbytes 0.50 rewrites a 4-bit weight into another layout at the first forward in
-inference (`packing_format_for_cpu`), after which `dequantize_4bit` of the packed data returns other values. The layout
-is put back here before it is decoded, as `Linear4bit.state_dict` does.
+inference (`packing_format_for_cpu`): the numbers in another order, the scales rounded to bfloat16, transposed and no
+longer nested. `dequantize_4bit` of the packed data returns other values. bitsandbytes' own inverse puts the numbers
+back, but leaves scales transposed that were not nested, and quantises nested ones anew; so only the numbers are taken
+from it here.
 """
 
+from collections.abc import Mapping
 from copy import copy
 from typing import Any
 
@@ -21,17 +24,24 @@ def _is_4bit(layer: nn.Module, name: str) -> bool:
 
 
 def _unpacked(layer: nn.Module, name: str) -> tuple[Tensor, Any]:
-    """Return the packed data in the layout that it was quantised in, and its quantisation state."""
+    """Return the packed data in the layout that it was quantised in, and the quantisation state it computes with."""
     weight: Any = getattr(layer, name)
     data, state = weight.data, weight.quant_state
     if state is None:
         raise ValueError("not quantised yet; move the model to its device first")
-    if getattr(state, "packing_format_for_cpu", False):
+    if _is_repacked(state):
         from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
         # The function writes into the state.
-        data, state = _convert_weight_packed_for_cpu_inverse(data, copy(state))
+        state = copy(state)
+        scales, state.original_nested = state.absmax.mT.reshape(-1).float(), False
+        data, state = _convert_weight_packed_for_cpu_inverse(data, state)
+        state.absmax = scales
     return data, state
+
+
+def _is_repacked(state: Any) -> bool:
+    return bool(getattr(state, "packing_format_for_cpu", False))
 
 
 def _decode_4bit(layer: nn.Module, name: str) -> Tensor:
@@ -55,20 +65,49 @@ def _encode_4bit(layer: nn.Module, name: str, values: Tensor) -> dict[str, Tenso
 
     weight: Any = getattr(layer, name)
     state = weight.quant_state
+    repacked = _is_repacked(state)
     new: Any
     data, new = functional.quantize_4bit(
-        values.to(state.dtype).contiguous(),
+        values.to(state.original_dtype if repacked else state.dtype).contiguous(),
         blocksize=state.blocksize,
-        compress_statistics=state.nested,
+        # Nested also where the layout has undone it, so that the bits are those of quantising before the repacking.
+        compress_statistics=state.original_nested if repacked else state.nested,
         quant_type=state.quant_type,
         quant_storage=weight.quant_storage,
     )
-    if getattr(state, "packing_format_for_cpu", False):
+    if repacked:
         data, new = functional._convert_weight_packed_for_cpu(data, new)
     contents = {name: data, "absmax": new.absmax}
     if state.nested:
         contents |= {"offset": new.offset, "nested absmax": new.state2.absmax}
     return contents
+
+
+def _layout_4bit(layer: nn.Module, name: str) -> dict[str, Any]:
+    """Return the attributes of the quantisation state, which change when bitsandbytes repacks a weight."""
+    state: Any = getattr(layer, name).quant_state
+    attributes = {**vars(state), "absmax": None, "offset": None}
+    if state.nested:
+        attributes["state2"] = copy(state.state2)
+        attributes["state2"].absmax = None
+    return attributes
+
+
+def _lay_out_4bit(layer: nn.Module, name: str, layout: dict[str, Any], contents: Mapping[str, Tensor]) -> None:
+    weight: Any = getattr(layer, name)
+    state = weight.quant_state
+    parts = _parts_4bit(layer, name)
+    if _is_repacked(state) == layout.get("packing_format_for_cpu", False) and all(
+        parts[part].shape == content.shape and parts[part].dtype == content.dtype for part, content in contents.items()
+    ):
+        return
+    weight.data = contents[name].clone()
+    vars(state).clear()
+    vars(state).update(layout)
+    state.absmax = contents["absmax"].clone()
+    if state.nested:
+        state.offset, state.state2 = contents["offset"].clone(), copy(layout["state2"])
+        state.state2.absmax = contents["nested absmax"].clone()
 
 
 def _is_8bit(layer: nn.Module, name: str) -> bool:
@@ -120,6 +159,8 @@ FOUR_BIT = WeightCodec(
     decode=_decode_4bit,
     parts=_parts_4bit,
     encode=_encode_4bit,
+    layout=_layout_4bit,
+    lay_out=_lay_out_4bit,
     trusted=True,
 )
 EIGHT_BIT = WeightCodec(

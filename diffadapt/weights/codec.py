@@ -23,6 +23,9 @@ class WeightCodec:
             written in place.
         encode: values -> new contents of `parts`, by the backend's own quantiser; `None` where it has none. Contents
             have the shapes and dtypes of the parts.
+        layout: returns what else describes the parts, where a backend changes their shapes in use; `None` where it does
+            not. Holds none of the parts.
+        lay_out: gives the weight a layout that `layout` returned, with the contents of the parts that belong to it.
         trusted: whether the backend is known to compute with the decoded values. Others are compared with what a layer
             of their class computes, once for each class and storage; see `probe`.
     """
@@ -32,6 +35,8 @@ class WeightCodec:
     decode: Callable[[nn.Module, str], Tensor]
     parts: Callable[[nn.Module, str], Mapping[str, Tensor]]
     encode: Callable[[nn.Module, str, Tensor], Mapping[str, Tensor]] | None = None
+    layout: Callable[[nn.Module, str], Any] | None = None
+    lay_out: Callable[[nn.Module, str, Any, Mapping[str, Tensor]], None] | None = None
     trusted: bool = False
 
 

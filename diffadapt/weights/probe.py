@@ -41,7 +41,7 @@ def columns_of(layer: nn.Module, numbers: Sequence[int]) -> Tensor:
 def disagreement(layer: nn.Module, values: Tensor) -> str | None:
     """Say how far values (out, in) are from what a linear layer computes; `None` if they agree, or nobody can tell."""
     inputs = values.shape[1]
-    numbers = torch.linspace(0, inputs - 1, min(_COLUMNS, inputs)).long().tolist()
+    numbers = torch.linspace(0, inputs - 1, min(_COLUMNS, inputs), dtype=torch.float64).long().tolist()
     try:
         own = columns_of(layer, numbers)
     except AdapterError:

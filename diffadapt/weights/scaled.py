@@ -64,7 +64,7 @@ def _spread(scale: Tensor, values: Tensor) -> Tensor:
     rows, columns = values.shape[0], values[0].numel()
     if scale.numel() == 1:
         return scale.reshape(())
-    if scale.numel() == rows:
+    if _is_per_row(scale, rows):
         return scale.reshape(rows, *(1,) * (values.ndim - 1))
     if scale.ndim == 2 and values.ndim == 2:
         height, width = -(-rows // scale.shape[0]), -(-columns // scale.shape[1])
@@ -75,12 +75,17 @@ def _spread(scale: Tensor, values: Tensor) -> Tensor:
     )
 
 
+def _is_per_row(scale: Tensor, rows: int) -> bool:
+    # There may be as many blocks as rows.
+    return scale.shape[0] == scale.numel() == rows
+
+
 def _largest_by_scale(magnitudes: Tensor, scale: Tensor) -> Tensor:
     """Return the largest magnitude of the elements that share a scale, for every scale."""
     rows = magnitudes.shape[0]
     if scale.numel() == 1:
         return magnitudes.amax()
-    if scale.numel() == rows:
+    if _is_per_row(scale, rows):
         return magnitudes.flatten(1).amax(1)
     height, width = -(-rows // scale.shape[0]), -(-magnitudes.shape[1] // scale.shape[1])
     padding = (0, scale.shape[1] * width - magnitudes.shape[1], 0, scale.shape[0] * height - rows)

@@ -1,9 +1,10 @@
 """The options of `train_dreambooth.py`, and the checks on them before a model is loaded."""
 
 import dataclasses
+import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -117,15 +118,11 @@ def check_arguments(args: Arguments) -> None:
     ):
         if getattr(args, name) < 1:
             raise UsageError(f"--{name} must be at least 1, not {getattr(args, name)}")
+    check_ranges(args)
     if args.adapter_type in ("oft", "boft") and args.lora_alpha is not None:
         raise UsageError(f"--lora_alpha has no effect with --adapter_type {args.adapter_type}")
     if args.adapter_type not in ("lora", "dora") and args.save_format == "diffusers":
         raise UsageError(f"--save_format diffusers cannot hold --adapter_type {args.adapter_type}; leave it out")
-    for name in ("lora_dropout", "caption_dropout"):
-        if not 0 <= getattr(args, name) < 1:
-            raise UsageError(f"--{name} must be in [0, 1), not {getattr(args, name)}")
-    if args.seed < 0:
-        raise UsageError(f"--seed must not be negative, and is {args.seed}")
     if args.checkpoints_total_limit is not None and args.checkpoints_total_limit < 1:
         raise UsageError("--checkpoints_total_limit must be at least 1; leave it out to keep every checkpoint")
     if args.with_prior_preservation and not (args.class_data_dir and args.class_prompt):
@@ -142,6 +139,45 @@ def check_arguments(args: Arguments) -> None:
     if base.is_dir() and not (base / "model_index.json").is_file():
         raise UsageError(f"{base} is not a saved pipeline: it has no model_index.json")
     find_checkpoint(args)
+
+
+def check_ranges(args: Arguments) -> None:
+    """Raise `UsageError` if a number is outside the range in which it means something. `None` is the default."""
+    ranges: dict[str, tuple[Callable[[float], bool], Sequence[str]]] = {
+        "in [0, 1)": (lambda x: 0 <= x < 1, ("lora_dropout", "caption_dropout", "adam_beta1", "adam_beta2")),
+        "above 0": (
+            lambda x: x > 0,
+            (
+                "learning_rate",
+                "text_encoder_lr",
+                "lora_alpha",
+                "snr_gamma",
+                "adam_epsilon",
+                "max_grad_norm",
+                "lr_power",
+            ),
+        ),
+        "at least 0": (
+            lambda x: x >= 0,
+            (
+                "prior_loss_weight",
+                "class_guidance_scale",
+                "validation_guidance_scale",
+                "adam_weight_decay",
+                "lr_warmup_steps",
+                "dataloader_num_workers",
+                "seed",
+            ),
+        ),
+        "at least 8": (lambda x: x >= 8, ("resolution",)),
+        "at least 1": (lambda x: x >= 1, ("lr_num_cycles",)),
+        "at least 1, or -1 for as square as possible": (lambda x: x >= 1 or x == -1, ("lokr_factor",)),
+    }
+    for expected, (holds, names) in ranges.items():
+        for name in names:
+            value = getattr(args, name)
+            if value is not None and not (math.isfinite(value) and holds(value)):
+                raise UsageError(f"--{name} must be {expected}, not {value}")
 
 
 def class_prompts(args: Arguments) -> list[str]:

@@ -44,7 +44,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three pictures, two of them with captions of their own."""
+    """Three pictures, two of which have their own captions."""
     folder = tmp_path_factory.mktemp("pictures")
     for number, colour in enumerate(("red", "green", "blue")):
         picture = Image.new("RGB", (20, 16), colour)
@@ -57,7 +57,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _fresh_accelerator() -> Iterator[None]:
-    """accelerate keeps its settings for the life of the process; each run here is a process's first."""
+    """Reset accelerate's settings, which are per process: each run here has to look like the first one."""
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -74,17 +74,17 @@ def arguments(base: Path, pictures: Path, output: Path, **options: Any) -> Any:
 
 
 def layers(file: Path) -> set[str]:
-    """Paths of the layers that a file in diffusers format has tensors for."""
+    """Return the paths of the layers for which a file in diffusers' format has tensors."""
     return {key.rsplit(".lora_", 1)[0] for key in load_file(file)}
 
 
 def same_tensors(one: Path, other: Path) -> bool:
-    """Whether two files hold the same bits; the order of the metadata in a safetensors header is up to chance."""
+    """Return whether two files contain the same tensors; the order of the metadata in their headers is random."""
     ours, theirs = load_file(one), load_file(other)
     return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-def test_writes_a_file_that_changes_the_pipeline(base: Path, pictures: Path, tmp_path: Path) -> None:
+def test_training_writes_a_file_that_changes_the_pipeline(base: Path, pictures: Path, tmp_path: Path) -> None:
     file = script.train(arguments(base, pictures, tmp_path, learning_rate=1e-2, save_precision="fp16"))
     assert file == tmp_path / WEIGHTS
     pipe = models.sd15()
@@ -100,20 +100,20 @@ def test_writes_a_file_that_changes_the_pipeline(base: Path, pictures: Path, tmp
         assert opened.metadata()["modelspec.trigger_phrase"] == "a sks"
 
 
-@pytest.mark.parametrize("kind", ["dora", "loha", "lokr", "oft", "boft"])
-def test_other_types(base: Path, pictures: Path, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("name", ["dora", "loha", "lokr", "oft", "boft"])
+def test_other_adapter_types_are_trained(base: Path, pictures: Path, tmp_path: Path, name: str) -> None:
     options = {"learning_rate": 1e-1, "lora_layers": "all", "rank": 1, "block_size": 2}
-    file = script.train(arguments(base, pictures, tmp_path, adapter_type=kind, **options))
+    file = script.train(arguments(base, pictures, tmp_path, adapter_type=name, **options))
     pipe = models.sd15()
     before = models.draw(pipe)
     report = pipe.load_adapter(file)
-    assert set(report.types) == {kind}
+    assert set(report.types) == {name}
     assert report.unused == []
-    assert report.format == ("diffusers" if kind == "dora" else "kohya")
+    assert report.format == ("diffusers" if name == "dora" else "kohya")
     assert not torch.equal(models.draw(pipe), before)
 
 
-def test_default_layers_are_attention(base: Path, pictures: Path, tmp_path: Path) -> None:
+def test_the_default_layers_are_those_of_attention(base: Path, pictures: Path, tmp_path: Path) -> None:
     found = layers(script.train(arguments(base, pictures, tmp_path, max_train_steps=1)))
     assert found
     assert all(path.startswith("unet.") for path in found)
@@ -132,7 +132,7 @@ def test_lora_layers_restricts_the_layers(
     assert any(path.endswith("to_q") for path in found) is False
 
 
-def test_text_encoder_and_kohya_format(base: Path, pictures: Path, tmp_path: Path) -> None:
+def test_a_text_encoder_is_trained_and_saved_in_kohyas_format(base: Path, pictures: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"train_text_encoder": True, "text_encoder_lr": 1e-2, "save_format": "kohya"}
     file = script.train(arguments(base, pictures, tmp_path, lora_layers="all", **options))
     assert {key.split("_")[1] for key in load_file(file)} == {"unet", "te"}
@@ -143,14 +143,14 @@ def test_text_encoder_and_kohya_format(base: Path, pictures: Path, tmp_path: Pat
     assert all(tensor.any() for tensor in trained)
 
 
-def test_sdxl_with_text_encoders_in_bfloat16(pictures: Path, tmp_path: Path) -> None:
+def test_sdxl_is_trained_with_text_encoders_in_bfloat16(pictures: Path, tmp_path: Path) -> None:
     models.sdxl().save_pretrained(tmp_path / "sdxl")
     options: dict[str, Any] = {"train_text_encoder": True, "mixed_precision": "bf16", "caption_dropout": 0.5}
     options |= {"gradient_checkpointing": True, "validation_prompt": "a sks", "num_validation_images": 1}
     file = script.train(arguments(tmp_path / "sdxl", pictures, tmp_path / "out", **options))
     report = models.sdxl().load_adapter(file)
     assert set(report.components) == {"unet", "text_encoder", "text_encoder_2"}
-    # Trained in float32 although the base computes in bfloat16.
+    # Adapters are trained in float32, although the base computes in bfloat16.
     assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float32}
     assert (tmp_path / "out" / "validation-000002.png").is_file()
 
@@ -167,7 +167,7 @@ def test_checkpoints_are_kept_up_to_the_limit(base: Path, pictures: Path, tmp_pa
 
 @pytest.mark.parametrize("explicit", [False, True])
 def test_resuming_is_exact(base: Path, pictures: Path, tmp_path: Path, explicit: bool) -> None:
-    # Everything that draws random numbers or keeps state, and a number of batches that no epoch ends on.
+    # Use everything that draws random numbers or has a state, and a number of batches at which no epoch ends.
     options: dict[str, Any] = {
         "max_train_steps": 6,
         "checkpointing_steps": 3,
@@ -199,7 +199,7 @@ def test_resuming_is_exact(base: Path, pictures: Path, tmp_path: Path, explicit:
 
 
 def flat(state: Any) -> Any:
-    """Tensors and arrays as lists, to be compared with ==."""
+    """Return a state with tensors and arrays as lists, which can be compared with ==."""
     if isinstance(state, dict):
         return {key: flat(value) for key, value in state.items()}
     if isinstance(state, (list, tuple)):
@@ -207,7 +207,7 @@ def flat(state: Any) -> Any:
     return state.tolist() if hasattr(state, "tolist") else state
 
 
-def test_latest_without_a_checkpoint_starts_over(base: Path, pictures: Path, tmp_path: Path) -> None:
+def test_resuming_from_latest_without_a_checkpoint_starts_over(base: Path, pictures: Path, tmp_path: Path) -> None:
     assert script.train(arguments(base, pictures, tmp_path, resume_from_checkpoint="latest")).is_file()
 
 
@@ -219,7 +219,7 @@ def test_resuming_with_another_rank_is_refused(base: Path, pictures: Path, tmp_p
         script.train(again)
 
 
-def test_prior_preservation_draws_what_is_missing(base: Path, pictures: Path, tmp_path: Path) -> None:
+def test_prior_preservation_draws_the_missing_pictures(base: Path, pictures: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a dog\n\na cat\n")
     folder = tmp_path / "class"
@@ -275,7 +275,7 @@ def test_a_diverged_run_stops_and_says_so(
     assert not (tmp_path / WEIGHTS).exists()
 
 
-def test_processes_train_one_adapter_together(base: Path, pictures: Path, tmp_path: Path) -> None:
+def test_several_processes_train_one_adapter_together(base: Path, pictures: Path, tmp_path: Path) -> None:
     options = (
         f"--instance_prompt sks --resolution 16 --max_train_steps 2 --checkpointing_steps 2 --output_dir {tmp_path}"
     )
@@ -296,6 +296,13 @@ def test_processes_train_one_adapter_together(base: Path, pictures: Path, tmp_pa
         ({"instance_prompt": None}, "2.png has no caption"),
         ({"rank": 0}, "--rank must be at least 1"),
         ({"lora_dropout": 1.0}, "--lora_dropout must be in"),
+        ({"snr_gamma": -1.0}, "--snr_gamma must be above 0, not -1.0"),
+        ({"learning_rate": -1.0}, "--learning_rate must be above 0, not -1.0"),
+        ({"learning_rate": float("nan")}, "--learning_rate must be above 0"),
+        ({"resolution": 4}, "--resolution must be at least 8, not 4"),
+        ({"adam_beta2": 1.0}, "--adam_beta2 must be in"),
+        ({"prior_loss_weight": -0.5}, "--prior_loss_weight must be at least 0"),
+        ({"lokr_factor": 0}, "--lokr_factor must be at least 1, or -1"),
         ({"with_prior_preservation": True}, "--class_data_dir and --class_prompt"),
         ({"class_prompt": "a dog"}, "no effect without --with_prior_preservation"),
         ({"text_encoder_lr": 1e-4}, "no effect without --train_text_encoder"),
@@ -321,7 +328,7 @@ def test_mistakes_are_found_before_a_model_is_loaded(
         ('{"file_name": "b.png", "text": "b"}', "there is no file b.png"),
     ],
 )
-def test_faulty_captions_are_refused(tmp_path: Path, content: str, message: str) -> None:
+def test_invalid_captions_are_refused(tmp_path: Path, content: str, message: str) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / "metadata.jsonl").write_text(content)
     with pytest.raises(data.UsageError, match=message):
@@ -364,7 +371,7 @@ def test_the_loss_is_that_of_the_prediction_type(
     args = arguments(base, pictures, Path("unused"), snr_gamma=gamma)
     objective = script.Objective(args, pipe, script.add_adapters(args, pipe), 16)
     clean = torch.randn(4, 4, 2, 2, generator=torch.Generator().manual_seed(0))
-    moments = torch.cat([clean, torch.full_like(clean, -30)], dim=1)  # next to no variance
+    moments = torch.cat([clean, torch.full_like(clean, -30)], dim=1)  # Almost no variance.
     weights: list[Tensor] = []
 
     def predict(noisy: Tensor, timesteps: Tensor, _captions: list[str]) -> Tensor:

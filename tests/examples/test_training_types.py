@@ -1,4 +1,4 @@
-"""Every type from its settings: it starts as nothing, learns, is saved, and loads again as what it was."""
+"""Every adapter type from its settings: a new adapter changes nothing, trains, is saved, and is loaded unchanged."""
 
 from pathlib import Path
 
@@ -59,12 +59,13 @@ def given() -> tuple[Tensor, Tensor]:
     return torch.randn(3, 8, generator=generator), torch.randn(3, 4, 6, 6, generator=generator)
 
 
-def test_every_type_is_here() -> None:
-    assert {for_config(config).name for config, _ in CONFIGS.values()} == {kind.name for kind in TYPES}
+def test_every_type_in_the_registry_is_tested() -> None:
+    found = {for_config(config).name for config, _ in CONFIGS.values()}
+    assert found == {adapter_type.name for adapter_type in TYPES}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_train_save_and_load(name: str, tmp_path: Path) -> None:
+def test_a_new_adapter_is_trained_saved_and_loaded(name: str, tmp_path: Path) -> None:
     config, formats = CONFIGS[name]
     model = net()
     base = model(*given()).detach()

@@ -170,6 +170,7 @@ def faceid(pipe: DiffusionPipeline) -> tuple[dict[str, Tensors], dict[str, dict[
     return {"image_proj": {"proj.0.weight": torch.zeros(4, 4)}, "ip_adapter": adapter}, {"unet": factors}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["state dict", "pickle", "flat names"])
 def test_the_lora_in_the_file_of_an_ip_adapter_is_loaded(source: str, tmp_path: Path) -> None:
     pipe = models.sd15()

@@ -23,6 +23,7 @@ from diffadapt.runtime.targets import Targets
 from diffadapt.types.layer_spec import LayerSpec
 from tests.support.cases import for_each
 from tests.support.effort import assert_linear, effort
+from tests.support.full_size import sd_unet, sdxl_unet
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -37,7 +38,7 @@ _SDXL_BLOCKS: dict[str, Any] = {
 }
 _TWO: dict[str, Any] = {"num_layers": 2}
 _TWO_OF_BOTH: dict[str, Any] = {"num_layers": 2, "num_single_layers": 2}
-# Published models with few blocks. Their other options are chosen so to have as many kinds of layers as possible.
+# Published models with few blocks. Their other options are chosen to have as many kinds of layers as possible.
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "sd": ("sd", "UNet2DConditionModel", {"cross_attention_dim": 768, "layers_per_block": 1}),
     "sd2": ("sd2", "UNet2DConditionModel", {"cross_attention_dim": 1024, "layers_per_block": 1}),
@@ -153,8 +154,8 @@ KIN = {
 
 @cache
 def model(name: str) -> nn.Module:
-    _, kind, options = MODELS[name]
-    owner = LTX2TextConnectors if kind == "LTX2TextConnectors" else getattr(diffusers, kind)
+    _, class_name, options = MODELS[name]
+    owner = LTX2TextConnectors if class_name == "LTX2TextConnectors" else getattr(diffusers, class_name)
     with torch.device("meta"), warnings.catch_warnings(category=FutureWarning, action="ignore"):
         return owner(**options)
 
@@ -311,7 +312,7 @@ def test_exactly_the_modulations_before_the_output_have_swapped_halves(name: str
         ("cascade prior", "up_blocks.0.5.attention.attn.in_proj.2", ["up_blocks.0.5.attention.to_v"]),
     ],
 )  # fmt: skip
-def test_names_that_are_easily_wrong(name: str, original: str, ours: list[str]) -> None:
+def test_names_that_are_easily_confused_lead_to_the_right_layers(name: str, original: str, ours: list[str]) -> None:
     assert [part.path for part in aliases(name)[original]] == ours
 
 
@@ -405,15 +406,12 @@ def test_the_family_of_a_real_file_is_recognised(file: str) -> None:
     assert families.of_file(shapes.items()) == family
 
 
-PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
-    "flux": ("FluxTransformer2DModel", {"guidance_embeds": True}),
-    "qwen": ("QwenImageTransformer2DModel", _TWO),
-    "anima": ("CosmosTransformer3DModel", {**_TWO, "num_attention_heads": 16}),
-    "sdxl": (
-        "UNet2DConditionModel",
-        {**_SDXL_BLOCKS, "cross_attention_dim": 2048, "transformer_layers_per_block": (1, 2, 10)},
-    ),
-    "sd": ("UNet2DConditionModel", {"cross_attention_dim": 768}),
+PUBLISHED: dict[str, Callable[[], nn.Module]] = {
+    "flux": lambda: diffusers.FluxTransformer2DModel(guidance_embeds=True),
+    "qwen": lambda: diffusers.QwenImageTransformer2DModel(**_TWO),
+    "anima": lambda: diffusers.CosmosTransformer3DModel(**_TWO, num_attention_heads=16),
+    "sdxl": sdxl_unet,
+    "sd": lambda: sd_unet(768),
 }
 PREFIX = re.compile(r"lora_(unet|te\d?)_|diffusion_model\.|transformer\.|unet\.")
 TENSOR = re.compile(
@@ -424,9 +422,8 @@ TENSOR = re.compile(
 @cache
 def published(family: str) -> set[str]:
     """Return the names of all layers of a published model: its own and the original ones, dotted and flattened."""
-    kind, options = PUBLISHED[family]
     with torch.device("meta"):
-        known = Targets(getattr(diffusers, kind)(**options))
+        known = Targets(PUBLISHED[family]())
     names = {*layers_of(known), *families.aliases(known)}
     return names | {name.replace(".", "_") for name in names}
 
@@ -664,5 +661,5 @@ def test_family_names_are_stable_and_every_class_belongs_to_one_family() -> None
         "pixart", "auraflow", "hunyuan-video", "hunyuan-video15", "hunyuan-image", "wan", "ltx", "ltx2", "cogview4",
         "hidream", "ideogram4", "anima", "cascade", "controlnet",
     }  # fmt: skip
-    classes = [kind for family in FAMILIES for kind in family.models if kind != "UNet2DConditionModel"]
+    classes = [kind for family in FAMILIES for kind in family.models if not kind.startswith("UNet")]
     assert len(classes) == len(set(classes))

@@ -401,6 +401,7 @@ def everywhere(pipe: Any, variant: Variant) -> tuple[dict[str, Tensor], list[tup
     return file, contents
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lora", "lora-bias", "lora-block-diagonal", "dora-alpha"])
 def test_a_pipeline_draws_the_same_from_the_file_from_changed_weights_and_from_the_saved_file(
     name: str, tmp_path: Path
@@ -429,6 +430,7 @@ def test_a_pipeline_draws_the_same_from_the_file_from_changed_weights_and_from_t
     assert torch.equal(draw(pipe), base)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["loha", "lokr-low-rank", "oft", "ia3-lycoris", "glora"])
 def test_a_pipeline_draws_the_same_from_the_file_and_merged(name: str) -> None:
     pipe = models.flux()
@@ -444,7 +446,7 @@ def test_a_pipeline_draws_the_same_from_the_file_and_merged(name: str) -> None:
 # Kinds of layers that no family fuses yet
 
 
-def test_rows_of_full_changes_of_norms_embeddings_and_transposed_layers() -> None:
+def test_rows_of_full_changes_are_taken_in_order() -> None:
     rows = (range(4, 6), range(0, 3))
     order = torch.tensor([4, 5, 0, 1, 2])
     norm = LayerSpec("norm", 6, 6)
@@ -474,7 +476,9 @@ def test_rows_of_full_changes_of_norms_embeddings_and_transposed_layers() -> Non
         (LOKR, {"lokr_w1": (4, 2), "lokr_w2": (4, 3, 3, 3)}),
     ],
 )
-def test_rows_of_convolutions_with_cores(adapter_type: AdapterType, shapes: dict[str, tuple[int, ...]]) -> None:
+def test_rows_of_convolutions_with_cores_make_the_rows_of_the_change(
+    adapter_type: AdapterType, shapes: dict[str, tuple[int, ...]]
+) -> None:
     rows = (range(8, 16), range(0, 4))
     whole, part = plain_spec(16, 6, (3, 3)), plain_spec(12, 6, (3, 3))
     fitted = adapter_type.fit({name: torch.randn(shape) for name, shape in shapes.items()}, whole)
@@ -484,7 +488,7 @@ def test_rows_of_convolutions_with_cores(adapter_type: AdapterType, shapes: dict
     torch.testing.assert_close(change, take_rows(adapter_type.delta_weight(fitted, whole), rows))
 
 
-def test_rows_of_a_rotated_embedding() -> None:
+def test_rows_of_a_rotated_embedding_are_whole_blocks() -> None:
     """On an embedding `oft_R`, which elsewhere rotates the inputs, rotates the outputs."""
     spec = LayerSpec("embedding", 12, 10, transposed=True)
     blocks = torch.randn(3, 6)

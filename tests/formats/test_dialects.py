@@ -131,7 +131,7 @@ def flux_parts(alpha: float | None, pattern: str = FLUX_LAYERS) -> dict[str, dic
     ],
 )
 @pytest.mark.parametrize("alpha", [None, 2.0])
-def test_fused_layers_of_flux(format: str, prefix: str, down: str, up: str, alpha: float | None) -> None:
+def test_fused_layers_of_flux_are_split(format: str, prefix: str, down: str, up: str, alpha: float | None) -> None:
     parts = flux_parts(alpha)
     tensors: Tensors = {}
     for name, factors in fused(parts, alpha).items():
@@ -139,7 +139,7 @@ def test_fused_layers_of_flux(format: str, prefix: str, down: str, up: str, alph
     assert_loads(models.flux, tensors, parts, format)
 
 
-def test_fused_layers_of_flux_in_kohya() -> None:
+def test_fused_layers_of_flux_in_kohyas_names_are_split() -> None:
     parts = flux_parts(2.0)
     tensors: Tensors = {}
     for name, factors in fused(parts, 2.0).items():
@@ -148,7 +148,7 @@ def test_fused_layers_of_flux_in_kohya() -> None:
 
 
 @pytest.mark.parametrize("prefix", ["", "transformer.", "diffusion_model.", "lora_unet_"])
-def test_numbered_parts_of_fused_layers(prefix: str) -> None:
+def test_numbered_parts_of_fused_layers_are_read(prefix: str) -> None:
     parts = flux_parts(2.0)
     tensors: Tensors = {}
     for path, factors in parts["transformer"].items():
@@ -159,7 +159,7 @@ def test_numbered_parts_of_fused_layers(prefix: str) -> None:
     assert_loads(models.flux, tensors, parts)
 
 
-def test_processors_of_xlabs() -> None:
+def test_processors_of_xlabs_are_read() -> None:
     parts = flux_parts(None, FLUX_LAYERS.replace("|proj_mlp", ""))
     tensors: Tensors = {}
     for name, factors in fused(parts, None).items():
@@ -171,7 +171,7 @@ def test_processors_of_xlabs() -> None:
     assert_loads(models.flux, tensors, parts, "xlabs")
 
 
-def test_other_types_in_the_original_layout_with_an_adapter_name() -> None:
+def test_other_types_in_the_original_layout_with_an_adapter_name_are_read() -> None:
     pipe = models.flux()
     path, out, columns = "double_blocks.0.img_attn.qkv", 3 * models.WIDTH, models.WIDTH
     hada = {
@@ -189,7 +189,7 @@ def test_other_types_in_the_original_layout_with_an_adapter_name() -> None:
     assert_same(attention.to_k.weight, before + change[models.WIDTH : 2 * models.WIDTH])
 
 
-def test_full_changes_next_to_factors_without_a_prefix() -> None:
+def test_full_changes_next_to_factors_are_read_without_a_prefix() -> None:
     """lightx2v writes factors and full changes of a weight and of a bias, without a prefix."""
     parts = flux_parts(None, r"to_out\.0")
     tensors: Tensors = {}
@@ -207,7 +207,7 @@ def test_full_changes_next_to_factors_without_a_prefix() -> None:
 
 
 @pytest.mark.parametrize("alpha", [None, 4.0, 1.0])
-def test_a_change_of_a_bias_next_to_factors(alpha: float | None) -> None:
+def test_a_change_of_a_bias_next_to_factors_is_added(alpha: float | None) -> None:
     """In files for ComfyUI and of lightx2v, alpha does not scale the change of a bias."""
     path, stem = "transformer_blocks.1.ff.net.2", "diffusion_model.double_blocks.1.img_mlp.2"
     tensors = {
@@ -243,6 +243,7 @@ NEW_WEIGHTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 @pytest.mark.parametrize("path", NEW_WEIGHTS)
 def test_a_new_weight_replaces_the_old_one(path: str, strength: float) -> None:
@@ -263,6 +264,7 @@ def test_a_new_weight_replaces_the_old_one(path: str, strength: float) -> None:
     assert_same(pipe.unet.get_submodule(path).weight, layer.weight, 1e-6)
 
 
+@pytest.mark.slow
 def test_a_new_weight_and_a_change_by_another_adapter_add_up() -> None:
     path, stem = "conv_in", "lora_unet_conv_in"
     pipe = models.sd15()
@@ -428,7 +430,7 @@ def test_cloneofsimo_on_another_model_is_refused() -> None:
 
 
 @pytest.mark.parametrize("text", ["[", '"CrossAttention"', "[1]"])
-def test_cloneofsimo_with_damaged_metadata(text: str) -> None:
+def test_damaged_metadata_of_cloneofsimo_is_refused(text: str) -> None:
     header = Header(("unet:0:up", "unet:0:down"), {"unet": text})
     with pytest.raises(AdapterError, match="unet"):
         CLONEOFSIMO.locate(header, Names({"unet": Targets(models.unet_sd15())}))
@@ -507,7 +509,7 @@ def test_every_tensor_of_a_cloneofsimo_file_is_used() -> None:
     assert (report.used, report.unused, report.components) == (384, [], {"unet": 144, "text_encoder": 48})
 
 
-def test_every_name_of_an_sdxl_lokr_file_resolves() -> None:
+def test_every_name_of_an_sdxl_lokr_file_is_found() -> None:
     with torch.device("meta"):
         config = CLIPTextConfig(hidden_size=1280, num_hidden_layers=32, num_attention_heads=20)
         target = {"unet": sdxl_unet(), "text_encoder": clip_l(), "text_encoder_2": CLIPTextModelWithProjection(config)}
@@ -665,7 +667,7 @@ def rotated_by_sd_scripts(weight: Tensor, blocks: Tensor, alpha: float) -> Tenso
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.1, 100.0])
-def test_oft_of_sd_scripts(alpha: float, tmp_path: Path) -> None:
+def test_an_oft_of_sd_scripts_is_loaded_and_saved(alpha: float, tmp_path: Path) -> None:
     """Its alpha, times the number of outputs, is a constraint on all blocks together; 0 allows no rotation."""
     pipe = models.sd15()
     path = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -719,7 +721,7 @@ def oft_of_flux(alpha: float) -> tuple[Tensors, dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("alpha", [0.01, 100.0])
-def test_oft_of_flux(alpha: float, tmp_path: Path) -> None:
+def test_an_oft_of_flux_is_loaded_and_saved(alpha: float, tmp_path: Path) -> None:
     """Every part of a fused projection has its rotation under one alpha, which is times the outputs of the part."""
     pipe = models.flux()
     base = {path: module.weight.detach().clone() for path, module in loras.layers_of(pipe.transformer, ".*").items()}
@@ -850,8 +852,8 @@ def test_patterns_that_would_take_forever_are_refused(option: str, pattern: str,
         tensors = {f"base_model.model.{path}.ia3_l": torch.ones(2 * models.WIDTH, 1) for path in parts["transformer"]}
     files.write(tmp_path / "adapter_model.safetensors", tensors)
     chosen = {pattern: 4} if option == "alpha_pattern" else pattern
-    kind = "LORA" if option == "alpha_pattern" else "IA3"
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": kind, "lora_alpha": 4, option: chosen}))
+    peft_type = "LORA" if option == "alpha_pattern" else "IA3"
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": peft_type, "lora_alpha": 4, option: chosen}))
     with pytest.raises(AdapterError, match=f"{option}.*pattern"):
         pipe.load_adapter(tmp_path)
 

@@ -3,6 +3,7 @@
 The change of every layer is compared with that of a file in diffusers' names.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import diffadapt
@@ -19,6 +21,7 @@ from diffadapt.files.read import read
 from diffadapt.loading.plan import Plan, plan
 from tests.support.denoisers import SMALL
 from tests.support.formulas import normal
+from tests.support.models import clip_text
 
 Tensors = dict[str, Tensor]
 Factors = Mapping[str, tuple[Tensor, Tensor]]
@@ -204,11 +207,26 @@ def test_norms_may_have_the_name_of_their_parameter(name: str, end: str) -> None
     assert list(found.layers["transformer"]) == ["transformer_blocks.0.attn.norm_q"]
 
 
-def test_a_change_of_the_modulation_of_a_block_is_refused_by_name() -> None:
-    found = plan(read({"diffusion_model.blocks.0.diff_m": torch.ones(1, 6, 32)}), small("wan"))
-    assert [reason for _, reason in found.faults] == [
-        "a change of the block's own modulation (lightx2v), which is a parameter of no layer; pass strict=False"
-    ]
+@pytest.mark.parametrize("kind", ["CLIPAttention", "CLIPSdpaAttention", "CLIPFlashAttention2"])
+def test_numbered_layers_of_a_text_encoder_may_be_of_any_implementation_of_its_attention(
+    kind: str, tmp_path: Path
+) -> None:
+    encoder = clip_text()
+    paths = [f"encoder.layers.{n}.self_attn.{p}" for n in (0, 1) for p in ("k_proj", "v_proj", "q_proj", "out_proj")]
+    tensors = {
+        f"text_encoder:{n}:{side}": normal(*shape)
+        for n in range(8)
+        for side, shape in (("up", (32, 2)), ("down", (2, 32)))
+    }
+    file = tmp_path / "ink.safetensors"
+    save_file({key: tensor.float() for key, tensor in tensors.items()}, file, {"text_encoder": json.dumps([kind])})
+    found = plan(read(file), {"text_encoder": encoder})
+    assert (found.used, found.faults) == (16, [])
+    layers = found.layers["text_encoder"]
+    by_number = {int(key.split(":")[1]): tensor for key, tensor in tensors.items() if key.endswith("down")}
+    for number, path in enumerate(paths):
+        (layer,) = (layer for own, layer in layers.items() if own.endswith(path))
+        assert torch.equal(layer.tensors["lora_down"], by_number[number].float())
 
 
 # Layers that were fused for training, and layers that are given twice

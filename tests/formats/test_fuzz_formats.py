@@ -25,8 +25,8 @@ Tensors = dict[str, Tensor]
 FORMATS = ("diffusers", "peft", "kohya", "comfy", "onetrainer")
 LAYERS = r"(down_blocks\.1\.attentions\.0\.)?transformer_blocks\.0\.attn1?\.(to_[qkv]|to_out\.0)"
 TYPES: dict[str, diffadapt.AdapterConfig] = {
-    name: kind(target_modules=LAYERS, init=False, **settings)
-    for name, (kind, settings) in {
+    name: config_class(target_modules=LAYERS, init=False, **settings)
+    for name, (config_class, settings) in {
         "lora": (diffadapt.LoraConfig, {"rank": 2}),
         "dora": (diffadapt.LoraConfig, {"rank": 2, "use_dora": True}),
         "dora by input": (diffadapt.LoraConfig, {"rank": 2, "use_dora": True, "dora_axis": "input"}),

@@ -50,6 +50,7 @@ def tensors_for(unet: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return file, deltas
 
 
+@pytest.mark.slow
 def test_mixed_types_equal_the_weights_with_the_changes_added() -> None:
     pipe, plain = models.sd15(), models.sd15()
     file, deltas = tensors_for(plain.unet)

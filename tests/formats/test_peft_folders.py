@@ -7,6 +7,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import diffadapt
@@ -131,6 +132,7 @@ def test_rotations_of_one_block_are_saved_together_with_others_unless_shared(tmp
     assert not (tmp_path / "wrong").exists()
 
 
+@pytest.mark.slow
 def test_every_component_gets_its_own_folder(tmp_path: Path) -> None:
     pipe = models.sd15()
     base = draw(pipe)
@@ -145,6 +147,58 @@ def test_every_component_gets_its_own_folder(tmp_path: Path) -> None:
     for component in ("unet", "text_encoder"):
         again.load_adapter(tmp_path, component, subfolder=component, components=[component])
     assert_same(draw(again), expected)
+    whole = models.sd15()
+    report = whole.load_adapter(tmp_path, "whole")
+    assert report.components == {c: len(a.layers) for c, a in pipe.adapters["a"].components.items()}
+    assert (report.format, report.unused) == ("peft", [])
+    assert_same(draw(whole), expected)
+
+
+def folder_of_two(folder: Path) -> Path:
+    """Save an adapter with alphas that differ from the ranks, and from each other, as two PEFT folders."""
+    pipe = models.sd15()
+    for component, target, alpha in (("unet", "to_q", 8), ("text_encoder", "q_proj", 1)):
+        config = diffadapt.LoraConfig(rank=2, alpha=alpha, init=False, target_modules=[target])
+        diffadapt.add_adapter(getattr(pipe, component), config, "a")
+    pipe.adapters.save("a", folder, format="peft")
+    return folder
+
+
+def test_a_folder_of_two_components_loads_with_the_config_of_each(tmp_path: Path) -> None:
+    folder = folder_of_two(tmp_path / "ink.v2")
+    report = diffadapt.inspect(folder)
+    assert (report.name, set(report.components), report.unused) == ("ink.v2", {"unet", "text_encoder"}, [])
+    pipe = models.sd15()
+    pipe.load_adapter(folder)
+    scales = {
+        component: {layer.scale for layer in adapter.layers.values()}
+        for component, adapter in pipe.adapters["ink.v2"].components.items()
+    }
+    assert scales == {"unet": {4.0}, "text_encoder": {0.5}}
+    pipe.adapters.hotswap("ink.v2", folder)
+    pipe.adapters.save("ink.v2", tmp_path / "again", format="peft")
+    assert diffadapt.inspect(tmp_path / "again", pipe).components == report.components
+
+
+def test_parts_of_a_folder_that_the_pipeline_has_no_model_for(tmp_path: Path) -> None:
+    folder = folder_of_two(tmp_path)
+    pipe = models.sd15()
+    pipe.register_modules(text_encoder=None)
+    unused = pipe.load_adapter(folder, "a").unused
+    assert {fault.reason for fault in unused} == {"the pipeline has no text_encoder loaded (it is None)"}
+    assert all(fault.key.startswith("text_encoder/base_model.") for fault in unused)
+    only = models.sd15().load_adapter(folder, "a", components=["unet"])
+    assert {fault.reason for fault in only.unused} == {"component text_encoder was not asked for"}
+    (folder / "text_encoder").rename(folder / "text_encoder_2")
+    with pytest.raises(diffadapt.LoadError, match="there is no component 'text_encoder_2'"):
+        models.sd15().load_adapter(folder)
+
+
+def test_folders_that_are_named_after_no_component_are_listed(tmp_path: Path) -> None:
+    folder = folder_of_two(tmp_path)
+    (folder / "text_encoder").rename(folder / "style")
+    with pytest.raises(diffadapt.AdapterError, match="adapters in the folders style, unet; pass subfolder="):
+        models.sd15().load_adapter(folder)
 
 
 # peft mistakes a LoRA bias for a factor that lost a dimension.
@@ -184,3 +238,40 @@ def test_an_adapter_of_a_single_model_loads_again(format: str, tmp_path: Path) -
     assert_same(again(*inputs).sample, unet(*inputs).sample)
     pipe = models.sd15()
     assert pipe.load_adapter(tmp_path, "c").components == {"unet": len(adapter.layers)}
+
+
+# The weight of an embedding that PEFT stores next to the factors
+
+
+def folder_with_weight(folder: Path, change: float = 0.0) -> Tensor:
+    """Save a LoRA of PEFT on an embedding with the weight of the embedding, and return the output with it."""
+    model = net()
+    config = peft.LoraConfig(r=2, target_modules=["embedding", "linear"], init_lora_weights=False)
+    torch.manual_seed(3)
+    adapted = peft.get_peft_model(model, config)
+    adapted.save_pretrained(folder)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    key = "base_model.model.embedding.base_layer.weight"
+    tensors[key] = net().embedding.weight.detach() + change
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return adapted(*inputs()).detach()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_weight_that_peft_stores_next_to_a_lora_is_no_fault_if_the_model_has_it(tmp_path: Path) -> None:
+    expected = folder_with_weight(tmp_path)
+    model = net()
+    report = diffadapt.load_adapter(model, tmp_path)
+    assert [fault.reason for fault in report.unused] == ["a copy of the layer's own weight, which the model has, too"]
+    assert_same(model(*inputs()).detach(), expected, 2e-6)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_lora_whose_stored_weight_is_another_one_is_for_another_model(tmp_path: Path) -> None:
+    folder_with_weight(tmp_path, change=0.5)
+    with pytest.raises(diffadapt.LoadError, match="embedding had another weight where the file was made"):
+        diffadapt.load_adapter(net(), tmp_path)
+    model = net()
+    model.embedding = nn.Embedding(12, 12)
+    with pytest.raises(diffadapt.LoadError, match=r"shape \(11, 12\) where the file was made, and \(12, 12\) here"):
+        diffadapt.load_adapter(model, tmp_path)

@@ -56,15 +56,17 @@ def test_a_flux_file_is_converted_to_diffusers_and_back(tmp_path: Path) -> None:
     tensors = flux_file()
     there = diffadapt.convert(tensors, tmp_path / "diffusers.safetensors", "diffusers")
     found = load_file(there)
+    # With an alpha of 1 and a rank of 2, half is multiplied into the factors, without rounding.
     query = "transformer.transformer_blocks.3.attn.to_q"
-    assert torch.equal(found[f"{query}.lora_B.weight"], tensors[f"{DOUBLE}_img_attn_qkv.lora_up.weight"][:3072])
-    swapped = tensors["lora_unet_final_layer_adaLN_modulation_1.lora_up.weight"]
+    assert torch.equal(found[f"{query}.lora_B.weight"], tensors[f"{DOUBLE}_img_attn_qkv.lora_up.weight"][:3072] / 2)
+    swapped = tensors["lora_unet_final_layer_adaLN_modulation_1.lora_up.weight"] / 2
     assert torch.equal(found["transformer.norm_out.linear.lora_B.weight"], torch.cat([swapped[3072:], swapped[:3072]]))
     assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
     back = load_file(diffadapt.convert(there, tmp_path / "kohya.safetensors", "kohya"))
     assert back.keys() == tensors.keys()
-    for key, tensor in tensors.items():
-        assert torch.equal(back[key], tensor), key
+    for module in (key.removesuffix(".alpha") for key in tensors if key.endswith(".alpha")):
+        assert torch.equal(change(back, module), change(tensors, module)), module
+        assert torch.equal(back[f"{module}.lora_down.weight"], tensors[f"{module}.lora_down.weight"]), module
 
 
 def test_separate_projections_become_a_block_diagonal_fused_one(tmp_path: Path) -> None:
@@ -222,7 +224,7 @@ def test_files_for_the_models_of_every_family_are_converted_there_and_back(
     tensors: dict[str, Tensor] = {}
     for original, (_, out, columns) in MODELS[name].items():
         outside = original.startswith("text_embedding_projection.")
-        tensors.update(lora(original if outside else f"diffusion_model.{original}", out, columns))
+        tensors.update(lora(original if outside else f"diffusion_model.{original}", out, columns, alpha=2.0))
     there = diffadapt.convert(tensors, tmp_path / "diffusers.safetensors", "diffusers")
     found = load_file(there)
     paths = {path: original for original, (path, _, _) in MODELS[name].items()}
@@ -301,7 +303,9 @@ def test_a_refused_conversion_writes_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_convert_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_convert_command_writes_a_file_or_reports_the_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = files.write(tmp_path / "in.safetensors", sdxl_file(), {})
     target = tmp_path / "out.safetensors"
     assert main(["convert", str(source), str(target), "--to", "diffusers"]) == 0

@@ -35,6 +35,7 @@ def baked(build: Callable[[], DiffusionPipeline], parts: loras.Parts, strength: 
     return picture
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["file", "path as text", "folder", "state dict"])
 def test_an_adapter_is_loaded_from_every_kind_of_source(name: str, tmp_path: Path) -> None:
     pipe = models.sd15()
@@ -48,6 +49,7 @@ def test_an_adapter_is_loaded_from_every_kind_of_source(name: str, tmp_path: Pat
     assert_same(draw(pipe), baked(models.sd15, parts))
 
 
+@pytest.mark.slow
 def test_a_file_in_a_folder_is_chosen_by_weight_name_and_subfolder(tmp_path: Path) -> None:
     pipe = models.sd15()
     parts = loras.parts_for(pipe)
@@ -93,6 +95,7 @@ def test_a_pickle_with_a_safetensors_name_is_refused(tmp_path: Path) -> None:
         pipe.load_adapter(file)
 
 
+@pytest.mark.slow
 def test_a_given_state_dict_is_never_changed() -> None:
     pipe = models.sd15()
     tensors = spellings.peft_names(loras.parts_for(pipe))
@@ -109,6 +112,7 @@ def test_a_given_state_dict_is_never_changed() -> None:
     assert not any(tensor.requires_grad for tensor in tensors.values())
 
 
+@pytest.mark.slow
 def test_a_file_may_change_after_loading(tmp_path: Path) -> None:
     pipe = models.sd15()
     parts = loras.parts_for(pipe)
@@ -121,6 +125,7 @@ def test_a_file_may_change_after_loading(tmp_path: Path) -> None:
     assert_same(draw(pipe), baked(models.sd15, parts))
 
 
+@pytest.mark.slow
 def test_a_hub_id_is_loaded_from_the_cache(tmp_path: Path) -> None:
     pipe = models.sd15()
     parts = loras.parts_for(pipe)
@@ -134,6 +139,7 @@ def test_a_hub_id_is_loaded_from_the_cache(tmp_path: Path) -> None:
     assert_same(draw(pipe), baked(models.sd15, parts))
 
 
+@pytest.mark.slow
 def test_arguments_for_the_hub_reach_huggingface_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = models.sd15()
     parts = loras.parts_for(pipe)
@@ -155,6 +161,7 @@ def test_arguments_for_the_hub_reach_huggingface_hub(tmp_path: Path, monkeypatch
     assert_same(draw(pipe), baked(models.sd15, parts))
 
 
+@pytest.mark.slow
 def test_the_files_of_a_hub_repository_are_listed_without_weight_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,6 +189,7 @@ def test_an_offline_error_says_what_to_do(
     assert any(hint in str(caught.value) for hint in ("local file", "weight_name"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "spelled",
     [
@@ -202,6 +210,7 @@ def test_every_spelling_of_sd15_becomes_the_same_weights(spelled: Spelling) -> N
     assert_same(draw(pipe), baked(models.sd15, parts))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", ["", "unet."])
 def test_names_of_attention_processors_become_the_same_weights(prefix: str) -> None:
     pipe = models.sd15()
@@ -211,6 +220,7 @@ def test_names_of_attention_processors_become_the_same_weights(prefix: str) -> N
     assert_same(draw(pipe), baked(models.sd15, parts))
 
 
+@pytest.mark.slow
 def test_a_file_may_mix_spellings() -> None:
     pipe = models.sd15()
     parts = loras.parts_for(pipe)
@@ -227,6 +237,7 @@ def test_a_file_may_mix_spellings() -> None:
     assert_same(draw(pipe), baked(models.sd15, parts))
 
 
+@pytest.mark.slow
 def test_the_metadata_can_hold_the_alpha_of_every_layer(tmp_path: Path) -> None:
     pipe = models.sd15()
     parts = loras.parts_for(pipe, alpha=loras.varied_alpha)
@@ -236,6 +247,7 @@ def test_the_metadata_can_hold_the_alpha_of_every_layer(tmp_path: Path) -> None:
     assert_same(draw(pipe), baked(models.sd15, parts))
 
 
+@pytest.mark.slow
 def test_the_alpha_of_every_layer_of_a_text_encoder_is_saved(tmp_path: Path) -> None:
     """In files, CLIP's names have a level that the model lacks; the patterns in the header match both."""
     pipe = models.sd15()
@@ -250,6 +262,7 @@ def test_the_alpha_of_every_layer_of_a_text_encoder_is_saved(tmp_path: Path) -> 
     assert_same(draw(theirs), expected, 1e-4)
 
 
+@pytest.mark.slow
 def test_alpha_tensors_are_read_with_dotted_names() -> None:
     pipe = models.sd15()
     parts = loras.parts_for(pipe, alpha=loras.varied_alpha)
@@ -260,6 +273,7 @@ def test_alpha_tensors_are_read_with_dotted_names() -> None:
     assert_same(draw(pipe), baked(models.sd15, parts))
 
 
+@pytest.mark.slow
 def test_the_metadata_can_ask_for_a_rank_stabilized_scale(tmp_path: Path) -> None:
     pipe = models.sd15()
     parts = loras.parts_for(pipe, ("unet",), alpha=lambda index: 8.0)
@@ -270,6 +284,7 @@ def test_the_metadata_can_ask_for_a_rank_stabilized_scale(tmp_path: Path) -> Non
     assert_same(draw(pipe), baked(models.sd15, parts))
 
 
+@pytest.mark.slow
 def test_a_peft_folder_is_loaded_with_its_alpha(tmp_path: Path) -> None:
     pipe = models.sd15()
     parts = loras.parts_for(pipe, ("unet",), alpha=lambda index: 2.0)
@@ -281,6 +296,7 @@ def test_a_peft_folder_is_loaded_with_its_alpha(tmp_path: Path) -> None:
     assert_same(draw(pipe), baked(models.sd15, parts))
 
 
+@pytest.mark.slow
 def test_a_kohya_file_for_all_layers_of_sd15_is_loaded() -> None:
     pipe = models.sd15()
     parts = loras.parts_for(pipe, pattern=".*", alpha=loras.varied_alpha)
@@ -292,6 +308,7 @@ def test_a_kohya_file_for_all_layers_of_sd15_is_loaded() -> None:
     assert_same(draw(pipe), baked(models.sd15, parts))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "build"), [("sd15", models.sd15_full), ("sdxl", models.sdxl)])
 def test_a_kohya_file_may_have_the_original_names_of_the_unet(
     family: str, build: Callable[[], DiffusionPipeline]
@@ -305,6 +322,7 @@ def test_a_kohya_file_may_have_the_original_names_of_the_unet(
     assert_same(draw(pipe), baked(build, parts))
 
 
+@pytest.mark.slow
 def test_a_kohya_file_for_sdxl_with_both_text_encoders_is_loaded() -> None:
     pipe = models.sdxl()
     parts = loras.parts_for(pipe, tuple(spellings.SDXL_PREFIXES), alpha=loras.varied_alpha)
@@ -315,6 +333,7 @@ def test_a_kohya_file_for_sdxl_with_both_text_encoders_is_loaded() -> None:
     assert_same(draw(pipe), baked(models.sdxl, parts))
 
 
+@pytest.mark.slow
 def test_the_tucker_core_of_a_convolution_is_applied() -> None:
     pipe = models.sd15()
     path = "down_blocks.0.resnets.0.conv1"
@@ -340,6 +359,7 @@ def test_the_tucker_core_of_a_convolution_is_applied() -> None:
     assert_same(draw(pipe), draw(changed))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "components", "pattern"),
     [
@@ -437,6 +457,7 @@ def test_a_name_in_use_is_refused(tmp_path: Path) -> None:
     assert pipe.adapters.names == ["pixel"]
 
 
+@pytest.mark.slow
 def test_load_adapter_takes_scale_and_activate() -> None:
     parts = loras.parts_for(models.sd15())
     tensors = spellings.peft_names(parts)
@@ -449,6 +470,7 @@ def test_load_adapter_takes_scale_and_activate() -> None:
     assert_same(draw(pipe), baked(models.sd15, parts, 0.5))
 
 
+@pytest.mark.slow
 def test_load_adapter_takes_a_scale_by_component() -> None:
     pipe = models.sd15()
     parts = loras.parts_for(pipe)
@@ -456,6 +478,7 @@ def test_load_adapter_takes_a_scale_by_component() -> None:
     assert_same(draw(pipe), baked(models.sd15, {"unet": parts["unet"]}, 0.5))
 
 
+@pytest.mark.slow
 def test_components_restricts_where_an_adapter_is_loaded() -> None:
     pipe = models.sd15()
     parts = loras.parts_for(pipe)
@@ -471,6 +494,7 @@ def test_an_unknown_component_is_refused() -> None:
         pipe.load_adapter(spellings.peft_names(loras.parts_for(pipe)), components=["text_encoder_2"])
 
 
+@pytest.mark.slow
 def test_a_loaded_adapter_becomes_active_next_to_the_others() -> None:
     pipe = models.sd15()
     unet, text = (loras.parts_for(pipe, (name,)) for name in ("unet", "text_encoder"))
@@ -481,6 +505,7 @@ def test_a_loaded_adapter_becomes_active_next_to_the_others() -> None:
     assert_same(draw(pipe), draw(expected))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_an_adapter_is_loaded_in_the_given_dtype(dtype: torch.dtype) -> None:
     pipe = models.sd15()
@@ -535,6 +560,7 @@ def test_a_pipeline_without_lora_support_of_its_own_gets_adapters() -> None:
     assert_same(picture(pipe), picture(loras.bake(build(), parts)))
 
 
+@pytest.mark.slow
 def test_a_modular_pipeline_gets_adapters() -> None:
     pipe = models.sdxl_modular()
     base = draw(pipe)
@@ -548,6 +574,7 @@ def test_a_modular_pipeline_gets_adapters() -> None:
     assert torch.equal(draw(pipe), base)
 
 
+@pytest.mark.slow
 def test_a_single_model_takes_its_part_of_a_file() -> None:
     pipe = models.sd15()
     parts = loras.parts_for(pipe)
@@ -557,6 +584,7 @@ def test_a_single_model_takes_its_part_of_a_file() -> None:
     assert_same(draw(pipe), baked(models.sd15, {"unet": parts["unet"]}))
 
 
+@pytest.mark.slow
 def test_a_file_without_a_component_in_its_names_loads_into_a_single_model() -> None:
     pipe = models.sd15()
     parts = loras.parts_for(pipe, ("unet",))
@@ -564,6 +592,7 @@ def test_a_file_without_a_component_in_its_names_loads_into_a_single_model() -> 
     assert_same(draw(pipe), baked(models.sd15, parts))
 
 
+@pytest.mark.slow
 def test_a_new_adapter_changes_nothing_at_first_and_trains() -> None:
     pipe = models.sd15()
     base = draw(pipe)

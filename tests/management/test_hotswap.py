@@ -241,7 +241,7 @@ def test_a_pipeline_with_text_encoders_swaps_adapters(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_tokens_come_and_go_with_a_swap() -> None:
+def test_a_swap_installs_and_removes_tokens() -> None:
     pipe = models.sd15()
     vectors = [torch.randn(2, models.WIDTH, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
     layers = spellings.peft_names({"unet": loras.parts_for(pipe)["unet"]})
@@ -387,3 +387,49 @@ def test_slots_compute_in_half_precision(tmp_path: Path) -> None:
             outputs.append(model(next(ones), 1, next(ones)).sample)
         assert outputs[0].dtype == torch.bfloat16
         assert_same(outputs[1].float(), outputs[0].float(), 2e-2)
+
+
+def test_a_component_that_refuses_to_let_the_old_adapter_go_leaves_all_of_it(tmp_path: Path) -> None:
+    """While group offloading copies its weights, the denoiser cannot get its own inputs back."""
+    pipe = models.flux_control()
+    adapters = diffadapt.adapters(pipe)
+    latents, hidden = pipe.transformer.x_embedder.in_features, pipe.transformer.x_embedder.out_features
+    control = {
+        "transformer.x_embedder.lora_A.weight": torch.randn(2, 2 * latents),
+        "transformer.x_embedder.lora_B.weight": torch.randn(hidden, 2),
+    }
+    pipe.load_adapter(control, "a")
+    old = adapters["a"].components["transformer"]
+    pipe.transformer.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
+    hook = pipe.transformer.x_embedder._diffusers_hook.get_hook("group_offloading")
+    hook.config.stream = object()
+    path = next(path for path, _ in pipe.text_encoder.named_modules() if path.endswith("q_proj"))
+    width = pipe.text_encoder.config.hidden_size
+    text = {
+        f"text_encoder.{path}.lora_{side}.weight": torch.randn(*shape)
+        for side, shape in (("A", (2, width)), ("B", (width, 2)))
+    }
+    with pytest.raises(diffadapt.AdapterError, match="group offloading keeps a copy"):
+        adapters.hotswap("a", text)
+    assert adapters["a"].components == {"transformer": old}
+    hook.config.stream = None
+    adapters.hotswap("a", text)
+    assert set(adapters["a"].components) == {"text_encoder"}
+
+
+@torch.no_grad()
+def test_an_adapter_runs_outside_on_components_that_were_not_reserved() -> None:
+    pipe = models.sd15()
+    pipe.load_adapter(spellings.peft_names(loras.parts_for(pipe)), "a")
+    drawn = models.draw(pipe)
+    reserved = pipe.adapters.prepare_hotswap(components=["unet"])
+    assert list(reserved.layers) == ["unet"]
+    assert_same(models.draw(pipe), drawn)
+    pipe.adapters.activate("a", 0.5)
+    half = models.draw(pipe)
+    pipe.adapters.prepare_hotswap()
+    assert_same(models.draw(pipe), half)
+    pipe.adapters.release_slots()
+    assert_same(models.draw(pipe), half)
+    pipe.adapters.activate("a")
+    assert_same(models.draw(pipe), drawn)

@@ -1,4 +1,4 @@
-"""`per_sample`: every prompt of a batch has its own mix of adapters. `activated`: activation for the time of a context."""
+"""`per_sample`: every prompt of a batch has its own mix of adapters. `activated`: an activation for one context."""
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -24,9 +24,16 @@ MIXES: list[Mix] = [{"a": 1.0}, {"b": 0.7, "a": 0.3}, {}]
 DENOISERS = {"sd15": "unet", "sdxl": "unet", "sd3": "transformer", "flux": "transformer"}
 
 
-def drawn(pipe: DiffusionPipeline, prompts: list[str], first: int, images: int = 2, **options: Any) -> Tensor:
-    """Return latents; the noise of a picture depends on its number alone."""
-    generators = [torch.Generator().manual_seed(first * images + i) for i in range(len(prompts) * images)]
+def drawn(
+    pipe: DiffusionPipeline, prompts: list[str] | None, first: int, images: int = 2, count: int = 0, **options: Any
+) -> Tensor:
+    """Return latents; the noise of a picture depends on its number alone.
+
+    Args:
+        count: number of prompts, if they are given as embeddings.
+    """
+    rows = (count if prompts is None else len(prompts)) * images
+    generators = [torch.Generator().manual_seed(first * images + i) for i in range(rows)]
     options = {"guidance_scale": 4.0, "num_inference_steps": 2, "height": 16, "width": 16, **options}
     with torch.no_grad():
         return pipe(
@@ -123,6 +130,81 @@ def test_invalid_mixes_and_other_batches_are_refused() -> None:
     pipe.adapters.merge("a")
     with pytest.raises(diffadapt.AdapterError, match="merged"), pipe.adapters.per_sample(MIXES):
         pass
+
+
+@pytest.mark.parametrize("guidance", [2.5, 1.0], ids=["guided", "plain"])
+@pytest.mark.parametrize(
+    ("mixes", "prompts", "images"), [(2, 1, 1), (2, 1, 2), (2, 3, 1), (3, 2, 3), (4, 2, 1), (1, 2, 1)]
+)
+def test_another_number_of_prompts_than_mixes_is_refused(
+    mixes: int, prompts: int, images: int, guidance: float
+) -> None:
+    pipe = loaded("sd15")
+    chosen = [MIXES[number % 3] for number in range(mixes)]
+    message = rf"{mixes} mixes, but the pipeline encodes {prompts} prompts; pass as many prompts"
+    options: dict[str, Any] = {"images": images, "guidance_scale": guidance}
+    with pipe.adapters.per_sample(chosen), pytest.raises(diffadapt.AdapterError, match=message):
+        drawn(pipe, PROMPTS[:prompts], 0, **options)
+    with torch.no_grad():
+        embeddings = pipe.encode_prompt(PROMPTS[:prompts], "cpu", 1, do_classifier_free_guidance=True)
+    names = ("prompt_embeds", "negative_prompt_embeds")
+    with pipe.adapters.per_sample(chosen), pytest.raises(diffadapt.AdapterError, match=message):
+        drawn(pipe, None, 0, count=prompts, **options, **dict(zip(names, embeddings, strict=True)))
+
+
+def test_prompts_given_as_embeddings_are_counted() -> None:
+    pipe = loaded("sd15")
+    alone: list[Tensor] = []
+    embeddings: list[tuple[Tensor, Tensor]] = []
+    for number, mix in enumerate(MIXES):
+        pipe.adapters.activate(mix)
+        with torch.no_grad():
+            embeddings.append(pipe.encode_prompt(PROMPTS[number], "cpu", 1, do_classifier_free_guidance=True))
+        alone.append(drawn(pipe, PROMPTS[number : number + 1], number))
+    positive, negative = (torch.cat(parts) for parts in zip(*embeddings, strict=True))
+    with pipe.adapters.per_sample(MIXES):
+        together = drawn(pipe, None, 0, count=3, prompt_embeds=positive, negative_prompt_embeds=negative)
+    assert_same(together, torch.cat(alone), 2e-5)
+
+
+def test_a_pipeline_that_has_not_encoded_prompts_is_refused_and_a_model_takes_rows_as_samples() -> None:
+    pipe = loaded("sd15")
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor(1), torch.randn(2, 16, pipe.unet.config.cross_attention_dim)
+    with pipe.adapters.per_sample(MIXES[:2]), pytest.raises(diffadapt.AdapterError, match="not encoded its prompts"):
+        pipe.unet(*inputs)
+    with torch.no_grad():
+        with diffadapt.adapters(pipe.unet).per_sample(MIXES[:2]):
+            together = pipe.unet(*inputs).sample
+        for row, mix in enumerate(MIXES[:2]):
+            pipe.adapters.activate(mix)
+            alone = pipe.unet(inputs[0][row : row + 1], inputs[1], inputs[2][row : row + 1]).sample
+            assert_same(together[row : row + 1], alone, 2e-5)
+
+
+def test_the_number_of_images_of_a_pipeline_and_of_per_sample_must_agree() -> None:
+    pipe = loaded("sd15")
+    with pipe.adapters.per_sample(MIXES, images=3), pytest.raises(diffadapt.AdapterError, match="draws 2 images"):
+        drawn(pipe, PROMPTS, 0)
+
+
+def test_a_pipeline_that_does_not_say_its_number_of_images_is_asked_for_it() -> None:
+    pipe = loaded("sd15")
+
+    class Silent(type(pipe)):
+        def encode_prompt(self, prompt: Any, device: Any, guided: bool) -> Any:
+            return type(pipe).encode_prompt(self, prompt, device, 2, guided)
+
+    silent = Silent(**pipe.components, requires_safety_checker=False)
+    parts = torch.randn(12, 4, 8, 8), torch.tensor(1)
+    for images, problem in ((None, "pass images="), (2, None)):
+        with torch.no_grad(), silent.adapters.per_sample(MIXES, images=images):
+            positive, negative = silent.encode_prompt(PROMPTS, "cpu", True)
+            text = torch.cat([negative, positive])
+            if problem is None:
+                assert silent.unet(*parts, text).sample.isfinite().all()
+            else:
+                with pytest.raises(diffadapt.AdapterError, match=problem):
+                    silent.unet(*parts, text)
 
 
 def test_a_batch_can_mix_types_and_state_the_number_of_images() -> None:

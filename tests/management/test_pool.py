@@ -3,6 +3,7 @@
 import gc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
@@ -158,3 +159,34 @@ def test_hundreds_of_swaps_leave_no_tensor_behind(net: nn.Module, prepared: bool
     before = tensors()
     cycles(100)
     assert tensors() == before
+
+
+def test_a_name_given_to_another_source_while_the_first_is_read_is_read_anew(
+    pipe: StableDiffusionPipeline, sources: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = filled(pipe, {"x": sources["s1"]}, budget=3)
+    started, proceed = Event(), Event()
+    read = pipe.adapters.prefetch
+
+    def slow(source: Path, **options: object) -> object:
+        if source == sources["s1"]:
+            started.set()
+            proceed.wait(60)
+        return read(source, **options)
+
+    monkeypatch.setattr(pool._adapters, "prefetch", slow)
+
+    def request() -> Tensor:
+        with pool.activated({"x": 1.0}):
+            return models.draw(pipe)
+
+    with ThreadPoolExecutor(1) as requests:
+        waiting = requests.submit(request)
+        started.wait(60)
+        pool.discard("x")
+        pool.add("x", sources["s5"])
+        proceed.set()
+        drawn = waiting.result(60)
+    assert_same(drawn, drawn_alone(sources["s5"], 1.0), 1e-5)
+    with pool.activated({"x": 1.0}):
+        assert_same(models.draw(pipe), drawn_alone(sources["s5"], 1.0), 1e-5)

@@ -1,4 +1,4 @@
-"""What attaching does to a model, and what it refuses."""
+"""What attaching an adapter does to a model, and what is refused."""
 
 import itertools
 from typing import Any
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 import diffadapt
 from diffadapt.runtime.targets import Targets
-from tests.support import models
+from tests.support import loras, models, spellings
 
 
 class PackedLinear(nn.Module):
-    """As a quantised linear: integers for weights, sizes as attributes, and not an `nn.Linear`."""
+    """A layer like a quantised linear one: integer weights, sizes as attributes, and not an `nn.Linear`."""
 
     def __init__(self, inner: nn.Linear) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class PackedLinear(nn.Module):
 
 
 class TwoPaths(nn.Module):
-    """One convolution under two names, as the downsamplers of older diffusers have it."""
+    """One convolution under two names, as in the downsamplers of older diffusers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,13 +38,10 @@ class TwoPaths(nn.Module):
         return self.conv(input)
 
 
-def factors(path: str, module: Any, rank: int = 2) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(len(path))
-    out, columns = module.out_features, module.in_features
-    return {
-        f"unet.{path}.lora_A.weight": torch.randn(rank, columns, generator=generator),
-        f"unet.{path}.lora_B.weight": torch.randn(out, rank, generator=generator),
-    }
+def lora_of_one_layer(unet: nn.Module) -> dict[str, Tensor]:
+    layers = loras.layers_of(unet, r"attn1\.to_q")
+    path = next(iter(layers))
+    return spellings.peft_names({"unet": loras.factors_for({path: layers[path]}, rank=2)})
 
 
 def add(model: nn.Module, targets: Any, name: str = "a") -> nn.Module:
@@ -56,6 +53,7 @@ def add(model: nn.Module, targets: Any, name: str = "a") -> nn.Module:
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
+    """Return the classes and all attributes of the modules, as text."""
     return {
         path: (type(module), {key: str(value) for key, value in vars(module).items() if key != "_modules"})
         for path, module in model.named_modules()
@@ -63,7 +61,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations("abc")), ids="".join)
-def test_any_order_of_removal_gives_back_the_original(order: tuple[str, ...]) -> None:
+def test_removal_in_any_order_restores_the_original(order: tuple[str, ...]) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 3))
     input = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
     before, base, keys = snapshot(model), model(input), list(model.state_dict())
@@ -77,7 +75,7 @@ def test_any_order_of_removal_gives_back_the_original(order: tuple[str, ...]) ->
     assert torch.equal(model(input), base)
 
 
-def test_layer_keeps_its_identity() -> None:
+def test_a_layer_keeps_its_identity() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     layer, weight = model[0], model[0].weight
     add(model, ["0"])
@@ -100,14 +98,13 @@ def test_training_reaches_only_the_adapter() -> None:
 def test_loading_changes_no_requires_grad() -> None:
     model = models.unet_sd15()
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    path, module = next((p, m) for p, m in Targets(model).modules.items() if p.endswith("attn1.to_q"))
-    diffadapt.load_adapter(model, factors(path, module), "a")
+    diffadapt.load_adapter(model, lora_of_one_layer(model), "a")
     after = dict(model.named_parameters())
     assert all(after[name].requires_grad is value for name, value in before.items())
     assert not any(parameter.requires_grad for name, parameter in after.items() if name not in before)
 
 
-def test_hook_that_keeps_the_base_output_is_not_overwritten() -> None:
+def test_an_output_that_a_hook_has_kept_is_not_overwritten() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     kept: list[Tensor] = []
     model[0].register_forward_hook(lambda module, args, output: kept.append(output))
@@ -118,7 +115,7 @@ def test_hook_that_keeps_the_base_output_is_not_overwritten() -> None:
     assert torch.equal(kept[-1], base)
 
 
-def test_layer_with_packed_weights() -> None:
+def test_a_layer_with_packed_weights_gets_adapters_but_cannot_be_merged() -> None:
     model = nn.Sequential(PackedLinear(nn.Linear(6, 4, bias=False)))
     base = model(torch.ones(1, 6))
     add(model, ["0"])
@@ -127,7 +124,7 @@ def test_layer_with_packed_weights() -> None:
         diffadapt.adapters(model).merge("a")
 
 
-def test_module_at_two_paths_is_one_layer() -> None:
+def test_a_module_at_two_paths_is_one_layer() -> None:
     model = TwoPaths()
     adapter = add(model, "all-conv")
     assert len(list(adapter.parameters())) == 2
@@ -141,23 +138,23 @@ def test_multihead_attention_is_refused() -> None:
     assert "self_attn.out_proj" not in Targets(model).select("all-linear")
 
 
-def test_layer_that_cannot_carry_an_adapter_is_refused() -> None:
+def test_a_layer_that_cannot_carry_an_adapter_is_refused() -> None:
     model = nn.Sequential(nn.ConvTranspose2d(3, 3, 2))
     with pytest.raises(diffadapt.AdapterError, match="matches no layer"):
         add(model, ["0"])
 
 
-def test_pattern_that_matches_nothing_is_refused() -> None:
+def test_a_pattern_that_matches_nothing_is_refused() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     with pytest.raises(diffadapt.AdapterError, match="'to_q' matches no layer"):
         add(model, ["0", "to_q"])
     assert diffadapt.adapters(model).names == []
 
 
+@pytest.mark.slow
 def test_fused_projections_are_refused_before_and_after_loading() -> None:
     pipe = models.sd15()
-    path, module = next((p, m) for p, m in Targets(pipe.unet).modules.items() if p.endswith("attn1.to_q"))
-    tensors = factors(path, module)
+    tensors = lora_of_one_layer(pipe.unet)
     pipe.unet.fuse_qkv_projections()
     with pytest.raises(diffadapt.AdapterError, match="unfuse_qkv_projections"):
         pipe.load_adapter(tensors, "a")

@@ -98,15 +98,15 @@ def test_the_call_scale_multiplies_strengths_by_component_under_guidance() -> No
 
 
 @pytest.mark.usefixtures("_with_and_without_peft")
-@pytest.mark.parametrize("kind", [StableDiffusionPipeline, StableDiffusionImg2ImgPipeline])
-def test_the_call_scale_works_in_another_pipeline_with_the_same_models(kind: type[DiffusionPipeline]) -> None:
+@pytest.mark.parametrize("pipeline_class", [StableDiffusionPipeline, StableDiffusionImg2ImgPipeline])
+def test_the_call_scale_works_in_another_pipeline_with_the_same_models(pipeline_class: type[DiffusionPipeline]) -> None:
     pipe, parts = loaded("sd15")
 
     def picture(pipe: DiffusionPipeline, **options: Any) -> Tensor:
-        other = kind(**pipe.components, requires_safety_checker=False)
+        other = pipeline_class(**pipe.components, requires_safety_checker=False)
         other.set_progress_bar_config(disable=True)
         assert other.adapters.names == pipe.adapters.names
-        if kind is StableDiffusionPipeline:
+        if pipeline_class is StableDiffusionPipeline:
             return draw(other, **options)
         image = torch.linspace(0, 1, 3 * 16 * 16).view(1, 3, 16, 16)
         noise = torch.Generator().manual_seed(1)

@@ -1,4 +1,4 @@
-"""Compiled models: no graph breaks, and no recompile when only numbers change."""
+"""Compiled models: no graph breaks, and no recompile if only values change."""
 
 from collections.abc import Callable
 from functools import partial
@@ -43,7 +43,7 @@ def expected(build: Callable[[], nn.Module], *changes: tuple[Layers, float]) -> 
 
 
 @torch.no_grad()
-def test_adapted_model_is_one_graph_and_rescaling_keeps_it(counter: CompileCounterWithBackend) -> None:
+def test_a_model_with_adapters_is_one_graph_which_other_strengths_keep(counter: CompileCounterWithBackend) -> None:
     model = unet()
     one, two = layers_of(model), layers_of(model, rank=2)
     load(model, one, "one")
@@ -61,7 +61,7 @@ def test_adapted_model_is_one_graph_and_rescaling_keeps_it(counter: CompileCount
 
 
 @torch.no_grad()
-def test_loading_merging_and_clearing_a_compiled_model(counter: CompileCounterWithBackend) -> None:
+def test_adapters_of_a_compiled_model_are_loaded_merged_and_cleared(counter: CompileCounterWithBackend) -> None:
     model = flux()
     layers = layers_of(model)
     compiled = torch.compile(model, backend=counter, fullgraph=True)
@@ -79,7 +79,7 @@ def test_loading_merging_and_clearing_a_compiled_model(counter: CompileCounterWi
 
 
 @torch.no_grad()
-def test_pipeline_with_a_compiled_component(counter: CompileCounterWithBackend) -> None:
+def test_a_pipeline_with_a_compiled_component_gets_adapters(counter: CompileCounterWithBackend) -> None:
     pipe = models.flux()
     model = flux()
     pipe.transformer = torch.compile(model, backend=counter, fullgraph=True)
@@ -93,7 +93,7 @@ def test_pipeline_with_a_compiled_component(counter: CompileCounterWithBackend) 
 
 
 @torch.no_grad()
-def test_model_compiled_in_place(counter: CompileCounterWithBackend) -> None:
+def test_a_model_compiled_in_place_is_not_recompiled(counter: CompileCounterWithBackend) -> None:
     model = flux()
     layers = layers_of(model)
     load(model, layers, "a")
@@ -105,20 +105,20 @@ def test_model_compiled_in_place(counter: CompileCounterWithBackend) -> None:
 
 
 @torch.no_grad()
-def test_blocks_compiled_one_by_one(counter: CompileCounterWithBackend) -> None:
+def test_individually_compiled_blocks_follow_a_new_strength(counter: CompileCounterWithBackend) -> None:
     model = small_models.flux()
     load(model, layers_of(model), "a")
     eager = predict(model)
     model.compile_repeated_blocks(backend=counter, fullgraph=True)
     with torch._dynamo.config.patch(error_on_recompile=False):
-        # The first and the later blocks get inputs of different strides, with or without adapters.
+        # The first and the later blocks get inputs of different strides, with and without adapters.
         assert_same(predict(model), eager)
     diffadapt.adapters(model).activate({"a": 0.3})
     assert_differs(predict(model), eager, 1e-3)
 
 
 @torch.no_grad()
-def test_per_call_scale_in_a_compiled_model(counter: CompileCounterWithBackend) -> None:
+def test_a_compiled_model_follows_the_call_scale(counter: CompileCounterWithBackend) -> None:
     model = flux()
     layers = layers_of(model)
     load(model, layers, "a")
@@ -128,7 +128,7 @@ def test_per_call_scale_in_a_compiled_model(counter: CompileCounterWithBackend) 
         assert_same(predict(compiled), expected(flux, (layers, 1.0)))
 
 
-def test_training_a_compiled_model(counter: CompileCounterWithBackend) -> None:
+def test_a_compiled_model_has_the_same_gradients(counter: CompileCounterWithBackend) -> None:
     gradients: list[list[Tensor]] = []
     for backend in (None, counter):
         model = flux()
@@ -146,7 +146,7 @@ def test_training_a_compiled_model(counter: CompileCounterWithBackend) -> None:
 
 
 @torch.no_grad()
-def test_refused_load_leaves_a_compiled_model_as_it_was(counter: CompileCounterWithBackend) -> None:
+def test_a_refused_file_leaves_a_compiled_model_alone(counter: CompileCounterWithBackend) -> None:
     model = flux()
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     base, before = predict(compiled), snapshot(model)

@@ -1,4 +1,4 @@
-"""Control LoRAs for Flux.1: an input layer that becomes wider and narrow again, and norms with new weights."""
+"""Control LoRAs for Flux.1: an input layer that gets more inputs and loses them again, and norms with new weights."""
 
 import copy
 import itertools
@@ -9,7 +9,7 @@ from typing import Any
 import accelerate
 import pytest
 import torch
-from diffusers import FluxControlPipeline, FluxTransformer2DModel
+from diffusers import DiffusionPipeline, FluxControlPipeline, FluxTransformer2DModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -22,16 +22,7 @@ Tensors = dict[str, Tensor]
 LATENT, WIDTH, HEAD = 16, models.WIDTH, 16
 X = "x_embedder"
 CPU = torch.device("cpu")
-
-
-def control_pipeline(**options: int) -> FluxControlPipeline:
-    pipe = models.flux()
-    parts = {name: part for name, part in pipe.components.items() if name not in ("image_encoder", "feature_extractor")}
-    if options:
-        parts["transformer"] = FluxTransformer2DModel(**{**pipe.transformer.config, **options}).eval()
-    pipe = FluxControlPipeline(**parts)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+control_pipeline = models.flux_control
 
 
 def draw(pipe: FluxControlPipeline) -> Tensor:
@@ -40,7 +31,7 @@ def draw(pipe: FluxControlPipeline) -> Tensor:
 
 
 def predict(pipe: FluxControlPipeline) -> Tensor:
-    """What the model makes of as many channels as its config says; unlike a picture it leaves no traces."""
+    """Return the output of the model for as many channels as its config says; unlike drawing, this leaves no traces."""
     generator = torch.Generator().manual_seed(7)
     model = pipe.transformer
     with torch.no_grad():
@@ -55,7 +46,7 @@ def predict(pipe: FluxControlPipeline) -> Tensor:
 
 
 def state(pipe: FluxControlPipeline) -> tuple[dict[str, Any], dict[str, Any]]:
-    """All of a pipeline, and the config of its model."""
+    """Return a snapshot of the pipeline, and the config of its model."""
     return snapshot(pipe), dict(pipe.transformer.config)
 
 
@@ -69,7 +60,7 @@ def lora(stem: str, out: int, columns: int, seed: int, rank: int = 4) -> Tensors
 
 
 def control_lora(seed: int = 1, columns: int = 2 * LATENT) -> Tensors:
-    """A file as Black Forest Labs write them."""
+    """Return a file as Black Forest Labs write it."""
     generator = torch.Generator().manual_seed(seed)
     scale = [1 + torch.randn(HEAD, generator=generator) * 0.5 for _ in range(3)]
     return {
@@ -84,7 +75,7 @@ def control_lora(seed: int = 1, columns: int = 2 * LATENT) -> Tensors:
 
 
 def style_lora(columns: int = LATENT, seed: int = 5) -> Tensors:
-    """A file in diffusers' names, for the input layer and another."""
+    """Return a file in diffusers' names, for the input layer and another layer."""
     layers = {X: columns, "transformer_blocks.0.attn.to_q": WIDTH}
     found: Tensors = {}
     for path, inputs in layers.items():
@@ -93,8 +84,8 @@ def style_lora(columns: int = LATENT, seed: int = 5) -> Tensors:
     return found
 
 
-def baked(model: FluxTransformer2DModel, file: Tensors, strength: float = 1.0) -> None:
-    """The control LoRA added to the weights of a wide model by hand."""
+def bake(model: FluxTransformer2DModel, file: Tensors, strength: float = 1.0) -> None:
+    """Add the control LoRA to the weights of a model that has its number of inputs."""
 
     def add(path: str, stem: str, rows: slice = slice(None)) -> None:
         layer = model.get_submodule(path)
@@ -121,31 +112,31 @@ def baked(model: FluxTransformer2DModel, file: Tensors, strength: float = 1.0) -
     put("single_transformer_blocks.0.attn.norm_k", "single_blocks.0.norm.key_norm.scale")
 
 
-def widened() -> FluxControlPipeline:
-    """A pipeline whose model has twice the inputs, those for the control image with weights of zero."""
-    narrow = control_pipeline().transformer
+def with_more_inputs() -> FluxControlPipeline:
+    """Return a pipeline whose model has twice the inputs, with weights of zero for the control image."""
     pipe = control_pipeline(in_channels=2 * LATENT, out_channels=LATENT)
-    state = narrow.state_dict()
+    state = control_pipeline().transformer.state_dict()
     state[f"{X}.weight"] = torch.cat([state[f"{X}.weight"], torch.zeros(WIDTH, LATENT)], 1)
     pipe.transformer.load_state_dict(state)
     return pipe
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strength", [1.0, 0.6])
-def test_control_lora_is_what_its_weights_say(strength: float) -> None:
-    pipe, expected = control_pipeline(), widened()
+def test_a_control_lora_equals_changed_weights(strength: float) -> None:
+    pipe, expected = control_pipeline(), with_more_inputs()
     file = control_lora()
     report = pipe.load_adapter(file, "canny", scale=strength)
     assert (report.format, report.unused, report.types) == ("bfl-control", [], {"lora": 6, "full": 3})
     base = draw(expected)
-    baked(expected.transformer, file, strength)
+    bake(expected.transformer, file, strength)
     assert_same(draw(pipe), draw(expected))
     assert_differs(draw(pipe), base)
     pipe.adapters.merge()
     assert_same(draw(pipe), draw(expected))
 
 
-def test_new_norm_weights_come_out_exactly() -> None:
+def test_new_norm_weights_are_merged_exactly() -> None:
     pipe = control_pipeline()
     pipe.transformer.bfloat16()
     file = {key: tensor.bfloat16() for key, tensor in control_lora().items()}
@@ -155,7 +146,7 @@ def test_new_norm_weights_come_out_exactly() -> None:
     assert torch.equal(norm.weight, file["double_blocks.0.img_attn.norm.query_norm.scale"])
 
 
-def test_removal_restores_layer_and_config() -> None:
+def test_removal_restores_the_layer_and_the_config() -> None:
     pipe = control_pipeline()
     before, config = state(pipe)
     pipe.load_adapter(control_lora(), "canny")
@@ -172,7 +163,7 @@ FILES = {"canny": control_lora(1), "depth": control_lora(2), "style": style_lora
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(FILES)))
-def test_any_order_of_loading_and_removal(order: tuple[str, ...]) -> None:
+def test_control_loras_are_loaded_and_removed_in_any_order(order: tuple[str, ...]) -> None:
     pipe = control_pipeline()
     before, config = state(pipe)
     for name in FILES:
@@ -184,19 +175,19 @@ def test_any_order_of_loading_and_removal(order: tuple[str, ...]) -> None:
     assert_same(predict(other), together)
     for name in order:
         pipe.adapters.remove(name)
-        still = {"canny", "depth"} & set(pipe.adapters.names)
-        assert pipe.transformer.x_embedder.in_features == (2 * LATENT if still else LATENT)
+        has_control = bool({"canny", "depth"} & set(pipe.adapters.names))
+        assert pipe.transformer.x_embedder.in_features == (2 * LATENT if has_control else LATENT)
         alone = control_pipeline()
         for rest in pipe.adapters.names:
             alone.load_adapter(FILES[rest], rest)
-        if still:
+        if has_control:
             assert_same(predict(pipe), predict(alone))
     assert_unchanged(pipe, before)
     assert dict(pipe.transformer.config) == config
 
 
 @pytest.mark.parametrize("first", ["style", "canny"])
-def test_narrow_adapter_on_a_wide_layer_is_saved_as_it_came(first: str, tmp_path: Path) -> None:
+def test_an_adapter_for_fewer_inputs_is_saved_as_it_was(first: str, tmp_path: Path) -> None:
     pipe = control_pipeline()
     for name in sorted(("style", "canny"), key=lambda name: name != first):
         pipe.load_adapter(FILES[name], name)
@@ -207,25 +198,10 @@ def test_narrow_adapter_on_a_wide_layer_is_saved_as_it_came(first: str, tmp_path
     assert pipe.adapters["style"].components["transformer"].layers[X].tensors["lora_down"].shape == (4, LATENT)
 
 
-def test_inactive_control_lora_is_the_base() -> None:
+def test_an_inactive_control_lora_is_the_base() -> None:
     pipe = control_pipeline()
     pipe.load_adapter(control_lora(), "canny", activate=False)
-    assert_same(predict(pipe), predict(widened()), 0.0)
-
-
-def test_widths_of_several_adapters() -> None:
-    """The widest adapter there is at any time decides."""
-    pipe = control_pipeline()
-    before, config = state(pipe)
-    pipe.load_adapter(control_lora(), "canny")
-    pipe.load_adapter(style_lora(6 * LATENT), "fill")
-    assert pipe.transformer.config.in_channels == 6 * LATENT
-    pipe.adapters.remove("fill")
-    assert pipe.transformer.config.in_channels == 2 * LATENT
-    assert_same(predict(pipe), predict_with("canny"))
-    pipe.adapters.clear()
-    assert_unchanged(pipe, before)
-    assert dict(pipe.transformer.config) == config
+    assert_same(predict(pipe), predict(with_more_inputs()), 0.0)
 
 
 def predict_with(name: str) -> Tensor:
@@ -234,14 +210,14 @@ def predict_with(name: str) -> Tensor:
     return predict(pipe)
 
 
-def test_model_that_is_wide_by_itself_stays_as_it_is() -> None:
+def test_a_model_that_has_more_inputs_itself_keeps_its_weight() -> None:
     pipe = control_pipeline(in_channels=2 * LATENT, out_channels=LATENT)
     (before, _), weight = state(pipe), pipe.transformer.x_embedder.weight
     expected = copy.deepcopy(pipe.transformer)
     pipe.load_adapter(control_lora(), "canny")
     assert pipe.transformer.x_embedder.weight is weight
     assert weight.shape == (WIDTH, 2 * LATENT)
-    baked(expected, control_lora())
+    bake(expected, control_lora())
     pipe.adapters.merge()
     assert_same(weight, expected.x_embedder.weight)
     pipe.adapters.clear()
@@ -254,7 +230,7 @@ def test_model_that_is_wide_by_itself_stays_as_it_is() -> None:
     assert_unchanged(pipe, before)
 
 
-def test_widening_while_another_is_merged() -> None:
+def test_a_control_lora_can_be_loaded_while_another_adapter_is_merged() -> None:
     pipe = control_pipeline()
     before, _ = state(pipe)
     pipe.load_adapter(style_lora(), "style")
@@ -269,7 +245,7 @@ def test_widening_while_another_is_merged() -> None:
     assert_unchanged(pipe, before)
 
 
-def test_saved_wide_model_loads_again(tmp_path: Path) -> None:
+def test_a_saved_model_with_more_inputs_loads_again(tmp_path: Path) -> None:
     pipe = control_pipeline()
     pipe.load_adapter(control_lora(), "canny", activate=False)
     pipe.transformer.save_pretrained(tmp_path)
@@ -280,7 +256,7 @@ def test_saved_wide_model_loads_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("format", ["diffusers", "kohya", "comfy"])
-def test_saved_control_lora_comes_back(format: str, tmp_path: Path) -> None:
+def test_a_saved_control_lora_is_loaded_as_the_same_adapter(format: str, tmp_path: Path) -> None:
     pipe = control_pipeline()
     pipe.load_adapter(control_lora(), "canny")
     drawn = predict(pipe)
@@ -301,8 +277,8 @@ HOOKS: dict[str, Callable[[FluxTransformer2DModel], object]] = {
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("hook", HOOKS)
-def test_under_hooks(hook: str, when: str) -> None:
-    """Hooks that move and cast weights, there before or after the control LoRA; it goes while they are there."""
+def test_a_control_lora_works_under_hooks_that_move_or_cast_weights(hook: str, when: str) -> None:
+    """The hooks are installed before or after the control LoRA, which is removed while they are installed."""
     pipe, plain = control_pipeline(), control_pipeline()
     for other in (pipe, plain):
         if hook == "layerwise casting":
@@ -330,14 +306,27 @@ def test_offloading_that_keeps_copies_is_refused() -> None:
     refused(pipe, control_lora(), "group offloading keeps a copy")
 
 
-def test_quantised_layer_is_refused() -> None:
+def test_a_quantised_layer_is_refused() -> None:
     pipe = control_pipeline()
     weight = pipe.transformer.x_embedder.weight
     pipe.transformer.x_embedder.weight = torch.nn.Parameter(weight.detach().to(torch.int8), requires_grad=False)
     refused(pipe, control_lora(), "x_embedder: its weight is quantised")
 
 
-def test_copy_of_a_model_is_its_own() -> None:
+def test_a_quantised_layer_with_a_merged_adapter_is_refused() -> None:
+    pipe = control_pipeline()
+    layer = pipe.transformer.x_embedder
+    layer.weight = torch.nn.Parameter((layer.weight.detach() * 100).to(torch.float8_e4m3fn), requires_grad=False)
+    layer.register_buffer("weight_scale", torch.tensor([0.01]))
+    pipe.load_adapter({"transformer.x_embedder.diff": torch.full(layer.weight.shape, 0.1)}, "a")
+    before = layer.weight.detach().float()
+    pipe.adapters.merge("a")
+    refused(pipe, control_lora(), "x_embedder: adapters are merged into its quantised weight")
+    pipe.adapters.unmerge()
+    assert torch.equal(layer.weight.float(), before)
+
+
+def test_a_copy_of_the_model_is_independent() -> None:
     pipe = control_pipeline()
     pipe.load_adapter(control_lora(), "canny")
     other = copy.deepcopy(pipe.transformer)
@@ -347,10 +336,11 @@ def test_copy_of_a_model_is_its_own() -> None:
     assert_same(predict(pipe), predict_with("canny"), 0.0)
 
 
-# What diffusers makes of it
+# In diffusers
 
 
-def test_diffusers_reads_what_is_saved(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_diffusers_reads_a_saved_control_lora(tmp_path: Path) -> None:
     pipe, theirs = control_pipeline(), control_pipeline()
     pipe.load_adapter(control_lora(), "canny")
     file = pipe.adapters.save("canny", tmp_path / "canny.safetensors", "diffusers")
@@ -359,8 +349,9 @@ def test_diffusers_reads_what_is_saved(tmp_path: Path) -> None:
     assert_same(draw(pipe), draw(theirs))
 
 
-def test_file_of_diffusers_own_trainer() -> None:
-    """Norms under the names of the parameters; its trainer writes the component twice in front of them."""
+@pytest.mark.slow
+def test_a_file_of_the_trainer_in_diffusers_is_read() -> None:
+    """It has norms under the names of their parameters, and before these the name of the component twice."""
     file = {
         **lora(f"transformer.{X}", WIDTH, 2 * LATENT, 3),
         **lora("transformer.single_transformer_blocks.0.attn.to_q", WIDTH, WIDTH, 4),
@@ -393,7 +384,7 @@ def refused(pipe: FluxControlPipeline, file: Tensors, match: str) -> None:
 
 
 @pytest.mark.parametrize("columns", [LATENT - 1, LATENT + 1, 9 * LATENT])
-def test_widths_that_no_model_has(columns: int) -> None:
+def test_a_number_of_inputs_that_no_model_has_is_refused(columns: int) -> None:
     refused(
         control_pipeline(),
         control_lora(columns=columns),
@@ -401,32 +392,61 @@ def test_widths_that_no_model_has(columns: int) -> None:
     )
 
 
-def test_other_layers_are_not_widened() -> None:
+@pytest.mark.parametrize("make", [models.flux, models.flux_control])
+def test_a_lora_for_fill_is_refused_by_name(make: Callable[[], DiffusionPipeline]) -> None:
+    """Its layer reads a masked image and a mask next to the latents, which no pipeline feeds to this model."""
+    pipe = make()
+    refused(
+        pipe, style_lora(6 * LATENT), r"x_embedder: the file is made for FLUX\.1 Fill: its layer has 96 inputs and that"
+    )
+
+
+@pytest.mark.parametrize("file", [style_lora(), style_lora(6 * LATENT)])
+def test_a_model_with_the_inputs_of_fill_takes_its_loras_and_plain_ones(file: Tensors) -> None:
+    pipe = control_pipeline(in_channels=6 * LATENT, out_channels=LATENT)
+    weight = pipe.transformer.x_embedder.weight.clone()
+    pipe.load_adapter(file, "a")
+    pipe.adapters.merge("a")
+    product = file[f"transformer.{X}.lora_B.weight"] @ file[f"transformer.{X}.lora_A.weight"]
+    padded = torch.nn.functional.pad(product, (0, 6 * LATENT - product.shape[1]))
+    assert_same(pipe.transformer.x_embedder.weight, weight + padded)
+
+
+def test_a_control_lora_on_a_model_with_the_inputs_of_fill_is_refused() -> None:
+    pipe = control_pipeline(in_channels=6 * LATENT, out_channels=LATENT)
+    refused(pipe, style_lora(2 * LATENT), "x_embedder: the file is a control LoRA: its layer has 32 inputs and that")
+
+
+def test_a_control_lora_on_a_pipeline_that_feeds_no_control_image_is_refused() -> None:
+    refused(models.flux(), control_lora(), "reads a control image that this pipeline does not feed")
+
+
+def test_other_layers_get_no_more_inputs() -> None:
     file = {**control_lora(), **lora("single_blocks.1.linear2", WIDTH, 6 * WIDTH, 3)}
     refused(control_pipeline(), file, "single_transformer_blocks.1.proj_out: lora_down has shape")
 
 
-def test_adapter_that_cannot_become_wider() -> None:
+def test_an_adapter_that_cannot_get_more_inputs_prevents_loading() -> None:
     pipe = control_pipeline()
     lokr = {"lokr_w1": torch.randn(4, 4), "lokr_w2": torch.randn(WIDTH // 4, LATENT // 4)}
     pipe.load_adapter({f"diffusion_model.img_in.{name}": tensor for name, tensor in lokr.items()}, "kron")
     refused(pipe, control_lora(), r"x_embedder: .*\(lokr\) has 16 inputs and another needs 32")
 
 
-def test_output_rotation_does_not_mind() -> None:
+def test_a_rotation_of_outputs_allows_more_inputs() -> None:
     pipe = control_pipeline()
     before, _ = state(pipe)
     blocks = torch.randn(2, WIDTH // 2, WIDTH // 2) * 0.3
-    pipe.load_adapter({"diffusion_model.img_in.oft_blocks": blocks}, "turn")
+    pipe.load_adapter({"diffusion_model.img_in.oft_blocks": blocks}, "rotation")
     pipe.load_adapter(control_lora(), "canny")
-    turned = predict(pipe)
+    output = predict(pipe)
     pipe.adapters.merge()
-    assert_same(predict(pipe), turned)
+    assert_same(predict(pipe), output)
     pipe.adapters.clear()
     assert_unchanged(pipe, before)
 
 
-def test_failure_in_another_component_undoes_the_widening(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_in_another_component_takes_the_new_inputs_back(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = control_pipeline()
     encoder = {
         f"text_encoder.encoder.layers.0.self_attn.q_proj.lora_{side}.weight": torch.ones(shape)
@@ -445,7 +465,7 @@ def test_failure_in_another_component_undoes_the_widening(monkeypatch: pytest.Mo
     refused(pipe, file, "locked")
 
 
-def test_inspect_says_where_it_would_go_and_touches_nothing() -> None:
+def test_inspection_finds_every_layer_and_changes_nothing() -> None:
     with torch.device("meta"):
         model = FluxTransformer2DModel(guidance_embeds=True)
     before = snapshot(model)
@@ -457,7 +477,7 @@ def test_inspect_says_where_it_would_go_and_touches_nothing() -> None:
     assert model.x_embedder.in_features == 64
 
 
-def test_convert_needs_no_model(tmp_path: Path) -> None:
+def test_a_control_lora_is_converted_without_a_model(tmp_path: Path) -> None:
     tensors = {
         key: torch.randn(t.shape) * 0.01
         for key, t in files.placeholders("bfl_control_flux").items()
@@ -469,7 +489,7 @@ def test_convert_needs_no_model(tmp_path: Path) -> None:
     assert torch.equal(there["transformer.transformer_blocks.0.attn.norm_q.weight"], tensors[f"{norm}.scale"])
     comfy = load_file(diffadapt.convert(tensors, tmp_path / "comfy.safetensors", "comfy"))
     assert comfy["diffusion_model.img_in.reshape_weight"].tolist() == [3072, 128]
-    assert torch.equal(comfy[f"diffusion_model.{norm}.set_weight"], tensors[f"{norm}.scale"])
+    assert torch.equal(comfy[f"diffusion_model.{norm}.scale.set_weight"], tensors[f"{norm}.scale"])
     assert torch.equal(comfy["diffusion_model.img_in.diff_b"], tensors["img_in.lora_B.bias"])
     back = load_file(diffadapt.convert(comfy, tmp_path / "back.safetensors", "diffusers"))
     assert back.keys() == there.keys()

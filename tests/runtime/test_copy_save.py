@@ -1,4 +1,4 @@
-"""Copies are independent, and what is saved of a model is the base model."""
+"""Copies of a model are independent, and saving a model saves the base model."""
 
 import copy
 import io
@@ -34,7 +34,7 @@ def assert_same_weights(model: nn.Module, base: nn.Module) -> None:
     assert all(torch.equal(state[key], reference[key]) for key in reference)
 
 
-def test_deepcopy_of_a_model_is_independent(pipe: DiffusionPipeline) -> None:
+def test_a_deepcopy_of_a_model_is_independent(pipe: DiffusionPipeline) -> None:
     picture = predict(pipe.unet)
     twin = copy.deepcopy(pipe.unet)
     assert torch.equal(predict(twin), picture)
@@ -46,7 +46,7 @@ def test_deepcopy_of_a_model_is_independent(pipe: DiffusionPipeline) -> None:
     assert diffadapt.adapters(pipe.unet).active == {"a": 0.7}
 
 
-def test_deepcopy_follows_its_own_scales_and_not_the_originals(pipe: DiffusionPipeline) -> None:
+def test_a_deepcopy_has_its_own_strengths(pipe: DiffusionPipeline) -> None:
     twin = copy.deepcopy(pipe.unet)
     picture = predict(twin)
     diffadapt.adapters(pipe.unet).activate({"a": 0.1, "b": 1.0})
@@ -58,13 +58,13 @@ def test_deepcopy_follows_its_own_scales_and_not_the_originals(pipe: DiffusionPi
     assert torch.equal(predict(twin), predict(copy.deepcopy(twin)))
 
 
-def test_call_scale_of_a_copy_is_its_own(pipe: DiffusionPipeline) -> None:
+def test_the_call_scale_of_a_copy_does_not_reach_the_original(pipe: DiffusionPipeline) -> None:
     twin = copy.deepcopy(pipe.unet)
     original = pipe.unet
     full = predict(original)
 
     class Interleaved(nn.Module):
-        """Calls the original in the middle of a call of its copy."""
+        """A hook that calls the original during a call of its copy."""
 
         def forward(self, *args: Any) -> None:
             assert torch.equal(predict(original), full)
@@ -75,14 +75,14 @@ def test_call_scale_of_a_copy_is_its_own(pipe: DiffusionPipeline) -> None:
         twin(torch.zeros(1, 4, 8, 8), 7, torch.zeros(1, 4, models.WIDTH), **options)
 
 
-def test_clear_of_a_copy_restores_its_base(pipe: DiffusionPipeline) -> None:
+def test_clearing_a_copy_restores_its_base(pipe: DiffusionPipeline) -> None:
     twin = copy.deepcopy(pipe.unet)
     diffadapt.adapters(twin).clear()
     assert torch.equal(predict(twin), predict(models.sd15().unet))
     assert_differs(predict(pipe.unet), predict(twin))
 
 
-def test_deepcopy_of_a_merged_model_unmerges_by_itself(pipe: DiffusionPipeline) -> None:
+def test_a_deepcopy_of_a_merged_model_is_unmerged_separately(pipe: DiffusionPipeline) -> None:
     picture = predict(pipe.unet)
     pipe.adapters.merge("a")
     twin = copy.deepcopy(pipe.unet)
@@ -94,7 +94,7 @@ def test_deepcopy_of_a_merged_model_unmerges_by_itself(pipe: DiffusionPipeline) 
     assert torch.equal(predict(pipe.unet), predict(models.sd15().unet))
 
 
-def test_torch_save_and_load(pipe: DiffusionPipeline) -> None:
+def test_a_model_saved_by_torch_keeps_its_adapters(pipe: DiffusionPipeline) -> None:
     picture = predict(pipe.unet)
     buffer = io.BytesIO()
     torch.save(pipe.unet, buffer)
@@ -109,7 +109,7 @@ def test_torch_save_and_load(pipe: DiffusionPipeline) -> None:
     assert torch.equal(predict(again), predict(models.sd15().unet))
 
 
-def test_state_dict_is_that_of_the_base(pipe: DiffusionPipeline) -> None:
+def test_the_state_dict_is_that_of_the_base(pipe: DiffusionPipeline) -> None:
     plain = models.sd15()
     for name in ("unet", "text_encoder"):
         model, base = getattr(pipe, name), getattr(plain, name)
@@ -127,18 +127,19 @@ def test_load_state_dict_replaces_the_base_and_keeps_the_adapter(pipe: Diffusion
     assert_same(predict(pipe.unet), predict(loras.bake(other, parts, 0.7).unet))
 
 
-def test_saved_models_reload_as_the_base(pipe: DiffusionPipeline, tmp_path: Path) -> None:
+def test_a_saved_model_is_the_base_model(pipe: DiffusionPipeline, tmp_path: Path) -> None:
     plain = models.sd15()
-    kinds: dict[str, Any] = {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel}
-    for name, kind in kinds.items():
+    classes: dict[str, Any] = {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel}
+    for name, model_class in classes.items():
         getattr(pipe, name).save_pretrained(tmp_path / name)
-        model, info = kind.from_pretrained(tmp_path / name, output_loading_info=True)
+        model, info = model_class.from_pretrained(tmp_path / name, output_loading_info=True)
         assert not any(info.values())
         assert_same_weights(model, getattr(plain, name))
     assert not list(tmp_path.rglob("adapter_config.json"))
 
 
-def test_saved_pipeline_reloads_as_the_base(pipe: DiffusionPipeline, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_saved_pipeline_has_the_base_models(pipe: DiffusionPipeline, tmp_path: Path) -> None:
     picture = draw(pipe)
     pipe.save_pretrained(tmp_path)
     again, plain = type(pipe).from_pretrained(tmp_path), models.sd15()
@@ -151,6 +152,7 @@ def test_saved_pipeline_reloads_as_the_base(pipe: DiffusionPipeline, tmp_path: P
     assert_same(draw(again), picture, 1e-6)
 
 
+@pytest.mark.slow
 def test_saving_changes_nothing(pipe: DiffusionPipeline, tmp_path: Path) -> None:
     picture, before = draw(pipe), snapshot(pipe)
     pipe.save_pretrained(tmp_path)
@@ -158,21 +160,23 @@ def test_saving_changes_nothing(pipe: DiffusionPipeline, tmp_path: Path) -> None
     assert torch.equal(draw(pipe), picture)
 
 
-def test_names_that_diffusers_and_transformers_act_on_are_not_taken(pipe: DiffusionPipeline) -> None:
+def test_attributes_that_diffusers_and_transformers_react_to_are_not_set(pipe: DiffusionPipeline) -> None:
     for model in (pipe.unet, pipe.text_encoder):
         assert not hasattr(model, "peft_config")
         assert not getattr(model, "_hf_peft_config_loaded", False)
         assert isinstance(next(iter(loras.layers_of(model).values())), nn.Linear)
 
 
-def test_pipeline_moves_with_its_adapters(pipe: DiffusionPipeline) -> None:
+@pytest.mark.slow
+def test_adapters_move_with_their_pipeline(pipe: DiffusionPipeline) -> None:
     pipe.to(torch.float64)
     assert {p.dtype for p in pipe.adapters["a"].components["unet"].parameters()} == {torch.float64}
     plain = models.sd15().to(torch.float64)
     assert_same(draw(pipe), draw(loras.bake(plain, loras.parts_for(plain), 0.7)), 1e-6)
 
 
-def test_clear_restores_classes_attributes_and_keys() -> None:
+@pytest.mark.slow
+def test_clearing_restores_classes_attributes_and_keys() -> None:
     pipe = models.flux()
     base, before = draw(pipe), snapshot(pipe)
     parts = loras.parts_for(pipe, ("transformer", "text_encoder", "text_encoder_2"), f"{loras.ATTENTION}|[qkvo]")

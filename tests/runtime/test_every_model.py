@@ -1,5 +1,7 @@
-"""Every family's denoiser and every kind of text encoder as they run: with adapters of all types on all layers, loaded,
-merged, swapped and by row."""
+"""The denoiser of every family and all classes of text encoders, run with adapters on all layers.
+
+The adapters are loaded, merged, swapped and mixed by row.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ pytestmark = pytest.mark.slow
 ROWS = 3
 EVERYWHERE: dict[str, Any] = {
     "target_modules": ".*",
-    # Rotations cannot mix groups, positions are no rows of a batch, and a weight of two layers is not merged.
+    # Rotations cannot mix groups, positions are not rows of a batch, and a weight of two layers is not merged.
     "exclude_modules": r"(.*\.)?(depthwise|conv_depth|position_embeddings?|relative_attention_bias|lm_head|embed_tokens"
     r"|shared)",
     "init": False,
@@ -34,10 +36,10 @@ CONFIGS: dict[str, AdapterConfig] = {
 }
 ROUTED = {
     "hidream": "is an expert",
-    # A row for the time of pictures to be edited comes after those of the batch.
+    # The rows of the batch are followed by one for the time of pictures to be edited.
     "qwen21": "gets 4 rows of a batch of 3",
 }
-"""Models with layers that do not get the rows of the batch, and what is said of those."""
+"""Models with layers that do not get the rows of the batch -> the message for such layers."""
 
 
 def build(name: str) -> nn.Module:
@@ -52,32 +54,32 @@ def run(name: str, model: nn.Module) -> Tensor:
 
 
 def saved(name: str, folder: Path) -> dict[str, Path]:
-    """An adapter of every type, each on all layers."""
+    """Save adapters of several types, each on all layers, and return their folders by type."""
     made: dict[str, Path] = {}
-    for kind, config in CONFIGS.items():
+    for adapter_type, config in CONFIGS.items():
         model = build(name)
         torch.manual_seed(0)
-        adapter = diffadapt.add_adapter(model, config, kind)
+        adapter = diffadapt.add_adapter(model, config, adapter_type)
         for parameter in adapter.parameters():
             parameter.data.mul_(0.3)
-        made[kind] = diffadapt.adapters(model).save(kind, folder / kind, "peft").parent
+        made[adapter_type] = diffadapt.adapters(model).save(adapter_type, folder / adapter_type, "peft").parent
     return made
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", [*CALLS, *TEXT_ENCODERS])
-def test_adapters_on_all_layers(name: str, tmp_path: Path) -> None:
+def test_adapters_on_all_layers_are_loaded_merged_swapped_and_mixed_by_row(name: str, tmp_path: Path) -> None:
     base, alone = run(name, build(name)), dict[str, Tensor]()
     sources = saved(name, tmp_path)
-    for kind, source in sources.items():
+    for adapter_type, source in sources.items():
         model = build(name)
-        assert not diffadapt.load_adapter(model, source, kind).unused
-        alone[kind] = run(name, model)
-        assert_differs(alone[kind], base, 1e-3)
+        assert not diffadapt.load_adapter(model, source, adapter_type).unused
+        alone[adapter_type] = run(name, model)
+        assert_differs(alone[adapter_type], base, 1e-3)
         adapters = diffadapt.adapters(model)
-        adapters.merge(kind)
-        # Several models round to float32 on the way.
-        assert_same(run(name, model), alone[kind], 1e-6)
+        adapters.merge(adapter_type)
+        # Several models round to float32 internally.
+        assert_same(run(name, model), alone[adapter_type], 1e-6)
         adapters.unmerge()
         adapters.clear()
         assert_same(run(name, model), base, 1e-12)
@@ -86,9 +88,9 @@ def test_adapters_on_all_layers(name: str, tmp_path: Path) -> None:
     adapters.prepare_hotswap(list(sources.values()), slots=2, samples=ROWS)
     assert_same(run(name, model), base, 1e-12)
     diffadapt.load_adapter(model, sources["lora"], "a")
-    for kind, source in sources.items():
+    for adapter_type, source in sources.items():
         adapters.hotswap("a", source)
-        assert_same(run(name, model), alone[kind], 1e-6)
+        assert_same(run(name, model), alone[adapter_type], 1e-6)
     diffadapt.load_adapter(model, sources["lora"], "b")
     mixes: list[dict[str, Any]] = [{"a": 1.0}, {}, {"b": 0.5}]
     adapters.activate({"b": 0.5})

@@ -1,4 +1,4 @@
-"""Layerwise casting and offloading, installed before or after loading, change nothing about what an adapter does."""
+"""Layerwise casting and offloading do not change what an adapter does, whether installed before or after loading."""
 
 from collections.abc import Callable
 from typing import Any
@@ -33,7 +33,7 @@ def second(pipe: DiffusionPipeline) -> dict[str, dict[str, loras.Factors]]:
 def prepared(
     order: str, hook: Callable[[DiffusionPipeline], Any], build: Callable[[], DiffusionPipeline] = models.sd15
 ) -> DiffusionPipeline:
-    """A pipeline with both adapters and the hook, installed in this order."""
+    """Return a pipeline with both adapters and the hook, installed in this order."""
     plain, pipe = build(), build()
     loads = [
         lambda: pipe.load_adapter(spellings.peft_names(first(plain)), "first"),
@@ -46,7 +46,7 @@ def prepared(
 
 
 def expected(build: Callable[[], DiffusionPipeline] = models.sd15) -> Tensor:
-    """Both adapters without any hook."""
+    """Return what a pipeline with both adapters draws without hooks."""
     plain = build()
     base = draw(plain)
     loras.bake(loras.bake(plain, first(plain)), second(plain), 0.5)
@@ -56,7 +56,7 @@ def expected(build: Callable[[], DiffusionPipeline] = models.sd15) -> Tensor:
 
 
 def accelerate_layers(pipe: DiffusionPipeline) -> None:
-    """What `enable_sequential_cpu_offload` does; by itself it cannot take the CPU for the accelerator."""
+    """Do what `enable_sequential_cpu_offload` does, which itself does not accept the CPU as the accelerator."""
     for model in (pipe.unet, pipe.text_encoder, pipe.vae):
         accelerate.cpu_offload(model, execution_device=CPU)
 
@@ -74,7 +74,7 @@ OFFLOADS: dict[str, Callable[[DiffusionPipeline], Any]] = {
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("offload", OFFLOADS)
-def test_offloading_in_any_order(offload: str, order: str) -> None:
+def test_offloading_may_be_installed_at_any_time(offload: str, order: str) -> None:
     pipe = prepared(order, OFFLOADS[offload])
     picture = draw(pipe)
     assert_same(picture, expected())
@@ -103,7 +103,7 @@ def test_hooks_can_be_removed_with_adapters_loaded(offload: str) -> None:
 
 
 @pytest.mark.parametrize("offload", OFFLOADS)
-def test_merge_under_offloading(offload: str) -> None:
+def test_adapters_are_merged_under_offloading(offload: str) -> None:
     pipe = prepared("hook first", OFFLOADS[offload])
     picture = draw(pipe)
     pipe.adapters.merge("first", "second")
@@ -120,7 +120,7 @@ def cast(pipe: DiffusionPipeline) -> None:
 
 
 def rounded(build: Callable[[], DiffusionPipeline]) -> DiffusionPipeline:
-    """The pipeline with exactly those weights rounded to float8 that layerwise casting rounds, and no hooks."""
+    """Return a pipeline without hooks whose weights are rounded to float8 where layerwise casting rounds them."""
     pipe, hooked = build(), build()
     cast(hooked)
     name = "unet" if hasattr(pipe, "unet") else "transformer"
@@ -133,13 +133,13 @@ def rounded(build: Callable[[], DiffusionPipeline]) -> DiffusionPipeline:
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("build", [models.sd15, models.flux])
-def test_layerwise_casting_in_any_order(build: Callable[[], DiffusionPipeline], order: str) -> None:
+def test_layerwise_casting_may_be_installed_at_any_time(build: Callable[[], DiffusionPipeline], order: str) -> None:
     pipe = prepared(order, cast, build)
     assert_same(draw(pipe), expected(lambda: rounded(build)))
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_layerwise_casting_of_everything_leaves_adapters_in_their_dtype(order: str) -> None:
+def test_layerwise_casting_of_all_layers_leaves_adapters_in_their_dtype(order: str) -> None:
     def everything(pipe: DiffusionPipeline) -> None:
         apply_layerwise_casting(
             pipe.unet, storage_dtype=FP8, compute_dtype=torch.float32, skip_modules_pattern=("norm",)
@@ -156,19 +156,19 @@ def test_layerwise_casting_of_everything_leaves_adapters_in_their_dtype(order: s
     assert_differs(picture, draw(pipe))
 
 
-def test_adapter_computes_in_the_compute_dtype_and_not_in_the_stored_one() -> None:
+def test_an_adapter_gets_the_compute_dtype_and_not_the_stored_one() -> None:
     pipe = models.sd15()
     pipe.unet.enable_layerwise_casting(storage_dtype=FP8, compute_dtype=torch.bfloat16)
     pipe.load_adapter(spellings.peft_names(second(pipe)), "a")
     assert {p.dtype for p in pipe.adapters["a"].components["unet"].parameters()} == {torch.bfloat16}
 
 
-def test_merge_under_layerwise_casting() -> None:
+def test_adapters_are_merged_under_layerwise_casting() -> None:
     pipe = prepared("hook first", cast)
     weights = {name: p.clone() for name, p in pipe.unet.named_parameters()}
     picture = draw(pipe)
     pipe.adapters.merge("first", "second")
-    # The merged weight is stored in float8 again, so this is a comparison within float8's own error.
+    # The merged weight is rounded to float8 again, so the outputs differ by its error.
     assert_same(draw(pipe), picture, 0.2)
     pipe.adapters.unmerge()
     assert torch.equal(draw(pipe), picture)
@@ -176,7 +176,7 @@ def test_merge_under_layerwise_casting() -> None:
     assert changed == []
 
 
-def test_clear_under_layerwise_casting_is_bit_exact() -> None:
+def test_clearing_under_layerwise_casting_is_bit_exact() -> None:
     hooked = models.sd15()
     cast(hooked)
     pipe = prepared("hook first", cast)
@@ -184,8 +184,8 @@ def test_clear_under_layerwise_casting_is_bit_exact() -> None:
     assert torch.equal(draw(pipe), draw(hooked))
 
 
-def test_forward_hooks_of_a_user_keep_the_base_output() -> None:
-    """A tensor that a hook has kept must not change when the adapter adds to the layer's output."""
+def test_an_output_that_a_users_hook_has_kept_does_not_change() -> None:
+    """The adapter must not add to it in place."""
     pipe = models.sd15()
     path, layer = next(iter(loras.layers_of(pipe.unet, "to_q").items()))
     kept: list[tuple[Tensor, Tensor]] = []

@@ -1,4 +1,4 @@
-"""Adapters of several types at once on the same layers: one formula, in every order and every mode."""
+"""Adapters of several types on the same layers: one formula for every order and mode."""
 
 import itertools
 import math
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import diffadapt
 from diffadapt import AdapterConfig, AdapterError
 from diffadapt.runtime import compose
+from diffadapt.runtime.adapter_layer import PreparedLayer
 from diffadapt.runtime.bank import bank_of
 from diffadapt.types.layer_spec import LayerSpec
 from tests.support import models
@@ -55,7 +56,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 
 def attached(net: str, names: tuple[str, ...], dtypes: tuple[torch.dtype, ...] = (torch.float64,)) -> nn.Module:
-    """A model with these adapters; the tensors of an adapter do not depend on the order."""
+    """Return a model with these adapters, whose tensors do not depend on the order."""
     model = NETS[net][0]()
     for name, dtype in zip(names, itertools.cycle(dtypes), strict=False):
         adapter = diffadapt.add_adapter(model, CONFIGS[name], name)
@@ -72,7 +73,7 @@ def given(net: str) -> Tensor:
 @pytest.mark.slow
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("names", MIXTURES, ids="+".join)
-def test_every_order_and_mode_is_the_same(net: str, names: tuple[str, ...]) -> None:
+def test_adapters_have_the_same_effect_in_every_order_compiled_and_merged(net: str, names: tuple[str, ...]) -> None:
     input = given(net)
     base = NETS[net][0]()(input)
     expected = attached(net, names)(input)
@@ -90,8 +91,8 @@ def test_every_order_and_mode_is_the_same(net: str, names: tuple[str, ...]) -> N
 
 
 @pytest.mark.parametrize("names", MIXTURES, ids="+".join)
-def test_the_formula(names: tuple[str, ...]) -> None:
-    """W' written down from the maps themselves, with matrices."""
+def test_the_output_follows_the_formula(names: tuple[str, ...]) -> None:
+    """The weight W' is computed from the matrices of the maps."""
     model = attached("linear", names)
     bank = bank_of(model)
     assert bank is not None
@@ -99,31 +100,29 @@ def test_the_formula(names: tuple[str, ...]) -> None:
     out, columns = weight.shape
     inside, outside, gain, change = torch.eye(columns).double(), torch.eye(out).double(), torch.ones(out).double(), 0
     for adapter in bank.adapters.values():
-        ready = compose.prepare_for_weight(adapter.layers["0"], weight)
-        one = torch.ones(())
-        kind, spec, stages = ready.layer.adapter_type, ready.layer.spec, ready.layer.stages
+        prepared = compose.prepare_for_weight(adapter.layers["0"], weight)
+        adapter_type, spec, stages = prepared.layer.adapter_type, prepared.layer.spec, prepared.layer.stages
+
+        def change_by_map(size: int, prepared: PreparedLayer = prepared) -> Tensor:
+            # The rows are the images of unit vectors: the transpose of the matrix.
+            vectors, layer, one = torch.eye(size).double(), prepared.layer, torch.ones(())
+            images = layer.adapter_type.apply_map(prepared.tensors, layer.spec, vectors=vectors, axis=1, gate=one)
+            return prepared.gate * images.T
+
         if "input" in stages:
-            # Rows of turn(I) are images of unit vectors: the transpose of the map.
-            inside = (
-                inside
-                + ready.gate
-                * kind.apply_map(ready.tensors, spec, vectors=torch.eye(columns).double(), axis=1, gate=one).T
-            )
+            inside = inside + change_by_map(columns)
         if "output" in stages:
-            outside = (
-                outside
-                + ready.gate * kind.apply_map(ready.tensors, spec, vectors=torch.eye(out).double(), axis=1, gate=one).T
-            )
+            outside = outside + change_by_map(out)
         if "gain" in stages:
-            gain = gain + ready.gate * kind.gain(ready.tensors)
+            gain = gain + prepared.gate * adapter_type.gain(prepared.tensors)
         if "add" in stages:
-            change = change + ready.gate * kind.delta_weight(ready.tensors, spec)
+            change = change + prepared.gate * adapter_type.delta_weight(prepared.tensors, spec)
     expected = gain[:, None] * (outside @ (weight @ inside)) + change
     input = given("linear")
     torch.testing.assert_close(model[0](input), input @ expected.T + model[0].bias.detach(), rtol=1e-10, atol=1e-10)
 
 
-def test_mixed_dtypes() -> None:
+def test_adapters_of_different_dtypes_mix() -> None:
     names = ("lora", "oft", "dora", "loha")
     input = given("linear")
     exact = attached("linear", names)(input)
@@ -160,7 +159,7 @@ def test_low_rank_adapters_share_one_product(count: int, monkeypatch: pytest.Mon
         torch.testing.assert_close(model(given("linear")), output, rtol=1e-10, atol=1e-10)
 
 
-def test_merging_below_an_adapter_that_multiplies_is_refused() -> None:
+def test_merging_before_an_adapter_that_multiplies_the_weight_is_refused() -> None:
     model = attached("linear", ("lora", "oft"))
     input = given("linear")
     expected, adapters = model(input), diffadapt.adapters(model)
@@ -174,7 +173,7 @@ def test_merging_below_an_adapter_that_multiplies_is_refused() -> None:
     torch.testing.assert_close(model(input), expected, rtol=1e-10, atol=1e-10)
 
 
-def test_loading_an_adapter_that_multiplies_over_a_merged_one_is_refused() -> None:
+def test_loading_an_adapter_that_multiplies_a_merged_weight_is_refused() -> None:
     model = attached("linear", ("lora",))
     diffadapt.adapters(model).merge()
     output = model(given("linear"))
@@ -185,7 +184,7 @@ def test_loading_an_adapter_that_multiplies_over_a_merged_one_is_refused() -> No
     assert torch.equal(model(given("linear")), output)
 
 
-# What a type prepares once is prepared again when anything it was made from changes.
+# A prepared layer is cached until anything that it was computed from changes.
 
 
 CHANGES: dict[str, Callable[[nn.Module], Any]] = {
@@ -201,7 +200,7 @@ CHANGES: dict[str, Callable[[nn.Module], Any]] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("name", ["dora", "dora by input"])
-def test_kept_norm_follows_every_change(change: str, name: str) -> None:
+def test_a_cached_norm_follows_every_change(change: str, name: str) -> None:
     configs = {**CONFIGS, "dora": CONFIGS[name]}
     model = linear_net()
     diffadapt.add_adapter(model, configs["dora"], "dora").double().requires_grad_(False)
@@ -219,7 +218,7 @@ def test_kept_norm_follows_every_change(change: str, name: str) -> None:
             assert_differs(after, before, 1e-3)
 
 
-def test_norm_is_kept_in_inference_and_not_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_norm_is_cached_in_inference_and_not_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
     model = linear_net()
     adapter = diffadapt.add_adapter(model, CONFIGS["dora"], "dora").double()
     norms: list[int] = []
@@ -235,7 +234,7 @@ def test_norm_is_kept_in_inference_and_not_in_training(monkeypatch: pytest.Monke
     assert len(norms) == 8
 
 
-def test_optimiser_step_changes_the_output() -> None:
+def test_a_step_of_the_optimizer_changes_the_output() -> None:
     model = linear_net()
     adapter = diffadapt.add_adapter(model, CONFIGS["dora"], "dora").double()
     optimizer = torch.optim.SGD(adapter.parameters(), lr=1e-2)
@@ -252,8 +251,9 @@ def test_optimiser_step_changes_the_output() -> None:
     assert math.isfinite(losses[-1])
 
 
-def test_on_a_pipeline_with_fp8_storage() -> None:
-    """The norm of a DoRA needs the weight, which rests in eight bits and is cast up for a call only."""
+@pytest.mark.slow
+def test_dora_and_oft_work_on_weights_stored_in_float8() -> None:
+    """The norm of a DoRA needs the weight, which is converted from float8 only during a call."""
     pipe = models.sd15()
     for component in (pipe.unet,):
         config = diffadapt.LoraConfig(rank=2, target_modules=["to_q", "conv1"], init=False, use_dora=True)

@@ -1,7 +1,6 @@
-"""Random sequences of everything that can be done with loaded adapters, on slots and without, merged and not.
+"""Random sequences of all operations on loaded adapters, with and without slots, merged and unmerged.
 
-After every step the model's output is that of a fresh model that got the same adapters one by one; what was refused
-has changed nothing.
+After every step the output must equal that of a new model with the same adapters. A refused operation changes nothing.
 """
 
 import random
@@ -25,7 +24,7 @@ IMAGES = torch.randn(SAMPLES, 8, 4, 4, dtype=torch.float64, generator=torch.Gene
 
 
 class Block(nn.Module):
-    """Layers of the names that `CONFIGS` is for."""
+    """A block whose layers have the names that `CONFIGS` targets."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +39,7 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """Three stages of two blocks."""
+    """A model of three stages with two blocks each."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,13 +58,13 @@ def build() -> nn.Module:
 
 
 def scale(choose: random.Random) -> Any:
-    """A strength, or strengths by block."""
+    """Return a random strength, or random strengths by block."""
     number = lambda: round(choose.uniform(-1.5, 1.5), 2)  # noqa: E731
     return number() if choose.random() < 0.4 else {prefix: number() for prefix in choose.sample(PREFIXES, 2)}
 
 
 class Play:
-    """A model, and beside it what its adapters ought to be: name -> [source, strength, whether it is active]."""
+    """A model, and the expected state of its adapters: name -> [source, strength, whether it is active]."""
 
     def __init__(self, choose: random.Random, sources: dict[str, Path]) -> None:
         self.choose, self.sources = choose, sources
@@ -78,7 +77,7 @@ class Play:
             self.adapters.prepare_hotswap(list(sources.values()), slots=self.slots, samples=samples)
 
     def fresh(self, mix: dict[str, Any] | None = None) -> Tensor:
-        """The output of a model of its own with these adapters active, by default those that ought to be."""
+        """Return the output of a new model with these adapters active; defaults to those expected to be active."""
         model = build()
         for name, (source, *_) in self.expected.items():
             diffadapt.load_adapter(model, self.sources[source], name, activate=False)
@@ -162,7 +161,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @torch.no_grad()
 @pytest.mark.parametrize("seed", [*range(8), 151])
-def test_any_sequence_of_operations(seed: int, sources: dict[str, Path]) -> None:
+def test_any_sequence_of_operations_has_the_expected_output(seed: int, sources: dict[str, Path]) -> None:
     choose = random.Random(seed)
     play = Play(choose, {name: sources[name] for name in choose.sample(list(sources), 4)})
     base = build()(IMAGES)

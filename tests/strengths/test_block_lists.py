@@ -1,4 +1,4 @@
-"""Lists of block weights mean the blocks they mean elsewhere, checked on the original names of the published models."""
+"""Lists of block weights mean the same blocks as in other programs, by the original names of the published models."""
 
 import re
 from functools import cache
@@ -16,7 +16,7 @@ from tests.support.compare import assert_differs
 from tests.support.models import draw
 
 DOUBLE, SINGLE = [f"D{index:02}" for index in range(19)], [f"S{index:02}" for index in range(38)]
-# As sd-webui-lora-block-weight names the positions.
+# The names of the positions in sd-webui-lora-block-weight.
 LISTS = {
     ("sd", 17): "BASE IN01 IN02 IN04 IN05 IN07 IN08 M00 OUT03 OUT04 OUT05 OUT06 OUT07 OUT08 OUT09 OUT10 OUT11".split(),
     ("sd", 26): (
@@ -34,7 +34,7 @@ LISTS = {
 
 
 def block_of(original: str) -> str | None:
-    """Which block a layer is in, by its original name: the rule of the programs the lists come from."""
+    """Return the block of a layer, given its original name, by the rule of the programs that the lists come from."""
     match = re.match(r"(input_blocks|output_blocks|double_blocks|single_blocks)\.(\d+)", original)
     if match:
         letters = {"input_blocks": "IN", "output_blocks": "OUT", "double_blocks": "D", "single_blocks": "S"}
@@ -46,20 +46,20 @@ def block_of(original: str) -> str | None:
 
 @cache
 def blocks_of(family: str) -> dict[str, str | None]:
-    """Path of every layer of a published pipeline -> block."""
+    """Return path -> block for every layer of a published pipeline."""
     found: dict[str, str | None] = {}
     for component, model in next(published(family)).items():
         if component.startswith("text_encoder"):
             encoder = ("CLIP" if component == "text_encoder" else "T5") if family == "flux" else "BASE"
             found.update({f"{component}.{path}": encoder for path, _ in model.named_modules() if path})
         else:
-            for original, pieces in families.aliases(Targets(model)).items():
-                found.update({f"{component}.{piece.path}": block_of(original) for piece in pieces})
+            for original, parts in families.aliases(Targets(model)).items():
+                found.update({f"{component}.{part.path}": block_of(original) for part in parts})
     return found
 
 
 @pytest.mark.parametrize(("family", "count"), LISTS)
-def test_positions(family: str, count: int) -> None:
+def test_every_position_weights_its_block(family: str, count: int) -> None:
     names = LISTS[family, count]
     weights = {name: 10.0 + index for index, name in enumerate(names)}
     strengths = block_weights(list(weights.values()))
@@ -70,12 +70,12 @@ def test_positions(family: str, count: int) -> None:
         if family == "flux":
             expected = weights.get(block or "", weights.get("BASE", 1.0))
         else:
-            # Blocks that the list has no position for are off; what is in no block is left alone.
+            # Blocks without a position in the list are off; layers outside of blocks are left alone.
             expected = 1.0 if block is None else weights.get(block, 0.0)
         assert value == expected, (path, block)
 
 
-def test_values_as_text() -> None:
+def test_a_list_can_be_given_as_text() -> None:
     assert block_weights(" 1, 0.5,-1,0,0,0,0,0,0,0,0 ,.25") == block_weights([1, 0.5, -1, *[0] * 8, 0.25], "sdxl")
     assert block_weights([1.0] * 17, "sd2") == block_weights([1.0] * 17)
 
@@ -91,12 +91,13 @@ def test_values_as_text() -> None:
         ([1.0, float("nan")], None, "value 2 is nan"),
     ],
 )
-def test_lists_that_are_none(values: str | list[float], family: str | None, message: str) -> None:
+def test_invalid_lists_are_refused(values: str | list[float], family: str | None, message: str) -> None:
     with pytest.raises(AdapterError, match=message):
         block_weights(values, family)
 
 
-def test_on_an_adapter_without_layers_in_some_blocks() -> None:
+@pytest.mark.slow
+def test_a_list_applies_to_an_adapter_without_layers_in_some_blocks() -> None:
     pipe = models.sd15_full()
     pipe.load_adapter(spellings.peft_names(loras.parts_for(pipe, ("unet",))), "a")
     full = draw(pipe)
@@ -110,7 +111,7 @@ def test_on_an_adapter_without_layers_in_some_blocks() -> None:
     assert torch.equal(off, draw(models.sd15_full()))
 
 
-def test_list_for_another_model() -> None:
+def test_a_list_for_another_model_is_refused() -> None:
     pipe = models.flux()
     pipe.load_adapter(spellings.peft_names(loras.parts_for(pipe, ("transformer", "text_encoder"))), "a")
     with pytest.raises(AdapterError, match=r"no layer under 'text_encoder_2', 'unet\.conv_in', .*; it has"):

@@ -1,4 +1,4 @@
-"""What adapters a prompt names, and what stays of it."""
+"""`parse_prompt`: the adapters that a prompt names, and the prompt without the tags."""
 
 from typing import Any
 
@@ -47,7 +47,7 @@ def during(*points: tuple[float, float], over: Any = "fraction") -> Piecewise:
         ("<lora:ink:te=1:unet=0@0,1@1>", by_part(1.0, Piecewise([(0, 0), (1, 1)]))),
     ],
 )
-def test_strengths(tag: str, strength: Any) -> None:
+def test_a_tag_states_the_strengths(tag: str, strength: Any) -> None:
     assert parse_prompt(f"a fox {tag}") == ("a fox", {"ink": strength})
 
 
@@ -68,13 +68,13 @@ def test_strengths(tag: str, strength: Any) -> None:
         (r"a \<lora:x:0.8> <lora:a> tag", "a <lora:x:0.8> tag"),
     ],
 )
-def test_what_stays(prompt: str, clean: str) -> None:
+def test_tags_are_removed_from_the_prompt(prompt: str, clean: str) -> None:
     text, activation = parse_prompt(prompt)
     assert text == clean
     assert set(activation) == {name for name in "abc" if f":{name}" in prompt}
 
 
-def test_block_weights_in_a_tag() -> None:
+def test_a_tag_may_have_block_weights() -> None:
     listed = "1,0,0.5,0,0,0,0,0,0,0,0,0.25"
     for tag in (f"<lora:ink:0.8:0.5:lbw={listed}>", f"<lora:ink:0.8:0.5:{listed}>"):
         ((_, strength),) = parse_prompt(tag)[1].items()
@@ -108,18 +108,19 @@ def test_block_weights_in_a_tag() -> None:
         ("<lora:a> <lora:a:0.5>", "'a' appears twice"),
     ],
 )
-def test_tags_that_cannot_be_read(tag: str, message: str) -> None:
+def test_invalid_tags_are_refused(tag: str, message: str) -> None:
     with pytest.raises(AdapterError, match=message):
         parse_prompt(f"a fox {tag}")
 
 
-def test_several_prompts() -> None:
+def test_several_prompts_are_parsed_separately() -> None:
     prompts, activations = parse_prompt(["a fox <lora:ink:0.8>", "a cat", "<lora:pixel>"])
     assert prompts == ["a fox", "a cat", ""]
     assert activations == [{"ink": 0.8}, {}, {"pixel": 1.0}]
 
 
-def test_picture_is_that_of_the_activation_written_out() -> None:
+@pytest.mark.slow
+def test_a_tagged_prompt_draws_the_same_as_the_strengths_set_by_hand() -> None:
     pipe: Any = models.sd15()
     pipe.load_adapter(spellings.peft_names(loras.parts_for(pipe)), "a")
     pipe.load_adapter(spellings.peft_names(loras.parts_for(pipe, ("unet",), rank=2)), "b")

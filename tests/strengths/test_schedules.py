@@ -1,4 +1,4 @@
-"""A strength that follows a schedule is the strength set by hand before every step, bit for bit, on any pipeline."""
+"""A schedule equals a strength set by hand before every step, bit for bit, on any pipeline."""
 
 import copy
 import inspect
@@ -33,7 +33,7 @@ from tests.support import loras, models, spellings
 from tests.support.compare import assert_differs, assert_same, assert_unchanged, snapshot
 from tests.support.models import draw
 
-# Of diffusers' schedulers with numpy 2.
+# The warning comes from diffusers' schedulers with numpy 2.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")]
 
 RAMP = Linear(1.0, 0.2)
@@ -52,7 +52,7 @@ def moment(step: int, steps: int = 5, sigma: float = 0.0) -> Moment:
 
 
 def recorded(pipe: Any, component: str = "unet", name: str = "a") -> list[float]:
-    """Gets the strength at every call of a model, out of the tensor that its adapter layers read."""
+    """Return a list that gets the strength at every call of a model, from the tensor that its adapter layers read."""
     seen: list[float] = []
     adapter = pipe.adapters[name].components[component]
     getattr(pipe, component).register_forward_pre_hook(lambda *_: seen.append(float(adapter.gates[0])))
@@ -60,7 +60,7 @@ def recorded(pipe: Any, component: str = "unet", name: str = "a") -> list[float]
 
 
 def by_hand(pipe: Any, strengths: Sequence[Any], **options: Any) -> Tensor:
-    """The first is set before the run, and each other one when the step before it has ended."""
+    """Draw with the first strength set before the run, and each other one after the preceding step."""
 
     def ended(_: Any, index: int, timestep: Any, arguments: dict[str, Any]) -> dict[str, Any]:
         pipe.adapters.activate({"a": strengths[min(index + 1, len(strengths) - 1)]})
@@ -70,8 +70,8 @@ def by_hand(pipe: Any, strengths: Sequence[Any], **options: Any) -> Tensor:
     return draw(pipe, num_inference_steps=len(strengths), callback_on_step_end=ended, **options)
 
 
-def with_scheduler(pipe: Any, kind: Any, **options: Any) -> Any:
-    pipe.scheduler = kind.from_config(pipe.scheduler.config, **options)
+def with_scheduler(pipe: Any, scheduler_class: Any, **options: Any) -> Any:
+    pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config, **options)
     return pipe
 
 
@@ -105,17 +105,17 @@ def redraw(pipe: Any, steps: int = 8, strength: float = 0.5) -> Tensor:
         (Piecewise([(0, 0.0), (2, 0.7)], hold=True, over="step"), [0.0, 0.0, 0.7, 0.7, 0.7]),
     ],
 )
-def test_values_at_the_steps_of_a_run(schedule: diffadapt.Schedule, expected: list[float]) -> None:
+def test_schedules_have_these_values_at_the_steps_of_a_run(schedule: diffadapt.Schedule, expected: list[float]) -> None:
     assert [schedule.at(moment(step)) for step in range(5)] == pytest.approx(expected)
     assert schedule.at(START) == schedule.at(moment(0, 1)) == pytest.approx(expected[0])
 
 
-def test_ends_of_a_ramp_are_exact() -> None:
-    for kind in (Linear, Cosine):
-        assert [kind(1.0, 0.2).at(moment(step)) for step in (0, 4)] == [1.0, 0.2]
+def test_the_ends_of_a_ramp_are_exact() -> None:
+    for ramp in (Linear, Cosine):
+        assert [ramp(1.0, 0.2).at(moment(step)) for step in (0, 4)] == [1.0, 0.2]
 
 
-def test_values_over_sigma() -> None:
+def test_schedules_can_follow_sigma() -> None:
     ramp = Linear(1.0, 0.2, between=(10.0, 2.0), over="sigma")
     assert [ramp.at(moment(0, sigma=sigma)) for sigma in (14.0, 10.0, 6.0, 2.0, 0.1)] == [1.0, 1.0, 0.6, 0.2, 0.2]
     points = Piecewise([(0.0, 0.0), (1.0, 0.5), (4.0, 1.0)], over="sigma")
@@ -123,7 +123,7 @@ def test_values_over_sigma() -> None:
     assert (ramp.at(START), points.at(START)) == (1.0, 1.0)
 
 
-def test_schedules_are_values() -> None:
+def test_schedules_compare_by_value() -> None:
     assert Piecewise([(0, 1.0)]) == Piecewise(((0, 1.0),))
     assert len({Linear(0, 1), Linear(0, 1), Cosine(0, 1), Piecewise([(0, 1.0)])}) == 3
 
@@ -139,7 +139,7 @@ def test_schedules_are_values() -> None:
         (lambda: Piecewise([(0.5, 1.0), (0.2, 0.0)]), "ascending"),
     ],
 )
-def test_faulty_schedules(build: Callable[[], object], message: str) -> None:
+def test_invalid_schedules_are_refused(build: Callable[[], object], message: str) -> None:
     with pytest.raises(AdapterError, match=message):
         build()
 
@@ -149,7 +149,7 @@ def test_faulty_schedules(build: Callable[[], object], message: str) -> None:
 
 @pytest.mark.parametrize("family", DENOISERS)
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_run_equals_one_by_hand(family: str, guidance: float) -> None:
+def test_a_run_equals_one_with_strengths_set_by_hand(family: str, guidance: float) -> None:
     pipe = loaded(models.FAMILIES[family], [DENOISERS[family]])
     expected = by_hand(pipe, [RAMP.at(moment(step, STEPS)) for step in range(STEPS)], guidance_scale=guidance)
     pipe.adapters.activate({"a": RAMP})
@@ -169,7 +169,7 @@ def test_text_encoders_have_the_strength_of_the_start() -> None:
         assert torch.equal(draw(pipe, num_inference_steps=STEPS), expected)
 
 
-def test_schedules_and_numbers_by_prefix() -> None:
+def test_schedules_and_numbers_can_be_given_by_prefix() -> None:
     pipe = loaded(models.sd15)
     down, up = Cosine(0.0, 1.0), Piecewise([(0, 0.4), (0.5, 0.0)], hold=True)
     others = {"unet": 0.7, "text_encoder": 0.3}
@@ -184,7 +184,7 @@ def test_schedules_and_numbers_by_prefix() -> None:
 
 
 @pytest.mark.parametrize("loading", ["load", "hotswap"])
-def test_schedule_as_the_scale_of_a_file(loading: str) -> None:
+def test_the_scale_of_a_loaded_file_can_be_a_schedule(loading: str) -> None:
     pipe = loaded(models.sd15, ["unet"], scale=RAMP)
     if loading == "hotswap":
         pipe.adapters.hotswap("a", spellings.peft_names(loras.parts_for(pipe, ("unet",), rank=2)))
@@ -195,7 +195,7 @@ def test_schedule_as_the_scale_of_a_file(loading: str) -> None:
     assert not any(name in vars(pipe.scheduler) for name in ("step", "set_timesteps"))
 
 
-def test_modular_pipeline() -> None:
+def test_schedules_work_in_a_modular_pipeline() -> None:
     pipe = loaded(models.sdxl_modular, ["unet"])
     seen = recorded(pipe)
     with pipe.adapters.scheduled({"a": RAMP}):
@@ -204,7 +204,7 @@ def test_modular_pipeline() -> None:
     assert seen == sorted(seen, reverse=True)
 
 
-def test_pipeline_without_prompts_and_callbacks() -> None:
+def test_schedules_work_in_a_pipeline_without_prompts_and_callbacks() -> None:
     unet = UNet2DModel(
         sample_size=8,
         block_out_channels=(8, 8),
@@ -227,19 +227,21 @@ def test_pipeline_without_prompts_and_callbacks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "options", "expected"),
+    ("scheduler_class", "options", "expected"),
     [
         (DDIMScheduler, {}, [1.0, 0.6, 0.2]),
         (EulerDiscreteScheduler, {}, [1.0, 0.6, 0.2]),
-        # Two evaluations for a step; for the last one, the first is enough.
+        # Two evaluations per step, except for the last one.
         (HeunDiscreteScheduler, {}, [1.0, 1.0, 0.6, 0.6, 0.2]),
         (KDPM2DiscreteScheduler, {}, [1.0, 1.0, 0.6, 0.6, 0.2]),
-        # It runs one step more than it is asked for, with one timestep twice.
+        # It runs one more step than requested, with one timestep twice.
         (PNDMScheduler, {"skip_prk_steps": True}, [1.0, 0.2 + 1.6 / 3, 0.2 + 0.8 / 3, 0.2]),
     ],
 )
-def test_every_call_of_a_step_has_its_strength(kind: Any, options: dict[str, Any], expected: list[float]) -> None:
-    pipe = with_scheduler(loaded(models.sd15, ["unet"]), kind, **options)
+def test_every_call_in_a_step_has_the_strength_of_the_step(
+    scheduler_class: Any, options: dict[str, Any], expected: list[float]
+) -> None:
+    pipe = with_scheduler(loaded(models.sd15, ["unet"]), scheduler_class, **options)
     seen = recorded(pipe)
     pipe.adapters.activate({"a": RAMP})
     for _ in range(2):
@@ -247,7 +249,7 @@ def test_every_call_of_a_step_has_its_strength(kind: Any, options: dict[str, Any
     assert seen == pytest.approx([*expected, *expected])
 
 
-def test_second_order_flow() -> None:
+def test_every_call_in_a_step_of_a_second_order_flow_has_the_strength_of_the_step() -> None:
     pipe = with_scheduler(loaded(models.sd3, ["transformer"]), FlowMatchHeunDiscreteScheduler)
     seen = recorded(pipe, "transformer")
     pipe.adapters.activate({"a": RAMP})
@@ -255,10 +257,10 @@ def test_second_order_flow() -> None:
     assert seen == pytest.approx([1.0, 1.0, 0.6, 0.6, 0.2])
 
 
-@pytest.mark.parametrize("kind", [DDIMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler])
+@pytest.mark.parametrize("scheduler_class", [DDIMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler])
 @pytest.mark.parametrize("over", ["fraction", "sigma"])
-def test_image_to_image_begins_with_the_step_it_begins_with(kind: Any, over: str) -> None:
-    pipe = image_to_image(with_scheduler(loaded(models.sd15, ["unet"]), kind))
+def test_image_to_image_starts_at_the_strength_of_its_first_step(scheduler_class: Any, over: str) -> None:
+    pipe = image_to_image(with_scheduler(loaded(models.sd15, ["unet"]), scheduler_class))
     seen = recorded(pipe)
     timesteps: list[float] = []
     pipe.unet.register_forward_pre_hook(lambda _, arguments: timesteps.append(float(arguments[1])))
@@ -266,7 +268,7 @@ def test_image_to_image_begins_with_the_step_it_begins_with(kind: Any, over: str
     pipe.adapters.activate({"a": RAMP if over == "fraction" else sigma})
     redraw(pipe)
     # The second evaluation of a Heun step is at the timestep of the next one; the last step has none.
-    firsts = [0, 0, 2, 2, 4, 4, 6] if kind is HeunDiscreteScheduler else [0, 1, 2, 3]
+    firsts = [0, 0, 2, 2, 4, 4, 6] if scheduler_class is HeunDiscreteScheduler else [0, 1, 2, 3]
     if over == "fraction":
         expected = [RAMP.at(moment(first // pipe.scheduler.order, 4)) for first in firsts]
     else:
@@ -277,7 +279,7 @@ def test_image_to_image_begins_with_the_step_it_begins_with(kind: Any, over: str
     assert seen == sorted(seen, reverse=True)
 
 
-def test_sigma_of_a_flow() -> None:
+def test_schedules_can_follow_the_sigma_of_a_flow() -> None:
     pipe = loaded(models.flux, ["transformer"])
     seen = recorded(pipe, "transformer")
     with pipe.adapters.scheduled({"a": Linear(0.0, 1.0, between=(1.0, 0.0), over="sigma")}):
@@ -286,14 +288,14 @@ def test_sigma_of_a_flow() -> None:
     assert seen[0] < seen[1] < seen[2] < seen[3]
 
 
-def test_sigma_of_a_scheduler_that_does_not_say_it() -> None:
+def test_a_scheduler_without_noise_levels_is_refused() -> None:
     pipe = with_scheduler(loaded(models.sd15, ["unet"]), IPNDMScheduler)
     pipe.adapters.activate({"a": Linear(1.0, 0.0, between=(1.0, 0.0), over="sigma")})
     with pytest.raises(AdapterError, match="IPNDMScheduler does not say its noise levels; use"):
         draw(pipe)
 
 
-def test_scheduler_that_was_replaced_after_activation() -> None:
+def test_a_schedule_follows_a_scheduler_that_was_replaced_after_activation() -> None:
     pipe = loaded(models.sd15, ["unet"])
     seen = recorded(pipe)
     pipe.adapters.activate({"a": RAMP})
@@ -303,7 +305,7 @@ def test_scheduler_that_was_replaced_after_activation() -> None:
     assert seen == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2, 1.0, 1.0, 0.6, 0.6, 0.2])
 
 
-def test_one_scheduler_of_two_pipelines() -> None:
+def test_two_pipelines_can_share_a_scheduler() -> None:
     pipes = [loaded(models.sd15, ["unet"]) for _ in range(2)]
     pipes[1].scheduler = pipes[0].scheduler
     seen = [recorded(pipe) for pipe in pipes]
@@ -320,8 +322,8 @@ def test_one_scheduler_of_two_pipelines() -> None:
     assert "step" not in vars(pipes[0].scheduler)
 
 
-def test_scheduler_keeps_its_signatures_and_can_be_copied() -> None:
-    """Pipelines ask which parameters a scheduler takes, and step copies of it, or of its attributes."""
+def test_the_scheduler_keeps_its_signatures_and_can_be_copied() -> None:
+    """Pipelines inspect which parameters a scheduler takes, and step copies of it or of its attributes."""
     pipe = loaded(models.sd15, ["unet"])
     before = {name: inspect.signature(getattr(pipe.scheduler, name)) for name in ("step", "set_timesteps")}
     with pipe.adapters.scheduled({"a": RAMP}):
@@ -338,7 +340,7 @@ def test_scheduler_keeps_its_signatures_and_can_be_copied() -> None:
         gates = pipe.adapters["a"].components["unet"].gates
         assert float(gates[0]) == pytest.approx(0.2)
         vars(scheduler).update(attributes)
-        # As many samples in turn as there are: the timestep says which step it is.
+        # Several samples may be stepped in turn: the timestep identifies the step.
         for timestep, strength in zip(scheduler.timesteps, (1.0, 0.6, 0.2), strict=True):
             for _ in range(2):
                 scheduler.scale_model_input(sample, timestep)
@@ -347,10 +349,10 @@ def test_scheduler_keeps_its_signatures_and_can_be_copied() -> None:
     assert "step" not in vars(scheduler)
 
 
-# In and out
+# Contexts and failures
 
 
-def test_context_restores_what_was_active() -> None:
+def test_the_context_restores_the_active_adapters() -> None:
     pipe = loaded(models.sd15)
     pipe.load_adapter(spellings.peft_names(loras.parts_for(pipe, ("unet",), rank=2)), "b", activate=False)
     pipe.adapters.activate({"a": {"unet.up_blocks": 0.123, "text_encoder": 0.7}})
@@ -370,7 +372,7 @@ def test_context_restores_what_was_active() -> None:
     assert_differs(outer, base, 1e-3)
 
 
-def test_run_that_fails_leaves_the_next_one_right() -> None:
+def test_a_failed_run_does_not_affect_the_next_one() -> None:
     pipe = loaded(models.sd15)
     pipe.adapters.activate({"a": RAMP})
     expected = draw(pipe, num_inference_steps=3)
@@ -396,7 +398,7 @@ def test_nothing_is_left_on_a_pipeline() -> None:
     assert set(vars(pipe.scheduler)) == attributes
 
 
-def test_loop_of_ones_own_over_a_single_model() -> None:
+def test_a_custom_loop_over_a_single_model_needs_the_scheduler() -> None:
     unet = models.unet_sd15()
     pipe = models.sd15()
     pipe.unet = unet
@@ -424,7 +426,7 @@ def test_loop_of_ones_own_over_a_single_model() -> None:
         adapters.activate({"a": RAMP})
 
 
-def test_where_only_numbers_make_sense() -> None:
+def test_merging_and_combining_refuse_schedules() -> None:
     pipe = loaded(models.sd15, ["unet"])
     pipe.adapters.activate({"a": RAMP})
     with pytest.raises(AdapterError, match="merge: the strength of 'a' is a schedule"):
@@ -439,7 +441,7 @@ def test_where_only_numbers_make_sense() -> None:
 
 
 @pytest.mark.parametrize(("slots", "in_place"), [(False, True), (True, False)])
-def test_compiled_denoiser_is_not_compiled_again(
+def test_a_schedule_does_not_recompile_a_denoiser(
     slots: bool, in_place: bool, counter: CompileCounterWithBackend
 ) -> None:
     pipe = models.flux()
@@ -460,3 +462,19 @@ def test_compiled_denoiser_is_not_compiled_again(
         assert_same(draw(pipe, **options), expected)
     assert_differs(constant, expected, 1e-3)
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Linear(1, 0, between=(0.8, 0.2)), r"between is \(0.8, 0.2\), expected the earlier position first"),
+        (lambda: Cosine(0, 1, between=(5, 2), over="step"), "the smaller step"),
+        (lambda: Linear(1, 0, between=(0.5, 14.6), over="sigma"), "the larger sigma"),
+        (lambda: Linear(1, 0, between=(0.2, 20)), "20 over 'fraction' is in no run, expected 0 to 1"),
+        (lambda: Linear(1, 0, between=(-3, 4), over="step"), "-3 over 'step' is in no run, expected at least 0"),
+        (lambda: Piecewise([(0, 1.0), (10, 0.0)]), "10 over 'fraction' is in no run, expected 0 to 1"),
+    ],
+)
+def test_positions_that_no_run_has_are_refused(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(AdapterError, match=message):
+        make()

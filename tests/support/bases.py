@@ -1,4 +1,4 @@
-"""Quantised layers of every backend, made from a float weight. A backend that is not installed is skipped by name."""
+"""Quantised layers of every backend, made from a float weight. Tests of a backend that is not installed are skipped."""
 
 import contextlib
 import importlib
@@ -21,10 +21,11 @@ class Base:
     """A way to store the weight of a linear layer.
 
     Attributes:
-        needs: the package that has to be installed, "" for none.
+        name: The name in test ids.
+        needs: The package that has to be installed; "" for none.
         make: `(weight, bias)` -> the layer.
-        error: the relative error of its quantisation, at most; also of re-quantising.
-        merges: whether adapters can be merged into it.
+        error: The maximum relative error of quantisation, also of quantising again.
+        merges: Adapters can be merged into it.
     """
 
     name: str
@@ -34,7 +35,7 @@ class Base:
     merges: bool = True
 
     def layer(self, seed: int = 0) -> nn.Module:
-        """Return a new layer with random values; skips the test if the backend is not installed."""
+        """Return a new layer with random values, or skip the test if the backend is not installed."""
         if self.needs:
             with silenced():
                 try:
@@ -54,7 +55,7 @@ def values(seed: int = 0) -> tuple[Tensor, Tensor]:
 
 @contextlib.contextmanager
 def silenced() -> Generator[None, None, None]:
-    """Ignore the warnings that backends give when they are imported and used; they are no faults of ours."""
+    """Ignore the warnings that backends issue when they are imported and used, which are not our faults."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -122,9 +123,7 @@ def _hqq(bits: int) -> Any:
         from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
         config = BaseQuantizeConfig(nbits=bits, group_size=64, axis=1)
-        return HQQLinear(
-            float_layer(weight, bias), quant_config=config, compute_dtype=torch.float32, device="cpu", del_orig=False
-        )
+        return HQQLinear(float_layer(weight, bias), quant_config=config, compute_dtype=torch.float32, device="cpu")
 
     return make
 
@@ -134,17 +133,18 @@ def _gguf(qtype: str) -> Any:
         import gguf
         from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
 
-        kind = getattr(gguf.GGMLQuantizationType, qtype)
+        gguf_type = getattr(gguf.GGMLQuantizationType, qtype)
         layer = GGUFLinear(INPUTS, OUT, bias=True, compute_dtype=torch.float32)
         if qtype in gguf_k_quants.NAMES:
             packed = gguf_k_quants.quantise(weight, qtype)
-            # The package reads what it does not write.
+            # The package can read this type, but not write it.
             assert (
-                torch.from_numpy(gguf.quants.dequantize(packed.numpy(), kind)).sub(weight).norm() < 0.1 * weight.norm()
+                torch.from_numpy(gguf.quants.dequantize(packed.numpy(), gguf_type)).sub(weight).norm()
+                < 0.1 * weight.norm()
             )
         else:
-            packed = torch.from_numpy(gguf.quants.quantize(weight.numpy(), kind))
-        layer.weight = GGUFParameter(packed, quant_type=kind)
+            packed = torch.from_numpy(gguf.quants.quantize(weight.numpy(), gguf_type))
+        layer.weight = GGUFParameter(packed, quant_type=gguf_type)
         layer.bias = nn.Parameter(bias, requires_grad=False)
         return layer
 
@@ -171,7 +171,7 @@ def _bfl_nvfp4(weight: Tensor, bias: Tensor) -> nn.Module:
 
 
 class ScaledLinear(nn.Linear):
-    """A float8 layer as in ComfyUI's scaled files: one `scale_weight` for the whole weight."""
+    """A float8 layer like those of ComfyUI's scaled files: one `scale_weight` for the whole weight."""
 
     scale_weight: Tensor
 
@@ -190,7 +190,7 @@ def _comfy_scaled(weight: Tensor, bias: Tensor) -> nn.Module:
 
 
 class PackedLinear(nn.Module):
-    """A layer whose weight is in packed integers and known to itself only, as those of GPTQ, AWQ and EETQ."""
+    """A layer with packed integers that only its forward pass can unpack, like those of GPTQ, AWQ and EETQ."""
 
     qweight: Tensor
     scales: Tensor

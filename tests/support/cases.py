@@ -12,6 +12,9 @@ import torch
 Test = TypeVar("Test", bound=Callable[..., None])
 Values = Iterable[Any] | Callable[[dict[str, Any]], Iterable[Any]]
 
+_TRACEBACKS = 3
+"""The number of failures in a test that are reported with a traceback."""
+
 
 def for_each(**cases: Values) -> Callable[[Test], Test]:
     """Return a decorator that runs a test once for every combination of values, as one test.
@@ -27,8 +30,7 @@ def for_each(**cases: Values) -> Callable[[Test], Test]:
     def decorate(test: Test) -> Test:
         @wraps(test)
         def run(**given: Any) -> None:
-            __tracebackhide__ = True
-            failures: list[str] = []
+            failures: dict[str, BaseException] = {}
             number = -1
             for number, case in enumerate(_combinations(cases, given)):
                 torch.default_generator.manual_seed(0)
@@ -36,12 +38,10 @@ def for_each(**cases: Values) -> Callable[[Test], Test]:
                     try:
                         test(**given | _own_fixtures(given, number, monkeypatch) | case)
                     except (Exception, pytest.fail.Exception, pytest.skip.Exception) as error:
-                        report = pytest.ExceptionInfo.from_exception(error).getrepr(style="short")
-                        failures.append(f"case {', '.join(map(_name, case.values()))}:\n{report}")
+                        failures[", ".join(map(_name, case.values()))] = error
             assert number >= 0, "no cases"
             if failures:
-                count = f"{len(failures)} of {number + 1} cases failed"
-                pytest.fail("\n\n".join([count, *failures]), pytrace=False)
+                pytest.fail(_report(failures, number + 1), pytrace=False)
 
         signature = inspect.signature(test)
         left = [parameter for name, parameter in signature.parameters.items() if name not in cases]
@@ -62,6 +62,19 @@ def _own_fixtures(given: dict[str, Any], number: int, monkeypatch: pytest.Monkey
         own["tmp_path"] = given["tmp_path"] / str(number)
         own["tmp_path"].mkdir()
     return {name: value for name, value in own.items() if name in given}
+
+
+def _report(failures: dict[str, BaseException], count: int) -> str:
+    """Return a report of all failures: the first ones with a traceback, the others with the first line of a message."""
+    lines = [f"{len(failures)} of {count} cases failed"]
+    for number, (name, error) in enumerate(failures.items()):
+        if number < _TRACEBACKS:
+            caught = pytest.ExceptionInfo.from_exception(error)
+            caught.traceback = caught.traceback[1:]
+            lines.append(f"\ncase {name}:\n{caught.getrepr(style='short')}")
+        else:
+            lines.append(f"case {name}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+    return "\n".join(lines)
 
 
 def _name(value: Any) -> str:

@@ -21,6 +21,11 @@ def assert_differs(actual: Tensor, base: Tensor, least: float = 1e-2) -> None:
     assert (actual.detach().double() - base.detach().double()).abs().max() > least
 
 
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Return the Frobenius norm of the difference relative to that of `expected`."""
+    return float((found - expected).norm() / expected.norm())
+
+
 def snapshot(owner: DiffusionPipeline | nn.Module) -> dict[str, Any]:
     """Return weights, buffers, module paths, classes, attribute names and hooks of every model."""
     taken: dict[str, Any] = {}

@@ -91,8 +91,10 @@ class Dialect:
         """Return the tensors of one layer by key."""
         text = self.text_spellings if layer.component.startswith("text_encoder") else {}
         spellings = {**self.spellings, **text, **({"alpha": "alpha"} if self.alpha == "tensor" else {})}
+        # PEFT rotates inputs everywhere, OneTrainer the weight of a convolution, in the opposite direction.
+        inverts = self.spellings in (PEFT, PEFT_IN_MEMORY) and content.weight.ndim == 4
         return {
-            f"{layer.stem}{self.separator}{spellings[name]}": tensor
+            f"{layer.stem}{self.separator}{spellings[name]}": -tensor if inverts and name == "oft_R.weight" else tensor
             for name, tensor in content.tensors.items()
             if name in spellings
         }
@@ -273,9 +275,9 @@ def _xlabs(family: str, models: Models, hosts: Hosts) -> list[Layer]:
             match = re.fullmatch(r"(double|single)_blocks\.(\d+)\.(?:(img|txt)_attn\.(qkv|proj)|(linear[12]))", name)
             if match:
                 stream = {"img": "1", "txt": "2"}.get(match[3], "")
-                kind = match[4] or {"linear1": "qkv", "linear2": "proj"}[match[5]]
+                projection = match[4] or {"linear1": "qkv", "linear2": "proj"}[match[5]]
                 # Of the first layer of a single block, only query, key and value.
-                stem = f"{match[1]}_blocks.{match[2]}.processor.{kind}_lora{stream}"
+                stem = f"{match[1]}_blocks.{match[2]}.processor.{projection}_lora{stream}"
                 found.append(Layer(stem, "transformer", parts[:3]))
     return found
 

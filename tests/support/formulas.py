@@ -256,7 +256,11 @@ def triangles(triangle: Tensor, size: int) -> Tensor:
 
 
 def oft_of_peft(shared: bool = False, exact: bool = False, scaled: bool = False, **extra: Tensor) -> Variant:
-    """Rotate the inputs, in a convolution those of the whole patch. Without a config, PEFT uses the Neumann series."""
+    """Rotate the inputs, in a convolution those of the whole patch. Without a config, PEFT uses the Neumann series.
+
+    In a 2-d convolution, the rotation has the direction of OneTrainer; PEFT's files have tensors of the opposite sign
+    there (`dialects.Dialect.spelled`).
+    """
 
     def make(weight: Tensor, bias: Tensor | None) -> Content | None:
         columns, size = weight[0].numel(), 8
@@ -273,7 +277,7 @@ def oft_of_peft(shared: bool = False, exact: bool = False, scaled: bool = False,
             rotation = torch.eye(size, dtype=torch.float64) + 2 * q + 2 * q @ q + 2 * q @ q @ q + q @ q @ q @ q
         rotation = torch.block_diag(*rotation.expand(number, size, size))
         config = {"r": 0, "oft_block_size": size, "block_share": shared, "use_cayley_neumann": not exact}
-        rotated = (weight.flatten(1) @ rotation.T).view_as(weight)
+        rotated = (weight.flatten(1) @ (rotation if weight.ndim == 4 else rotation.T)).view_as(weight)
         return Content({"oft_R.weight": triangle, **extra}, rotated, bias, config)
 
     return make

@@ -355,7 +355,8 @@ def _settle(file: File) -> None:
     ranks: dict[str, dict[str, int]] = {}
     alphas: dict[str, dict[str, float]] = {}
     for layer, content in zip(file.layers, file.contents, strict=True):
-        down = content.tensors.get("lora_A.weight")
+        names = ("lora_A.weight", "lokr_w1_b", "lokr_w2_b")
+        down = next((content.tensors[name] for name in names if name in content.tensors), None)
         rank = int(content.config.get("r") or (4 if down is None else len(down)))
         ranks.setdefault(layer.component, {})[layer.parts[0]] = rank
         number = content.tensors.get("alpha")

@@ -14,6 +14,7 @@ from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    FluxControlPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
     ModularPipeline,
@@ -226,6 +227,17 @@ def flux() -> FluxPipeline:
         vae=vae(latent_channels=4, shift_factor=0.0),
         scheduler=FlowMatchEulerDiscreteScheduler(),
     )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def flux_control(**options: int) -> FluxControlPipeline:
+    """Return the pipeline for Flux.1 that feeds a control image; options are those of its transformer."""
+    pipe = flux()
+    parts = {name: part for name, part in pipe.components.items() if name not in ("image_encoder", "feature_extractor")}
+    if options:
+        parts["transformer"] = FluxTransformer2DModel(**{**pipe.transformer.config, **options}).eval()
+    pipe = FluxControlPipeline(**parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

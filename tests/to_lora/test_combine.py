@@ -101,9 +101,10 @@ PATHS = ["a_linear", "b_conv", "c_embedding"]
 WEIGHTS = [(0.7, 0.5), (0.7, -0.3), (-1.5, 0.2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", OPTIONS)
 @for_each(weights=WEIGHTS, sign=["total", "frequency"])
-def test_parity_with_peft(method: Any, weights: tuple[float, float], sign: Any) -> None:
+def test_every_method_equals_that_of_peft(method: Any, weights: tuple[float, float], sign: Any) -> None:
     theirs, ours = peft_with()
     density = OPTIONS[method].get("density")
     merge_with_peft(theirs, weights, method, density=density, majority_sign_method=sign)
@@ -117,9 +118,10 @@ def test_parity_with_peft(method: Any, weights: tuple[float, float], sign: Any) 
     assert {row.rank for row in report.layers} == {8 if method == "cat" else 4}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [name for name in OPTIONS if "density" in OPTIONS[name]])
 @for_each(weights=WEIGHTS, ranks=[(4, 4), (2, 5)])
-def test_parity_with_peft_on_the_weight_changes(
+def test_methods_on_weight_changes_equal_those_of_peft(
     method: Any, ranks: tuple[int, int], weights: tuple[float, float]
 ) -> None:
     theirs, ours = peft_with(ranks)
@@ -132,9 +134,10 @@ def test_parity_with_peft_on_the_weight_changes(
     assert_parity(theirs, ours, PATHS[:2] if "dare" in method else PATHS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["cat", "svd"])
 @for_each(weights=WEIGHTS)
-def test_parity_with_peft_for_unequal_ranks(method: Any, weights: tuple[float, float]) -> None:
+def test_methods_for_unequal_ranks_equal_those_of_peft(method: Any, weights: tuple[float, float]) -> None:
     theirs, ours = peft_with((2, 5))
     merge_with_peft(theirs, weights, method)
     report = diffadapt.adapters(ours).combine(dict(zip("ab", weights, strict=True)), "c", method=method)
@@ -247,6 +250,7 @@ def pipe() -> DiffusionPipeline:
     return pipe
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "weights",
     [
@@ -282,6 +286,7 @@ def test_the_combined_adapter_has_the_layers_of_all(pipe: DiffusionPipeline) -> 
     assert {path for path, rank in ranks.items() if rank == 8} == layers[0] & layers[1]
 
 
+@pytest.mark.slow
 def test_every_method_has_a_different_effect(pipe: DiffusionPipeline, tmp_path: Any) -> None:
     pictures = {"base": draw(pipe)}
     for method, options in OPTIONS.items():

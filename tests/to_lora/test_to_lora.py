@@ -125,6 +125,7 @@ def test_the_lora_of_several_adapters_equals_them_all_active(types: tuple[str, s
     torch.testing.assert_close(case.root(case.input), output, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_the_ranks_of_several_lora_add_up() -> None:
     pipe = models.sd15()
     pipe.load_adapter(spellings.peft_names(loras.parts_for(pipe)), "a", activate=False)
@@ -149,6 +150,7 @@ def options_for_unet(adapter_type: AdapterType) -> dict[str, Any]:
     return {**options, **({"bias": False} if "bias" in options else {})}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter_type", TYPES, ids=lambda adapter_type: adapter_type.name)
 def test_the_saved_lora_of_every_type_draws_the_same_picture(adapter_type: AdapterType, tmp_path: Any) -> None:
     pipe = models.sd15()
@@ -176,6 +178,7 @@ def test_the_saved_lora_of_every_type_draws_the_same_picture(adapter_type: Adapt
     assert_same(draw(again), picture, 1e-4)
 
 
+@pytest.mark.slow
 def test_strengths_by_prefix_are_followed_and_layers_of_strength_zero_left_out() -> None:
     pipe = models.sd15()
     pipe.load_adapter(spellings.peft_names(loras.parts_for(pipe)), "a")
@@ -472,6 +475,7 @@ def pixel() -> DiffusionPipeline:
     return pipe
 
 
+@pytest.mark.slow
 def test_the_new_lora_is_an_ordinary_adapter(tmp_path: Any) -> None:
     pipe = pixel()
     picture, before = draw(pipe), snapshot(pipe)
@@ -495,7 +499,7 @@ def test_the_report_shows_the_worst_layers_and_the_total() -> None:
     lines = str(report).splitlines()
     worst = max(report.layers, key=lambda row: row.error)
     assert lines[1].split() == [worst.path, "lora", "2", "no", f"{worst.error:.2%}"]
-    assert lines[-1].startswith("b: 88 of 88 layers changed, 0 exact, error")
+    assert lines[-1].startswith(f"b: 88 of 88 layers changed, 0 exact, keeps {1 - report.error**2:.2%} of the energy")
     missing = sum((row.error * row.norm) ** 2 for row in report.layers)
     assert report.error == pytest.approx((missing / sum(row.norm**2 for row in report.layers)) ** 0.5)
     assert 0 < report.error < worst.error

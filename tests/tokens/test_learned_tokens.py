@@ -1,4 +1,4 @@
-"""Learned tokens: a prompt means what it means after diffusers' `load_textual_inversion`, and nothing of them stays."""
+"""Learned tokens: prompts mean the same as after diffusers' `load_textual_inversion`, and removal leaves no trace."""
 
 import copy
 import io
@@ -25,7 +25,6 @@ from tests.support.compare import assert_differs, assert_same, assert_unchanged,
 
 pytestmark = pytest.mark.slow
 
-PARTS = {"": ("text_encoder", "tokenizer"), "_2": ("text_encoder_2", "tokenizer_2")}
 Encoders = Mapping[str, str]
 """Key in files -> suffix of the components."""
 
@@ -41,7 +40,7 @@ def vectors(rows: int, seed: int = 0, width: int = models.WIDTH) -> Tensor:
 
 
 def lora(pipe: DiffusionPipeline) -> dict[str, Tensor]:
-    """A kohya file for one attention of the denoiser."""
+    """Return a kohya file for the queries of the denoiser."""
     name = "unet" if hasattr(pipe, "unet") else "transformer"
     parts = loras.parts_for(pipe, (name,), "to_q", rank=2)
     return spellings.kohya_names(parts, {name: "lora_unet_"})
@@ -52,7 +51,7 @@ def bundle(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def encoded(pipe: DiffusionPipeline, prompt: str) -> list[Tensor]:
-    """Everything that `encode_prompt` makes of a prompt."""
+    """Return everything that `encode_prompt` returns for a prompt."""
     with torch.no_grad():
         if hasattr(pipe, "text_encoder_3"):
             found: Any = pipe.encode_prompt(prompt, None, None, device="cpu")
@@ -71,7 +70,7 @@ def assert_equal(actual: list[Tensor], expected: list[Tensor]) -> None:
 
 
 def words(pipe: DiffusionPipeline) -> dict[str, Any]:
-    """Everything about the tokenizers that a token changes."""
+    """Return everything in the tokenizers that a new token changes."""
     return {
         name: (len(tokenizer), tokenizer.get_vocab(), tokenizer.added_tokens_encoder, tokenizer("a pix <s0>").input_ids)
         for name, tokenizer in pipe.components.items()
@@ -80,10 +79,10 @@ def words(pipe: DiffusionPipeline) -> dict[str, Any]:
 
 
 class Before:
-    """What has to be there again, bit for bit."""
+    """The state of a pipeline that has to be restored, bit for bit."""
 
     def __init__(self, pipe: DiffusionPipeline) -> None:
-        # transformers leaves attributes on modules in their first call.
+        # transformers sets attributes on modules in their first call.
         encoded(pipe, "a fox")
         self.models, self.words = snapshot(pipe), words(pipe)
         self.configs = {name: c.config.to_dict() for name, c in pipe.components.items() if name.startswith("text_enc")}
@@ -115,7 +114,7 @@ def assert_as_diffusers(
     assert_differs(actual[0], base[0])
 
 
-# What a prompt means
+# Prompts
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -137,7 +136,7 @@ def test_prompts_are_encoded_as_after_load_textual_inversion(family: str, rows: 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_prompts_without_the_token_are_as_before(family: str) -> None:
+def test_prompts_without_the_token_are_encoded_as_before(family: str) -> None:
     build, encoders = FAMILIES[family]
     pipe = build()
     base = encoded(pipe, "a fox")
@@ -145,7 +144,7 @@ def test_prompts_without_the_token_are_as_before(family: str) -> None:
     assert_equal(encoded(pipe, "a fox"), base)
 
 
-def test_a_modular_pipeline_and_the_picture() -> None:
+def test_a_modular_pipeline_draws_the_same_as_after_load_textual_inversion() -> None:
     pipe, plain = models.sdxl_modular(), models.sdxl_modular()
     tokens = {"pix": {"clip_l": vectors(2), "clip_g": vectors(2, 1)}}
     pipe.load_adapter(bundle(tokens), "a")
@@ -160,7 +159,7 @@ def test_a_modular_pipeline_and_the_picture() -> None:
     assert torch.equal(models.draw(plain, prompt="a pix fox"), picture)
 
 
-def test_a_pipeline_that_does_not_spell_prompts_out() -> None:
+def test_a_pipeline_that_does_not_expand_tokens_gets_all_vectors() -> None:
     """Stable Diffusion 3 has no `maybe_convert_prompt`."""
     pipe, oracle = models.sd3(), models.sd3()
     before = Before(pipe)
@@ -181,7 +180,7 @@ def test_a_pipeline_that_does_not_spell_prompts_out() -> None:
     before.assert_there(pipe)
 
 
-def test_a_pipeline_without_text_inversions_knows_every_name() -> None:
+def test_tokens_of_a_pipeline_without_textual_inversion_have_all_names() -> None:
     pipe = models.sd3()
     before = Before(pipe)
     base = pipe.text_encoder_3.get_input_embeddings().weight[:1].detach()
@@ -196,8 +195,8 @@ def test_a_pipeline_without_text_inversions_knows_every_name() -> None:
     before.assert_there(pipe)
 
 
-def test_tokens_behind_spare_rows_of_the_weight() -> None:
-    """T5 has more rows than tokens: the new ids are rows of the weight already."""
+def test_new_ids_that_are_spare_rows_of_the_weight_do_not_change_it() -> None:
+    """The weight of T5 has more rows than there are tokens."""
     pipe = models.flux()
     tokenizer, embedding = pipe.tokenizer_2, pipe.text_encoder_2.get_input_embeddings()
     assert len(tokenizer) < embedding.num_embeddings
@@ -240,7 +239,7 @@ FILES: dict[str, tuple[str, dict[str, Tensor], Mapping[str, Mapping[str, Tensor]
 
 
 @pytest.mark.parametrize("case", FILES)
-def test_files_of_nothing_but_tokens(case: str, tmp_path: Path) -> None:
+def test_files_with_tokens_only_are_loaded(case: str, tmp_path: Path) -> None:
     name, tensors, tokens = FILES[case]
     path = saved(tmp_path, name, tensors)
     pipe = models.sdxl()
@@ -259,7 +258,7 @@ def test_files_of_nothing_but_tokens(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("spell", [spellings.kohya_names, spellings.peft_names, spellings.old_names])
-def test_tokens_beside_layers_of_any_dialect(spell: Callable[..., dict[str, Tensor]]) -> None:
+def test_tokens_are_loaded_together_with_layers_of_any_dialect(spell: Callable[..., dict[str, Tensor]]) -> None:
     pipe = models.sd15()
     report = pipe.load_adapter({**spell(loras.parts_for(pipe, ("unet",))), "<s1>": vectors(1)[0]}, "a")
     assert report.unused == []
@@ -267,22 +266,21 @@ def test_tokens_beside_layers_of_any_dialect(spell: Callable[..., dict[str, Tens
     assert_as_diffusers(pipe, models.sd15(), {"<s1>": {"clip_l": vectors(1)}}, {"clip_l": ""}, "a <s1> fox")
 
 
-def test_a_state_dict_has_the_adapters_name_for_its_token() -> None:
+def test_a_nameless_token_in_a_state_dict_is_named_after_the_adapter() -> None:
     pipe = models.sd15()
     assert pipe.load_adapter({"clip_l": vectors(2)}, "my-cat").tokens == {"my-cat": 2}
     with pytest.raises(AdapterError, match="does not say its token; pass it as name="):
         pipe.load_adapter({"clip_l": vectors(2)})
 
 
-def test_of_width_alone_the_encoder_is_told() -> None:
+def test_the_width_of_a_vector_tells_its_text_encoder() -> None:
     pipe = models.sd3()
-    wide = vectors(1, width=2 * models.WIDTH)
-    pipe.load_adapter({"<a>": wide[0]})
+    pipe.load_adapter({"<a>": vectors(1, width=2 * models.WIDTH)[0]})
     assert "<a>" in pipe.tokenizer_3.get_vocab()
     assert "<a>" not in pipe.tokenizer.get_vocab()
 
 
-def test_numbers_come_in_the_dtype_that_the_encoder_computes_in() -> None:
+def test_vectors_get_the_dtype_in_which_the_text_encoder_computes() -> None:
     pipe = models.sd15()
     pipe.text_encoder.to(torch.bfloat16)
     report = pipe.load_adapter({"<a>": vectors(1), "<b>": vectors(1, 1)})
@@ -293,11 +291,15 @@ def test_numbers_come_in_the_dtype_that_the_encoder_computes_in() -> None:
     assert torch.equal(embedded, torch.cat([vectors(1), vectors(1, 1).half()]).bfloat16())
 
 
-# Vectors for what the text encoder gives
+# Vectors that replace outputs of the text encoder
 
 
 def with_outputs(pipe: DiffusionPipeline, outputs: Mapping[str, Tensor]) -> None:
-    """OneTrainer's formula: tokens' embeddings are zero, and their outputs are replaced, by suffix of the encoder."""
+    """Follow OneTrainer: the embeddings of tokens are zero, and their outputs are replaced.
+
+    Args:
+        outputs: Suffix of the text encoder -> outputs of the token.
+    """
     for suffix, rows in outputs.items():
         tokenizer, encoder = getattr(pipe, f"tokenizer{suffix}"), getattr(pipe, f"text_encoder{suffix}")
         names = ["pix", "pix_1"][: len(rows)]
@@ -322,13 +324,13 @@ OUTPUTS = {"sd15": {"clip_l": ""}, "sdxl": {"clip_l": "", "clip_g": "_2"}, "flux
 
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("family", OUTPUTS)
-def test_outputs_of_the_text_encoder_are_replaced(family: str, zeros: bool, tmp_path: Path) -> None:
+def test_vectors_can_replace_outputs_of_the_text_encoder(family: str, zeros: bool, tmp_path: Path) -> None:
     build, encoders = FAMILIES[family][0], OUTPUTS[family]
     pipe, oracle = build(), build()
     before, base = Before(pipe), encoded(pipe, "a pix fox")
     tokens = {f"{key}_out": vectors(2, seed) for seed, key in enumerate(encoders)}
     if zeros:
-        # OneTrainer saves them, too.
+        # OneTrainer saves these zeros, too.
         tokens |= {key: torch.zeros(2, models.WIDTH) for key in encoders}
     file = bundle({"pix": tokens})
     report = pipe.load_adapter(file, "a")
@@ -351,7 +353,7 @@ def test_outputs_of_the_text_encoder_are_replaced(family: str, zeros: bool, tmp_
         assert_equal(encoded(pipe, "a pix fox"), found)
 
 
-def test_other_numbers_of_vectors_and_outputs_are_refused() -> None:
+def test_different_numbers_of_vectors_and_outputs_are_refused() -> None:
     pipe = models.sd15()
     before = Before(pipe)
     with pytest.raises(AdapterError, match="1 vectors, and 2 for what the text encoder gives"):
@@ -368,7 +370,7 @@ def test_the_same_token_with_other_outputs_is_refused() -> None:
             pipe.load_adapter(bundle({"pix": other}), "c")
 
 
-# Faults: nothing is installed if anything is wrong
+# Faults: nothing is installed if there is one
 
 
 FAULTS: dict[str, tuple[dict[str, Tensor], str]] = {
@@ -393,7 +395,7 @@ FAULTS: dict[str, tuple[dict[str, Tensor], str]] = {
 
 
 @pytest.mark.parametrize("case", FAULTS)
-def test_a_fault_leaves_everything_as_it_was(case: str) -> None:
+def test_a_fault_changes_nothing(case: str) -> None:
     tensors, message = FAULTS[case]
     pipe = models.sd15()
     before = Before(pipe)
@@ -407,7 +409,7 @@ def test_a_fault_leaves_everything_as_it_was(case: str) -> None:
         before.assert_there(pipe)
 
 
-def test_a_failure_after_planning_takes_back_what_was_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_during_installation_removes_what_was_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = models.sdxl()
     before = Before(pipe)
     tensors = {**lora(pipe), **bundle({"pix": {"clip_l": vectors(2), "clip_g": vectors(2)}})}
@@ -421,8 +423,8 @@ def test_a_failure_after_planning_takes_back_what_was_installed(monkeypatch: pyt
     before.assert_there(pipe)
 
 
-def test_a_token_that_another_adapter_brought() -> None:
-    """With the same vectors it is the same token, and stays until the last of them goes."""
+def test_adapters_share_a_token_if_its_vectors_are_the_same() -> None:
+    """The token stays until the last of these adapters is removed."""
     pipe = models.sd15()
     before = Before(pipe)
     pipe.load_adapter(bundle({"pix": {"clip_l": vectors(2)}}), "a")
@@ -446,28 +448,30 @@ def test_a_token_that_another_adapter_brought() -> None:
 
 
 @pytest.mark.parametrize("build", [models.sd15, models.flux])
-@pytest.mark.parametrize("gone", ["a", "b", "c"])
-def test_the_others_keep_their_tokens(gone: str, build: Callable[[], DiffusionPipeline]) -> None:
+@pytest.mark.parametrize("removed", ["a", "b", "c"])
+def test_the_removal_of_an_adapter_leaves_the_tokens_of_others(
+    removed: str, build: Callable[[], DiffusionPipeline]
+) -> None:
     pipe = build()
     before = Before(pipe)
     for seed, name in enumerate("abc"):
         key = {"clip_l": vectors(2, seed), **({"t5": vectors(1, seed)} if hasattr(pipe, "tokenizer_2") else {})}
         pipe.load_adapter(bundle({f"<{name}>": key}), name)
-    left = [name for name in "abc" if name != gone]
+    left = [name for name in "abc" if name != removed]
     prompt = " ".join(f"<{name}>" for name in left)
     expected = encoded(pipe, prompt)
-    pipe.adapters.remove(gone)
+    pipe.adapters.remove(removed)
     assert_equal(encoded(pipe, prompt), expected)
-    assert f"<{gone}>" not in pipe.tokenizer.get_vocab()
+    assert f"<{removed}>" not in pipe.tokenizer.get_vocab()
     assert len(pipe.tokenizer) == 54 + 4
     assert sorted(pipe.tokenizer.get_vocab().values()) == list(range(54 + 4))
-    pipe.load_adapter(bundle({f"<{gone}>": {"clip_l": vectors(1, 9)}}), "again")
+    pipe.load_adapter(bundle({f"<{removed}>": {"clip_l": vectors(1, 9)}}), "again")
     assert_equal(encoded(pipe, prompt), expected)
     pipe.adapters.clear()
     before.assert_there(pipe)
 
 
-def test_tokens_that_diffusers_loaded_before_stay() -> None:
+def test_tokens_that_diffusers_loaded_before_are_kept() -> None:
     pipe = models.sd15()
     pipe.load_textual_inversion({"theirs": vectors(2, 7)})
     before, expected = Before(pipe), encoded(pipe, "a theirs fox")
@@ -480,7 +484,7 @@ def test_tokens_that_diffusers_loaded_before_stay() -> None:
     assert_equal(encoded(pipe, "a theirs fox"), expected)
 
 
-def test_tokens_that_diffusers_loads_and_unloads_meanwhile() -> None:
+def test_diffusers_can_load_and_unload_tokens_while_an_adapter_has_some() -> None:
     pipe = models.sd15()
     pipe.load_textual_inversion({"first": vectors(1, 7)})
     pipe.load_adapter({**lora(pipe), **bundle({"pix": {"clip_l": vectors(2)}})}, "a")
@@ -498,7 +502,7 @@ def test_tokens_that_diffusers_loads_and_unloads_meanwhile() -> None:
     assert encoded(pipe, "a pix fox")[0].isfinite().all()
 
 
-# Beside everything else that happens to a text encoder
+# Together with everything else that changes a text encoder
 
 
 def embedding_adapter(pipe: DiffusionPipeline) -> dict[str, Tensor]:
@@ -511,8 +515,8 @@ def embedding_adapter(pipe: DiffusionPipeline) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("tokens_first", [True, False])
-def test_an_adapter_on_the_token_embedding(tokens_first: bool) -> None:
-    """It acts on the tokens it was made for, in whichever order the two come and go."""
+def test_an_adapter_on_the_token_embedding_leaves_learned_tokens_alone(tokens_first: bool) -> None:
+    """Both may be loaded and removed in any order."""
     pipe = models.sd15()
     before = Before(pipe)
     steps = [
@@ -554,7 +558,7 @@ HOOKS: dict[str, Callable[[DiffusionPipeline], Any]] = {
 
 @pytest.mark.parametrize("hook_first", [True, False])
 @pytest.mark.parametrize("hook", HOOKS)
-def test_under_casting_and_offloading(hook: str, hook_first: bool) -> None:
+def test_tokens_work_under_casting_and_offloading(hook: str, hook_first: bool) -> None:
     pipe, plain = models.sd15(), models.sd15()
     if hook == "layerwise casting":
         HOOKS[hook](plain)
@@ -573,7 +577,7 @@ def test_under_casting_and_offloading(hook: str, hook_first: bool) -> None:
     assert_equal(encoded(pipe, "a fox"), base)
 
 
-def test_saved_models_and_loaded_weights_are_the_base_models() -> None:
+def test_the_state_dict_and_the_config_stay_those_of_the_base_model() -> None:
     pipe, plain = models.sd15(), models.sd15()
     pipe.load_adapter(bundle({"pix": {"clip_l": vectors(2)}}), "a")
     assert pipe.text_encoder.state_dict().keys() == plain.text_encoder.state_dict().keys()
@@ -583,7 +587,7 @@ def test_saved_models_and_loaded_weights_are_the_base_models() -> None:
     assert_equal(encoded(pipe, "a pix fox"), expected)
 
 
-def test_a_copied_pipeline_has_its_own_tokens() -> None:
+def test_a_copy_of_a_pipeline_has_its_own_tokens() -> None:
     pipe = models.sd15()
     pipe.load_adapter(bundle({"pix": {"clip_l": vectors(2)}}), "a")
     expected = encoded(pipe, "a pix fox")
@@ -610,7 +614,7 @@ def test_a_pickled_text_encoder_keeps_its_tokens() -> None:
     assert type(pipe.text_encoder.get_input_embeddings()) is torch.nn.Embedding
 
 
-def test_two_pipelines_over_the_same_models_share_tokens() -> None:
+def test_two_pipelines_with_the_same_models_share_tokens() -> None:
     pipe = models.sd15()
     before = Before(pipe)
     other = type(pipe)(**pipe.components, requires_safety_checker=False)
@@ -621,7 +625,7 @@ def test_two_pipelines_over_the_same_models_share_tokens() -> None:
     before.assert_there(pipe)
 
 
-def test_two_text_encoders_with_one_tokenizer() -> None:
+def test_two_text_encoders_can_share_a_tokenizer() -> None:
     pipe = models.sdxl()
     pipe.tokenizer_2 = pipe.tokenizer
     tokens = {"pix": {"clip_l": vectors(2), "clip_g": vectors(2, 1)}}
@@ -635,7 +639,7 @@ def test_two_text_encoders_with_one_tokenizer() -> None:
     assert len(pipe.tokenizer) == 54
 
 
-def test_a_compiled_text_encoder_sees_new_ids() -> None:
+def test_a_compiled_text_encoder_follows_new_ids() -> None:
     pipe = models.sd15()
     for seed, name in enumerate("ab"):
         pipe.load_adapter(bundle({f"<{name}>": {"clip_l": vectors(1, seed)}}), name)
@@ -651,10 +655,10 @@ def test_a_compiled_text_encoder_sees_new_ids() -> None:
     assert_same(embedded(), expected, 1e-6)
 
 
-# One model, parts of a file
+# Single models
 
 
-def test_the_denoiser_alone_leaves_tokens_aside() -> None:
+def test_tokens_are_not_used_if_their_text_encoder_was_not_asked_for() -> None:
     pipe = models.sd15()
     tensors = {**lora(pipe), **bundle({"pix": {"clip_l": vectors(1)}})}
     report = diffadapt.load_adapter(pipe.unet, tensors, "a")
@@ -677,14 +681,14 @@ def test_a_text_encoder_without_a_tokenizer_is_refused() -> None:
 def test_the_table_and_the_adapters_of_one_model_show_tokens() -> None:
     pipe = models.sd15()
     pipe.load_adapter({**lora(pipe), "<a>": vectors(1)}, "a")
-    assert "lora,tokens" in repr(pipe.adapters)
+    assert "lora,tokens" in str(pipe.adapters)
     before = words(models.sd15())
     diffadapt.adapters(pipe.text_encoder).remove("a")
     assert words(pipe) == before
     assert pipe.adapters["a"].tokens == {}
 
 
-def test_what_else_is_done_with_adapters_leaves_tokens_out() -> None:
+def test_other_operations_on_adapters_leave_tokens_alone() -> None:
     pipe = models.sd15()
     pipe.load_adapter({**lora(pipe), "<a>": vectors(1)}, "a")
     pipe.load_adapter({"<b>": vectors(1, 1)}, "b", scale=0.5)
@@ -701,7 +705,7 @@ def test_what_else_is_done_with_adapters_leaves_tokens_out() -> None:
         pipe.adapters.to_lora("b", "nothing")
 
 
-# Writing
+# Saving
 
 
 @pytest.mark.parametrize("format", ["kohya", "onetrainer", "comfy"])
@@ -720,7 +724,7 @@ def test_saved_tokens_are_loaded_again(format: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("format", ["diffusers", "peft"])
-def test_formats_without_a_place_for_tokens_say_so(format: str, tmp_path: Path) -> None:
+def test_formats_that_cannot_express_tokens_refuse_them(format: str, tmp_path: Path) -> None:
     pipe = models.sd15()
     pipe.load_adapter({**lora(pipe), "<a>": vectors(1)}, "a")
     with pytest.raises(AdapterError, match=r"no place for the learned tokens \(<a>\); use 'kohya'"):
@@ -728,7 +732,7 @@ def test_formats_without_a_place_for_tokens_say_so(format: str, tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_tokens_alone_are_saved_too(tmp_path: Path) -> None:
+def test_an_adapter_with_tokens_only_is_saved(tmp_path: Path) -> None:
     pipe = models.sd15()
     pipe.load_adapter({"<a>": vectors(1)}, "a")
     path = pipe.adapters.save("a", tmp_path / "a.safetensors", format="kohya")
@@ -755,7 +759,7 @@ TOKENIZERS = [models.clip_tokenizer, models.t5_tokenizer, ByT5Tokenizer]
 
 
 @pytest.mark.parametrize("build", TOKENIZERS)
-def test_added_tokens_are_taken_out_of_fast_and_slow_tokenizers(build: Callable[[], Any]) -> None:
+def test_added_tokens_are_removed_from_fast_and_slow_tokenizers(build: Callable[[], Any]) -> None:
     tokenizer, plain = build(), build()
     vocabulary.add_(tokenizer, ["<a>", "<b>", "<c>"])
     size = len(plain)
@@ -773,8 +777,8 @@ def test_added_tokens_are_taken_out_of_fast_and_slow_tokenizers(build: Callable[
 
 
 @pytest.mark.parametrize("build", TOKENIZERS)
-def test_tokenizers_spell_tokens_of_several_vectors_out(build: Callable[[], Any], tmp_path: Path) -> None:
-    tokenizer, plain, kind = build(), build(), type(build())
+def test_tokenizers_expand_tokens_of_several_vectors(build: Callable[[], Any], tmp_path: Path) -> None:
+    tokenizer, plain, tokenizer_class = build(), build(), type(build())
     for each in (tokenizer, plain):
         vocabulary.add_(each, ["<p>", "<p>_1", "<p>_2", "<q>"])
     vocabulary.spell_out_(tokenizer, {"<p>": ("<p>_1", "<p>_2")})
@@ -792,13 +796,13 @@ def test_tokenizers_spell_tokens_of_several_vectors_out(build: Callable[[], Any]
     assert tokenizer("a <p> b <q>").input_ids == wanted
     for twin in (copy.deepcopy(tokenizer), pickle.loads(pickle.dumps(tokenizer))):
         assert twin("a <p> b <q>").input_ids == wanted
-        assert isinstance(twin, kind)
+        assert isinstance(twin, tokenizer_class)
     tokenizer.save_pretrained(tmp_path)
-    assert type(kind.from_pretrained(tmp_path)) is kind
+    assert type(tokenizer_class.from_pretrained(tmp_path)) is tokenizer_class
     vocabulary.remove_(tokenizer, {"<q>"})
     assert len(tokenizer("<p>", add_special_tokens=False).input_ids) == 3
     vocabulary.remove_(tokenizer, {"<p>", "<p>_1", "<p>_2"})
-    assert type(tokenizer) is kind
+    assert type(tokenizer) is tokenizer_class
     assert tokenizer.get_vocab() == build().get_vocab()
     assert tokenizer("a <p> b").input_ids == build()("a <p> b").input_ids
     assert tokenizer.__dict__.keys() == build().__dict__.keys()

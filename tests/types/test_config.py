@@ -1,4 +1,4 @@
-"""Settings of new adapters: what they mean for each layer, and what is refused instead of ignored."""
+"""Settings of new adapters: what they mean for each layer, and which are refused."""
 
 import re
 from collections.abc import Callable
@@ -26,7 +26,7 @@ class Block(nn.Module):
 
 
 class Nested(nn.Module):
-    """The names of PEFT's own examples for patterns."""
+    """A model with the names of PEFT's examples for patterns."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,15 +62,17 @@ def given() -> Tensor:
         ({r"module\.(module\.)?foo": 7}, {"module.foo": 7, "module.module.foo": 7}),
     ],
 )
-def test_patterns(given_patterns: dict[str, int], expected: dict[str, int]) -> None:
+def test_patterns_match_whole_names_at_the_end_of_paths(
+    given_patterns: dict[str, int], expected: dict[str, int]
+) -> None:
     paths = ("foo", "module.foo", "module.module.foo")
     found = {path: patterns.value(given_patterns, path) for path in paths}
     assert {path: value for path, value in found.items() if value is not None} == expected
 
 
-@pytest.mark.parametrize(("kind", "down"), [(LORA, "lora_down"), (LOHA, "hada_w1_b")])
-def test_ranks_and_alphas_by_pattern(kind: Any, down: str) -> None:
-    config = kind(
+@pytest.mark.parametrize(("config_class", "down"), [(LORA, "lora_down"), (LOHA, "hada_w1_b")])
+def test_ranks_and_alphas_follow_patterns(config_class: Any, down: str) -> None:
+    config = config_class(
         rank=2, alpha=4, target_modules=["foo"], rank_pattern={"^foo": 1, "module.foo": 3}, alpha_pattern={"^foo": 5}
     )
     adapter = diffadapt.add_adapter(nested(), config)
@@ -87,10 +89,10 @@ def test_ranks_and_alphas_by_pattern(kind: Any, down: str) -> None:
     assert adapter.layers["foo"].tensors[down].shape[0] == 1
 
 
-def test_rank_stabilised_scale_follows_the_pattern() -> None:
-    config = LORA(rank=4, alpha=8, rank_stabilized=True, target_modules=["foo"], rank_pattern={"^foo": 16})
+def test_a_rank_stabilized_scale_follows_the_pattern() -> None:
+    config = LORA(rank=4, alpha=8, rank_stabilized=True, target_modules=["foo"], rank_pattern={"^foo": 8})
     adapter = diffadapt.add_adapter(nested(), config)
-    assert adapter.layers["foo"].scale == pytest.approx(8 / 16**0.5)
+    assert adapter.layers["foo"].scale == pytest.approx(8 / 8**0.5)
     assert adapter.layers["module.foo"].scale == pytest.approx(8 / 4**0.5)
 
 
@@ -104,7 +106,7 @@ def test_rank_stabilised_scale_follows_the_pattern() -> None:
         ("all-linear", r".*bar.*", {"foo", "module.foo", "module.module.foo"}),
     ],
 )
-def test_targets(wanted: Any, excluded: Any, expected: set[str]) -> None:
+def test_target_modules_and_exclude_modules_choose_the_layers(wanted: Any, excluded: Any, expected: set[str]) -> None:
     config = LORA(rank=2, target_modules=wanted, exclude_modules=excluded)
     model = nested()
     assert set(diffadapt.add_adapter(model, config, "a").layers) == expected
@@ -152,7 +154,7 @@ REFUSED: dict[str, tuple[Callable[[], AdapterConfig], str]] = {
     ),
     "one term": (lambda: OFT(block_size=2, neumann_terms=1, target_modules=["foo"]), "neumann_terms is 1"),
     "radius": (lambda: OFT(block_size=2, coft_eps=-1.0, target_modules=["foo"]), "coft_eps is -1.0"),
-    # Of the layers
+    # Settings that do not fit the layers
     "rank pattern that names nothing": (
         lambda: LORA(rank=2, target_modules=["foo"], rank_pattern={"fo": 3}),
         "rank_pattern: 'fo' names none of the 3",
@@ -189,7 +191,7 @@ def test_refused_settings_change_nothing(name: str) -> None:
     assert {path: (type(module), sorted(vars(module))) for path, module in model.named_modules()} == before
 
 
-def test_unknown_options_are_no_settings() -> None:
+def test_unknown_options_and_the_base_class_are_refused() -> None:
     with pytest.raises(TypeError):
         LORA(rank=2, target_modules=["foo"], lora_alpha=3)  # type: ignore[call-arg]
     with pytest.raises(AdapterError, match="AdapterConfig belongs to no adapter type"):
@@ -197,7 +199,7 @@ def test_unknown_options_are_no_settings() -> None:
 
 
 @pytest.mark.parametrize("init", [True, "gaussian", False])
-def test_lora_init(init: bool | str) -> None:
+def test_init_of_a_lora_decides_its_first_values(init: bool | str) -> None:
     model = nested()
     base = model(given())
     adapter = diffadapt.add_adapter(model, LORA(rank=8, target_modules=["foo"], init=init))
@@ -209,13 +211,13 @@ def test_lora_init(init: bool | str) -> None:
     assert torch.equal(model(given()), base) == bool(init)
 
 
-def test_default_generator_is_seeded_and_the_global_one_untouched() -> None:
+def test_the_default_generator_is_seeded_and_the_global_one_untouched() -> None:
+    models = [nested() for _ in range(3)]
     state = torch.get_rng_state()
-    first, second = (diffadapt.add_adapter(nested(), LORA(rank=2, target_modules=["foo"])) for _ in range(2))
-    other = diffadapt.add_adapter(
-        nested(), LORA(rank=2, target_modules=["foo"], generator=torch.Generator().manual_seed(9))
-    )
-    assert torch.equal(torch.get_rng_state(), state) is False  # nested() itself draws
+    first, second = (diffadapt.add_adapter(model, LORA(rank=2, target_modules=["foo"])) for model in models[:2])
+    generator = torch.Generator().manual_seed(9)
+    other = diffadapt.add_adapter(models[2], LORA(rank=2, target_modules=["foo"], generator=generator))
+    assert torch.equal(torch.get_rng_state(), state)
     tensors = [adapter.layers["foo"].tensors["lora_down"] for adapter in (first, second, other)]
     assert torch.equal(tensors[0], tensors[1])
     assert not torch.equal(tensors[0], tensors[2])
@@ -257,7 +259,7 @@ def test_input_and_rank_dropout_keep_the_mean() -> None:
             torch.manual_seed(0)
             model.train()
             mean = torch.stack([model(given()).detach() - base for _ in range(2000)]).mean(0)
-        # The layer is left out, and its change is not made up for, as in LyCORIS.
+        # Module dropout does not rescale the remaining changes, as in LyCORIS.
         expected = full * 0.5 if option == "module_dropout" else full
         assert (mean - expected).abs().max() < 0.15 * full.abs().max(), option
         assert adapter.layers["0"].training
@@ -273,8 +275,26 @@ def test_block_dropout_leaves_the_other_blocks_rotated() -> None:
     seen: set[str] = set()
     for start in range(0, 8, 2):
         block = slice(start, start + 2)
-        kept = torch.allclose(trained[:, block], full[:, block], atol=1e-6)
-        assert kept or torch.allclose(trained[:, block], base[:, block], atol=1e-6)
-        seen.add("kept" if kept else "dropped")
-    assert seen == {"kept", "dropped"}
+        is_rotated = torch.allclose(trained[:, block], full[:, block], atol=1e-6)
+        assert is_rotated or torch.allclose(trained[:, block], base[:, block], atol=1e-6)
+        seen.add("rotated" if is_rotated else "dropped")
+    assert seen == {"rotated", "dropped"}
     assert_differs(full, base)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 1.5}, "rank is 1.5, expected a whole number, at least 1"),
+        ({"rank": "a"}, "rank is 'a', expected a whole number, at least 1"),
+        ({"rank": True}, "rank is True, expected a whole number"),
+        ({"rank": 100_000}, r"foo: rank is 100000, expected at most 8 for a weight of shape \(8, 8\)"),
+        ({"rank": 4, "rank_pattern": {"foo": 2.5}}, "rank is 2.5, expected a whole number"),
+        ({"rank": 4, "alpha": float("nan")}, "alpha is nan, expected a finite number"),
+        ({"rank": 4, "alpha": "8"}, "alpha is '8', expected a finite number"),
+        ({"rank": 4, "dropout": "a"}, "dropout is 'a', expected 0 <= dropout < 1"),
+    ],
+)
+def test_numbers_that_cannot_mean_anything_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(diffadapt.AdapterError, match=message):
+        diffadapt.add_adapter(nested(), LORA(target_modules=["foo"], **options))

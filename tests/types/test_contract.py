@@ -198,7 +198,7 @@ def test_gradients_are_those_of_finite_differences(variant: Variant, layer: str)
     adapter_layer = adapter.layers["0"]
 
     def output(*values: Tensor) -> Tensor:
-        parameters = {f"diffadapt.a.0.{name}": value for name, value in zip(names, values, strict=True)}
+        parameters = {f"diffadapt.a.0/.{name}": value for name, value in zip(names, values, strict=True)}
         return torch.func.functional_call(case.root, parameters, (case.input,))
 
     assert len(adapter_layer.tensors) == len(tensors)
@@ -237,7 +237,7 @@ def test_a_loaded_state_dict_restores_the_output(variant: Variant, layer: str) -
     adapter = case.attach(case.random())
     output = case.root(case.input)
     state = {name: tensor.clone() for name, tensor in adapter.state_dict().items()}
-    assert sorted(state) == sorted(f"0.{name}" for name in adapter.layers["0"].tensors)
+    assert sorted(state) == sorted(f"0/.{name}" for name in adapter.layers["0"].tensors)
     with torch.no_grad():
         for parameter in adapter.parameters():
             parameter.zero_()

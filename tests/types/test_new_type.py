@@ -1,4 +1,4 @@
-"""A new adapter type is one file and one line: this is the file, and the registration stands for the line."""
+"""A new adapter type is one file and one line: this is the file, and the fixture `registered` stands for the line."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,10 +25,10 @@ from tests.support.models import draw
 
 @dataclass(frozen=True, kw_only=True)
 class OuterConfig(AdapterConfig):
-    """The outer product of two vectors for new adapters.
+    """Settings of adapters whose change is the outer product of two vectors.
 
     Attributes:
-        spread: standard deviation of the first vector.
+        spread: The standard deviation of the first vector.
     """
 
     spread: float = 1.0
@@ -80,12 +80,13 @@ OUTER = AdapterType(
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(types, "TYPES", (*types.TYPES, OUTER))
-    # Made from the registry when the module is imported.
+    # This table is made from the registry when the module is imported.
     for name in OUTER.tensors:
         monkeypatch.setitem(suffixes._SPELLINGS, name, name)
 
 
-def test_it_trains_saves_loads_merges_and_leaves(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_new_type_is_trained_saved_loaded_merged_and_removed(tmp_path: Path) -> None:
     pipe = models.sd15()
     base = draw(pipe)
     before = snapshot(pipe)
@@ -112,7 +113,7 @@ def test_it_trains_saves_loads_merges_and_leaves(tmp_path: Path) -> None:
     assert_unchanged(pipe, before)
 
 
-def test_its_faults_are_named() -> None:
+def test_faults_of_a_new_type_are_reported_by_layer() -> None:
     pipe = models.sd15()
     path = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     with pytest.raises(AdapterError, match=r"attn1\.to_q: outer_v has shape \(3,\), expected \(8,\)"):

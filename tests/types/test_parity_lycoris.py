@@ -1,4 +1,4 @@
-"""LoRA, LoHa and LoKr against LyCORIS, on random tensors of every variant."""
+"""LoRA, LoHa and LoKr against LyCORIS, with random tensors of every variant."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,9 +20,9 @@ Draw = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """Tensors of one variant for a layer, and the weight change LyCORIS makes of them."""
+    """A variant of an adapter type for a layer, and the weight change that LyCORIS computes."""
 
-    kind: AdapterType
+    adapter_type: AdapterType
     layer: Callable[[], nn.Module]
     shapes: dict[str, tuple[int, ...]]
     reference: Callable[[dict[str, Tensor]], Tensor]
@@ -47,7 +47,7 @@ def _loha(t: dict[str, Tensor]) -> Tensor:
 
 def _lokr(t: dict[str, Tensor]) -> Tensor:
     names = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
-    # The function divides by the columns of the first `a` factor.
+    # The function divides by the number of columns of the first `a` factor.
     rank = next((t[name].shape[1] for name in ("lokr_w1_a", "lokr_w2_a") if name in t), 1)
     return functional.lokr.diff_weight(*(t.get(name) for name in names), gamma=rank)
 
@@ -99,23 +99,23 @@ def drawn(case: Case) -> tuple[dict[str, Tensor], Tensor]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_delta_weight_and_output(name: str) -> None:
+def test_weight_change_and_output_are_those_of_lycoris(name: str) -> None:
     case = CASES[name]
     spec = LayerSpec.of(case.layer())
     assert spec is not None
     tensors, input = drawn(case)
     expected = case.reference(tensors).view(spec.weight_shape)
-    fitted = case.kind.fit(tensors, spec)
-    delta = case.kind.delta_weight(fitted, spec)
+    fitted = case.adapter_type.fit(tensors, spec)
+    delta = case.adapter_type.delta_weight(fitted, spec)
     torch.testing.assert_close(delta, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
-    output = case.kind.delta_output(fitted, spec, input=input, gate=torch.tensor(0.5))
+    output = case.adapter_type.delta_output(fitted, spec, input=input, gate=torch.tensor(0.5))
     reference = 0.5 * spec.op(input, expected)
     torch.testing.assert_close(output, reference, rtol=1e-5, atol=1e-5 * float(reference.abs().max()))
     assert (delta.flip(0) - expected).norm() > 0.5 * expected.norm()
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_gradients_of_the_factored_path_equal_those_of_the_weight(name: str) -> None:
+def test_gradients_of_the_factored_path_are_those_of_the_weight(name: str) -> None:
     case = CASES[name]
     spec = LayerSpec.of(case.layer())
     assert spec is not None
@@ -123,12 +123,12 @@ def test_gradients_of_the_factored_path_equal_those_of_the_weight(name: str) -> 
     gradients: list[list[Tensor]] = []
     for factored in (True, False):
         leaves = {key: tensor.double().requires_grad_() for key, tensor in tensors.items()}
-        fitted, x = case.kind.fit(leaves, spec), input.double()
+        fitted, x = case.adapter_type.fit(leaves, spec), input.double()
         gate = torch.tensor(0.5, dtype=torch.float64)
         if factored:
-            output = case.kind.delta_output(fitted, spec, input=x, gate=gate)
+            output = case.adapter_type.delta_output(fitted, spec, input=x, gate=gate)
         else:
-            output = spec.op(x, case.kind.delta_weight(fitted, spec)) * gate
+            output = spec.op(x, case.adapter_type.delta_weight(fitted, spec)) * gate
         output.pow(2).sum().backward()
         gradients.append([leaf.grad for leaf in leaves.values() if leaf.grad is not None])
     for ours, reference in zip(*gradients, strict=True):

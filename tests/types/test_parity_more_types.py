@@ -109,7 +109,7 @@ def dense_boft(blocks: Tensor, size: int) -> Tensor:
 
 @pytest.mark.parametrize("factors", [1, 2, 3])
 @for_each(layer=LAYERS)
-def test_boft_of_peft_equals_dense_butterflies(layer: str, factors: int) -> None:
+def test_a_boft_of_peft_equals_dense_butterflies(layer: str, factors: int) -> None:
     module, input = made(layer)
     columns = module.weight[0].numel()
     tensors = {"boft_R": torch.randn(factors, columns // 4, 4, 4), "boft_s": 1 + 0.3 * torch.randn(16, 1)}
@@ -131,7 +131,7 @@ def test_boft_of_peft_equals_dense_butterflies(layer: str, factors: int) -> None
 
 @pytest.mark.parametrize(("size", "rescaled", "constraint"), [(4, False, 0.0), (2, True, 0.0), (8, True, 0.05)])
 @for_each(layer=LAYERS)
-def test_boft_of_lycoris(layer: str, size: int, rescaled: bool, constraint: float) -> None:
+def test_a_boft_of_lycoris_is_equal(layer: str, size: int, rescaled: bool, constraint: float) -> None:
     module, input = made(layer)
     theirs = lycoris.ButterflyOFTModule("x", module, lora_dim=size, rescaled=rescaled, constraint=constraint)
     nn.init.normal_(theirs.oft_blocks)
@@ -156,7 +156,7 @@ def test_boft_of_lycoris(layer: str, size: int, rescaled: bool, constraint: floa
 
 @pytest.mark.parametrize("on_input", [False, True])
 @for_each(layer=LAYERS)
-def test_ia3_of_lycoris(layer: str, on_input: bool) -> None:
+def test_an_ia3_of_lycoris_is_equal(layer: str, on_input: bool) -> None:
     module, input = made(layer)
     theirs = lycoris.IA3Module("x", module, train_on_input=on_input)
     nn.init.normal_(theirs.weight)
@@ -178,7 +178,7 @@ def old_glora(file: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("layout", ["new", "old"])
 @for_each(layer=LAYERS)
-def test_glora_of_lycoris(layer: str, layout: str) -> None:
+def test_a_glora_of_lycoris_is_equal(layer: str, layout: str) -> None:
     module, input = made(layer)
     theirs = lycoris.GLoRAModule("x", module, lora_dim=4, alpha=3.0)
     for part in (theirs.a1, theirs.a2, theirs.b1, theirs.b2):
@@ -204,7 +204,7 @@ def test_the_forward_pass_of_glora_builds_no_weight_change(monkeypatch: pytest.M
 
 @pytest.mark.parametrize("names", [("diff", "diff_b"), ("diff",), ("diff_b",)])
 @for_each(layer=LAYERS)
-def test_full_of_lycoris(layer: str, names: tuple[str, ...]) -> None:
+def test_full_changes_of_lycoris_are_equal(layer: str, names: tuple[str, ...]) -> None:
     module, input = made(layer)
     theirs = lycoris.FullModule("x", module)
     nn.init.normal_(theirs.weight)
@@ -235,7 +235,7 @@ def test_full_of_lycoris(layer: str, names: tuple[str, ...]) -> None:
     ],
     ids=["layer", "group 2d", "group 1d"],
 )
-def test_norm_of_lycoris(norm: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
+def test_changes_of_norms_by_lycoris_are_equal(norm: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
     torch.manual_seed(1)
     module, input = norm(), torch.randn(shape)
     theirs = lycoris.NormModule("x", module)
@@ -373,6 +373,7 @@ def test_unusable_feedforward_modules_are_named(modules: Any, tmp_path: Path) ->
         diffadapt.load_adapter(net()[0], tmp_path, "a")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("butterflies")
 @pytest.mark.parametrize("name", ["boft", "ia3"])
 def test_a_folder_of_peft_for_a_unet_draws_the_same(name: str, tmp_path: Path) -> None:
@@ -439,6 +440,7 @@ def file_of(modules: dict[str, Any]) -> dict[str, Tensor]:
     return file
 
 
+@pytest.mark.slow
 def test_a_kohya_file_of_every_type_equals_the_weights_of_lycoris(tmp_path: Path) -> None:
     pipe, plain = models.sd15(), models.sd15()
     modules = lycoris_modules(plain.unet)

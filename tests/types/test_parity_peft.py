@@ -1,4 +1,4 @@
-"""The same LoRA file gives the same picture here and in plain diffusers with peft, in both directions."""
+"""A LoRA file draws the same picture here and in plain diffusers with peft, whoever wrote it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 
 def write_with_peft(case: Case, folder: Path, with_metadata: bool, **options: Any) -> None:
-    """A file as diffusers' training scripts write it, with random factors."""
+    """Write a file as diffusers' training scripts do, with random factors."""
     pipe = case.build()
     arguments: dict[str, Any] = {}
     for component in case.components:
@@ -65,7 +65,7 @@ def drawn_by_diffusers(build: Callable[[], DiffusionPipeline], source: Any, **op
 
 
 @pytest.mark.parametrize("with_metadata", [True, False], ids=["alpha in metadata", "no alpha"])
-def test_file_of_diffusers(case: Case, with_metadata: bool, tmp_path: Path) -> None:
+def test_a_file_of_diffusers_draws_the_same(case: Case, with_metadata: bool, tmp_path: Path) -> None:
     write_with_peft(case, tmp_path, with_metadata)
     expected = drawn_by_diffusers(case.build, tmp_path)
     pipe = case.build()
@@ -85,10 +85,10 @@ def test_file_of_diffusers(case: Case, with_metadata: bool, tmp_path: Path) -> N
     ],
     ids=["rank stabilised", "bias", "patterns"],
 )
-# peft takes a LoRA bias for a factor that lost a dimension.
+# peft mistakes a LoRA bias for a factor that lost a dimension.
 @pytest.mark.filterwarnings("ignore:.*LoRA tensor.*have invalid shape:peft.utils.warning.PeftWarning")
-def test_settings_in_the_metadata(options: dict[str, Any], tmp_path: Path) -> None:
-    # peft warns where a layer without a bias gets one.
+def test_settings_in_the_metadata_are_followed(options: dict[str, Any], tmp_path: Path) -> None:
+    # peft warns if a layer without a bias gets one.
     case = Case(models.sd15, ("unet",), ["to_out.0", "proj_in"] if "lora_bias" in options else ATTENTION[:4])
     write_with_peft(case, tmp_path, True, **options)
     expected = drawn_by_diffusers(case.build, tmp_path)
@@ -98,7 +98,7 @@ def test_settings_in_the_metadata(options: dict[str, Any], tmp_path: Path) -> No
     assert_same(draw(pipe), expected)
 
 
-def test_folder_of_peft(tmp_path: Path) -> None:
+def test_a_folder_of_peft_has_the_same_output(tmp_path: Path) -> None:
     unet = models.sd15().unet
     inputs = torch.randn(1, 4, 8, 8), 1, torch.randn(1, 4, models.WIDTH)
     base = unet(*inputs).sample
@@ -113,7 +113,7 @@ def test_folder_of_peft(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("family", "prefixes"), [("sd15", spellings.SD_PREFIXES), ("sdxl", spellings.SDXL_PREFIXES)])
-def test_kohya_file_with_one_alpha(family: str, prefixes: dict[str, str]) -> None:
+def test_a_kohya_file_with_one_alpha_draws_the_same(family: str, prefixes: dict[str, str]) -> None:
     build = models.FAMILIES[family]
     parts = loras.parts_for(build(), tuple(prefixes), alpha=lambda index: 6.0)
     tensors = spellings.kohya_names(parts, prefixes)
@@ -125,11 +125,11 @@ def test_kohya_file_with_one_alpha(family: str, prefixes: dict[str, str]) -> Non
 
 
 @pytest.mark.parametrize("family", models.FAMILIES)
-def test_saved_file_loads_in_diffusers(family: str, tmp_path: Path) -> None:
+def test_a_saved_file_draws_the_same_in_diffusers(family: str, tmp_path: Path) -> None:
     build = models.FAMILIES[family]
     pipe = build()
     names = ("unet", "transformer", "text_encoder", "text_encoder_2")
-    # Plain diffusers has no LoRA for T5.
+    # Plain diffusers does not support LoRA on T5.
     components = tuple(name for name in names if hasattr(pipe, name) and not (family == "flux" and name[-1] == "2"))
     parts = loras.parts_for(pipe, components, alpha=loras.varied_alpha)
     base = draw(pipe)
@@ -141,7 +141,7 @@ def test_saved_file_loads_in_diffusers(family: str, tmp_path: Path) -> None:
     assert_same(drawn_by_diffusers(build, tmp_path / "out"), picture)
 
 
-def test_saved_convolutions_load_in_diffusers(tmp_path: Path) -> None:
+def test_a_saved_file_with_convolutions_draws_the_same_in_diffusers(tmp_path: Path) -> None:
     pipe = models.sd15()
     parts = loras.parts_for(pipe, ("unet",), "conv1|conv2|proj_in|proj_out|to_q", alpha=loras.varied_alpha)
     pipe.load_adapter(spellings.kohya_names(parts), "a")
@@ -152,7 +152,7 @@ def test_saved_convolutions_load_in_diffusers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("family", "prefixes"), [("sd15", spellings.SD_PREFIXES), ("sdxl", spellings.SDXL_PREFIXES)])
-def test_saved_kohya_file_loads_in_diffusers(family: str, prefixes: dict[str, str], tmp_path: Path) -> None:
+def test_a_saved_kohya_file_draws_the_same_in_diffusers(family: str, prefixes: dict[str, str], tmp_path: Path) -> None:
     build = models.FAMILIES[family]
     pipe = build()
     base = draw(pipe)
@@ -166,7 +166,7 @@ def test_saved_kohya_file_loads_in_diffusers(family: str, prefixes: dict[str, st
 
 
 @pytest.mark.parametrize("family", ["sd15", "flux"])
-def test_per_call_scale(family: str, tmp_path: Path) -> None:
+def test_the_call_scale_has_the_same_effect(family: str, tmp_path: Path) -> None:
     case = CASES[family]
     write_with_peft(case, tmp_path, True)
     keyword = "cross_attention_kwargs" if family == "sd15" else "joint_attention_kwargs"

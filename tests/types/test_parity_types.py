@@ -1,7 +1,7 @@
-"""Every adapter type against its peers, PEFT and LyCORIS: the same tensors, the same outputs, weights and gradients.
+"""Every adapter type against the peer libraries PEFT and LyCORIS: equal tensors, outputs, weights and gradients.
 
-Errors are relative to the largest change that the adapter makes. Every comparison is made once more with a strength of
-1.001 and has to fail then.
+Errors are relative to the largest change that the adapter makes. Every comparison is repeated at a strength of 1.001,
+where it has to fail.
 """
 
 import copy
@@ -34,11 +34,11 @@ NAMES = {
     "lora_magnitude_vector": "dora_scale",
     "oft_embedding_R": "oft_R",
 }
-"""PEFT's parameters by our names; the others are called the same."""
+"""PEFT's name of a parameter -> ours; the other names are the same."""
 
 
 class Layers(nn.Module):
-    """One layer of every kind, each with an input of its own."""
+    """One layer of every kind, each with its own input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Layers(nn.Module):
 
 
 def randomise(parameters: dict[str, Tensor], deviation: float) -> None:
-    """Values that leave no term of a formula near its neutral element; magnitudes keep their size."""
+    """Set random values such that no term of a formula is nearly neutral; magnitudes keep their size."""
     with torch.no_grad():
         for name, parameter in parameters.items():
             if "magnitude" in name or "dora_scale" in name or "rescale" in name:
@@ -71,7 +71,7 @@ def randomise(parameters: dict[str, Tensor], deviation: float) -> None:
 
 
 def error(actual: Tensor, expected: Tensor, base: Tensor) -> float:
-    """Relative to the adapter's change, which has to be there."""
+    """Return the error relative to the adapter's change, which must not be small."""
     actual, expected, base = actual.detach(), expected.detach(), base.detach()
     change = (expected - base).abs().max()
     assert change > 0.1 * base.abs().max()
@@ -80,7 +80,7 @@ def error(actual: Tensor, expected: Tensor, base: Tensor) -> float:
 
 
 def assert_equal_and_sensitive(model: Layers, expected: dict[str, Tensor]) -> None:
-    """Our forward and our merged forward are `expected`, and at another strength they are not."""
+    """Assert that our outputs, unmerged and merged, are `expected`, and that they are not at another strength."""
     base, adapters = Layers()(*expected), diffadapt.adapters(model)
     with torch.no_grad():
         forward = model(*expected)
@@ -107,7 +107,12 @@ def assert_gradients(
     expected: dict[str, Tensor],
     excluded: tuple[str, ...] = (),
 ) -> None:
-    """Gradients of all tensors are those of the peer's `parameters` (layer -> our name -> parameter)."""
+    """Assert that the gradients of all tensors are those of the peer's parameters.
+
+    Args:
+        parameters: Layer -> our name of a tensor -> parameter of the peer.
+        excluded: Names of tensors that are not compared.
+    """
     adapter = adapter_of(model).requires_grad_(True)
     outputs = model(*expected)
     for name, theirs in parameters.items():
@@ -123,7 +128,7 @@ def assert_gradients(
             assert difference < 1e-5 * reference.abs().max(), (name, key)
 
 
-# PEFT: folders written by `save_pretrained`.
+# PEFT: folders written by `save_pretrained`
 
 LINEAR, ALL = ("linear",), ("linear", *CONVOLUTIONS, "embedding")
 KRONECKER = ("linear", *CONVOLUTIONS)
@@ -170,9 +175,9 @@ PEFT_CASES: dict[str, tuple[Callable[..., peft.PeftConfig], dict[str, Any], tupl
 
 
 def adapted_by_peft(case: str, model: nn.Module) -> Any:
-    kind, options, targets = PEFT_CASES[case]
-    init = "init_lora_weights" if kind is peft.LoraConfig else "init_weights"
-    adapted = peft.get_peft_model(model, kind(target_modules=list(targets), **{init: False}, **options)).eval()
+    config, options, targets = PEFT_CASES[case]
+    init = "init_lora_weights" if config is peft.LoraConfig else "init_weights"
+    adapted = peft.get_peft_model(model, config(target_modules=list(targets), **{init: False}, **options)).eval()
     trained = {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     randomise(trained, 0.3 if "oft" in case else 0.5)
     return adapted
@@ -183,7 +188,7 @@ def outputs_of_peft(adapted: Any, names: tuple[str, ...]) -> dict[str, Tensor]:
     for name in names:
         layer, input = getattr(adapted.base_model.model, name), adapted.base_model.model.inputs[name]
         if name == "conv" and hasattr(layer, "oft_R"):
-            # PEFT's own forward adds up what it rotated in overlapping patches; its merged weight is the definition.
+            # PEFT's forward pass sums rotations of overlapping patches; its merged weight is the definition.
             host = layer.base_layer
             weight = (layer.get_delta_weight("default") @ host.weight.flatten(1).t()).t().view_as(host.weight)
             outputs[name] = F.conv2d(input, weight, host.bias, host.stride, host.padding)
@@ -202,10 +207,10 @@ def parameters_of_peft(adapted: Any) -> dict[str, dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("case", PEFT_CASES)
-def test_folder_of_peft(case: str, tmp_path: Path) -> None:
+def test_a_folder_of_peft_is_equal(case: str, tmp_path: Path) -> None:
     names = PEFT_CASES[case][2]
     adapted = adapted_by_peft(case, Layers())
-    # PEFT's constrained OFT writes to its own parameters in a forward; the file has what was trained.
+    # PEFT's constrained OFT changes its own parameters in a forward pass; save what was trained.
     adapted.save_pretrained(tmp_path)
     model = Layers()
     report = diffadapt.load_adapter(model, tmp_path)
@@ -214,7 +219,7 @@ def test_folder_of_peft(case: str, tmp_path: Path) -> None:
     expected = outputs_of_peft(adapted, names)
     assert_equal_and_sensitive(model, expected)
     if "coft" not in case:
-        # The backward that PEFT wrote by hand for Tucker cores takes the wrong one of the two products for these.
+        # PEFT's hand-written backward pass for Tucker cores uses the wrong one of two products for these.
         wrong = ("hada_w1_a", "hada_w2_a") if case == "loha-tucker" else ()
         assert_gradients(model, parameters_of_peft(adapted), expected, wrong)
     merged = adapted.merge_and_unload()(*names)
@@ -236,7 +241,7 @@ def test_folder_of_peft(case: str, tmp_path: Path) -> None:
         ("coft", "eps", 1.9),
     ],
 )
-def test_config_of_peft_counts(case: str, option: str, value: Any, tmp_path: Path) -> None:
+def test_every_setting_in_the_config_of_peft_has_an_effect(case: str, option: str, value: Any, tmp_path: Path) -> None:
     names = PEFT_CASES[case][2]
     adapted = adapted_by_peft(case, Layers())
     adapted.save_pretrained(tmp_path)
@@ -251,8 +256,8 @@ def test_config_of_peft_counts(case: str, option: str, value: Any, tmp_path: Pat
     assert max(error(outputs[name], expected[name], base[name]) for name in names) > 1e-3
 
 
-def test_whole_lokr_on_conv1d_is_not_written_for_peft(tmp_path: Path) -> None:
-    """PEFT multiplies (1, o1, i1) with (o2, i2, kernel) there, which LyCORIS and we do not."""
+def test_a_lokr_with_whole_factors_on_conv1d_is_not_written_for_peft(tmp_path: Path) -> None:
+    """PEFT multiplies (1, o1, i1) with (o2, i2, kernel) there; LyCORIS and this library do not."""
     config = peft.LoKrConfig(target_modules=["conv1d"], init_weights=False, r=8, alpha=8)
     adapted: Any = peft.get_peft_model(Layers(), config)
     layer = adapted.base_model.model.conv1d
@@ -266,8 +271,8 @@ def test_whole_lokr_on_conv1d_is_not_written_for_peft(tmp_path: Path) -> None:
         diffadapt.adapters(model).save("whole", tmp_path, format="peft")
 
 
-def test_tucker_lokr_of_rank_1_merges() -> None:
-    """`torch.kron` refuses the strides of such a factor, in PEFT and in LyCORIS still."""
+def test_a_tucker_lokr_of_rank_1_merges() -> None:
+    """`torch.kron` refuses the strides of such a factor, as it still does in PEFT and LyCORIS."""
     model, input = nn.Sequential(nn.Conv2d(12, 20, (3, 1))), torch.randn(1, 12, 5, 5)
     base = model(input)
     config = diffadapt.LoKrConfig(target_modules="all-conv", rank=1, use_tucker=True, init=False)
@@ -277,7 +282,7 @@ def test_tucker_lokr_of_rank_1_merges() -> None:
     assert error(model(input), forward, base) < 1e-5
 
 
-# LyCORIS: files with the tensors of its modules.
+# LyCORIS: files with the tensors of its modules
 
 BOTH_AXES = {"output": {"wd_on_out": True}, "input": {"wd_on_out": False}}
 LYCORIS_BASES: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -292,8 +297,8 @@ LYCORIS_BASES: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 LYCORIS_CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     **{
-        f"{name}-dora-per-{axis}": (kind, {**options, "weight_decompose": True, **choice})
-        for name, (kind, options) in LYCORIS_BASES.items()
+        f"{name}-dora-per-{axis}": (module, {**options, "weight_decompose": True, **choice})
+        for name, (module, options) in LYCORIS_BASES.items()
         for axis, choice in BOTH_AXES.items()
     },
     "diag-oft": (DiagOFTModule, {"lora_dim": 4}),
@@ -305,49 +310,49 @@ LYCORIS_CASES: dict[str, tuple[Any, dict[str, Any]]] = {
 
 def merged_by_lycoris(module: Any) -> Tensor:
     if isinstance(module, (LohaModule, LokrModule)):
-        # Their `get_merged_weight` applies alpha / rank twice; the forward does not.
+        # Their `get_merged_weight` applies alpha / rank twice; the forward pass does not.
         return module.apply_weight_decompose(module.org_weight + module.get_weight(module.shape))
     return module.get_merged_weight()[0]
 
 
 @pytest.mark.parametrize("case", LYCORIS_CASES)
-def test_file_of_lycoris(case: str) -> None:
-    kind, options = LYCORIS_CASES[case]
+def test_a_file_of_lycoris_is_equal(case: str) -> None:
+    module_class, options = LYCORIS_CASES[case]
     plain, model = Layers(), Layers()
-    parts = {name: kind(name, getattr(plain, name), **options).eval() for name in KRONECKER}
-    for part in parts.values():
-        randomise(dict(part.named_parameters()), 0.4)
-    file = {f"lora_unet_{name}.{key}": tensor for name in parts for key, tensor in parts[name].state_dict().items()}
+    peers = {name: module_class(name, getattr(plain, name), **options).eval() for name in KRONECKER}
+    for peer in peers.values():
+        randomise(dict(peer.named_parameters()), 0.4)
+    file = {f"lora_unet_{name}.{key}": tensor for name in peers for key, tensor in peers[name].state_dict().items()}
     report = diffadapt.load_adapter(model, file, component="unet")
     assert report.unused == []
-    expected = {name: part(plain.inputs[name]) for name, part in parts.items()}
+    expected = {name: peer(plain.inputs[name]) for name, peer in peers.items()}
     assert_equal_and_sensitive(model, expected)
-    if kind is DiagOFTModule:
-        # LyCORIS has a gradient for the norm in DoRA, which the paper, PEFT and we keep out of it.
-        parameters = {name: dict(part.named_parameters()) for name, part in parts.items()}
+    if module_class is DiagOFTModule:
+        # LyCORIS computes a gradient for the norm of a DoRA; the paper, PEFT and this library exclude it.
+        parameters = {name: dict(peer.named_parameters()) for name, peer in peers.items()}
         assert_gradients(model, parameters, expected)
     diffadapt.adapters(model).merge()
-    for name, part in parts.items():
+    for name, peer in peers.items():
         weight, base = getattr(model, name).weight, getattr(plain, name).weight
-        assert error(weight, merged_by_lycoris(part), base) < 1e-5, name
+        assert error(weight, merged_by_lycoris(peer), base) < 1e-5, name
 
 
-def test_other_axis_of_dora_is_another_adapter() -> None:
+def test_the_axis_of_a_dora_makes_a_difference() -> None:
     plain, model = nn.Linear(24, 24), nn.Sequential(nn.Linear(24, 24))
     model[0].load_state_dict(plain.state_dict())
-    part = LoConModule("", plain, lora_dim=4, alpha=4, weight_decompose=True, wd_on_out=False)
-    randomise(dict(part.named_parameters()), 0.4)
+    peer = LoConModule("", plain, lora_dim=4, alpha=4, weight_decompose=True, wd_on_out=False)
+    randomise(dict(peer.named_parameters()), 0.4)
     input = torch.randn(5, 24)
-    file = {f"lora_unet_0.{key}": value for key, value in part.state_dict().items()}
+    file = {f"lora_unet_0.{key}": value for key, value in peer.state_dict().items()}
     diffadapt.load_adapter(model, file, "input", component="unet")
-    assert error(model(input), part(input), plain(input)) < 1e-5
+    assert error(model(input), peer(input), plain(input)) < 1e-5
     diffadapt.adapters(model).remove("input")
     file["lora_unet_0.dora_scale"] = file["lora_unet_0.dora_scale"].t()
     diffadapt.load_adapter(model, file, "output", component="unet")
-    assert error(model(input), part(input), plain(input)) > 0.1
+    assert error(model(input), peer(input), plain(input)) > 0.1
 
 
-def test_old_file_of_lycoris_has_rotations() -> None:
+def test_an_old_file_of_lycoris_contains_rotations() -> None:
     plain, model = Layers(), Layers()
     names = KRONECKER
     rotations = {name: torch.linalg.qr(torch.randn(9, 4, 4))[0] for name in names}
@@ -360,7 +365,7 @@ def test_old_file_of_lycoris_has_rotations() -> None:
     assert_equal_and_sensitive(model, plain(*names))
 
 
-# Adapters trained here, in the peer.
+# Adapters trained here and loaded in LyCORIS
 
 TRAINED: dict[str, tuple[AdapterConfig, Any, dict[str, Any]]] = {
     "lora": (diffadapt.LoraConfig(target_modules=KRONECKER, rank=4, alpha=6), LoConModule, {}),
@@ -390,7 +395,7 @@ TRAINED: dict[str, tuple[AdapterConfig, Any, dict[str, Any]]] = {
 
 
 def train(model: Layers, names: tuple[str, ...], steps: int = 6) -> None:
-    """Towards random outputs, with steps whose size does not depend on the type's scale."""
+    """Train towards random outputs, with steps whose size does not depend on the scale of the adapter type."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     targets = {name: torch.randn_like(output) for name, output in model(*names).items()}
     for _ in range(steps):
@@ -400,8 +405,8 @@ def train(model: Layers, names: tuple[str, ...], steps: int = 6) -> None:
 
 
 @pytest.mark.parametrize("case", TRAINED)
-def test_trained_adapter_in_lycoris(case: str, tmp_path: Path) -> None:
-    config, kind, options = TRAINED[case]
+def test_a_trained_adapter_is_equal_in_lycoris(case: str, tmp_path: Path) -> None:
+    config, module_class, options = TRAINED[case]
     plain, model = Layers().requires_grad_(False), Layers().requires_grad_(False)
     diffadapt.add_adapter(model, config, "mine")
     train(model, KRONECKER)
@@ -410,17 +415,18 @@ def test_trained_adapter_in_lycoris(case: str, tmp_path: Path) -> None:
     for name in KRONECKER:
         prefix, layer = f"lora_unet_{name}", getattr(plain, name)
         if options:
-            # LyCORIS' own loader takes every `dora_scale` for one per output.
-            part = kind(name, layer, **options)
+            # LyCORIS' own loader assumes that every `dora_scale` is per output.
+            peer = module_class(name, layer, **options)
         else:
             with torch.no_grad():
-                part = kind.make_module_from_state_dict(name, layer, *kind.extract_state_dict(file, prefix))
-        part.load_state_dict({key.partition(".")[2]: tensor for key, tensor in file.items() if f"{prefix}." in key})
-        expected[name] = part(plain.inputs[name])
+                state = module_class.extract_state_dict(file, prefix)
+                peer = module_class.make_module_from_state_dict(name, layer, *state)
+        peer.load_state_dict({key.partition(".")[2]: tensor for key, tensor in file.items() if f"{prefix}." in key})
+        expected[name] = peer(plain.inputs[name])
     assert_equal_and_sensitive(model, expected)
 
 
-# Half precision.
+# Half precision
 
 HALF: dict[str, tuple[Callable[..., peft.PeftConfig], dict[str, Any]]] = {
     "lora": (peft.LoraConfig, {"r": 8, "lora_alpha": 12}),
@@ -434,15 +440,15 @@ HALF: dict[str, tuple[Callable[..., peft.PeftConfig], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["half adapter", "wide adapter"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16 adapter", "float32 adapter"])
 @pytest.mark.parametrize("case", HALF)
-def test_half_precision_is_no_worse_than_in_peft(case: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    kind, options = HALF[case]
-    init = "init_lora_weights" if kind is peft.LoraConfig else "init_weights"
+def test_the_error_in_half_precision_is_no_larger_than_in_peft(case: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    config, options = HALF[case]
+    init = "init_lora_weights" if config is peft.LoraConfig else "init_weights"
     plain = nn.Sequential(nn.Linear(64, 96)).bfloat16()
     input = torch.randn(256, 64).bfloat16()
     theirs = peft.get_peft_model(
-        copy.deepcopy(plain), kind(target_modules=["0"], **{init: False}, **options), autocast_adapter_dtype=False
+        copy.deepcopy(plain), config(target_modules=["0"], **{init: False}, **options), autocast_adapter_dtype=False
     )
     trained = {name: parameter for name, parameter in theirs.named_parameters() if parameter.requires_grad}
     randomise(trained, 0.1 if "oft" in case else 0.3)

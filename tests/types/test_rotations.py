@@ -1,4 +1,4 @@
-"""What OFT and BOFT promise beside the contract of every type."""
+"""Properties of OFT and BOFT besides the contract of every adapter type."""
 
 import math
 
@@ -17,7 +17,7 @@ from diffadapt.types.oft import OFT
 
 
 def rotation(config: AdapterConfig, scale: float = 0.3) -> Tensor:
-    """`W'` of a layer whose weight is the identity: the rotation, or its inverse."""
+    """Return the merged weight of a layer whose weight is the identity: the rotation, or its inverse."""
     model = nn.Sequential(nn.Linear(16, 16, bias=False)).double()
     nn.init.eye_(model[0].weight)
     adapter = diffadapt.add_adapter(model, config).double().requires_grad_(False)
@@ -41,21 +41,21 @@ def rotation(config: AdapterConfig, scale: float = 0.3) -> Tensor:
     ids=["oft", "oft on outputs", "boft", "boft of two factors", "boft on outputs"],
 )
 def test_rotations_are_orthogonal(config: AdapterConfig) -> None:
-    turned = rotation(config)
+    matrix = rotation(config)
     identity = torch.eye(16, dtype=torch.float64)
-    torch.testing.assert_close(turned @ turned.T, identity, rtol=0, atol=1e-12)
-    assert (turned - identity).abs().max() > 0.1
+    torch.testing.assert_close(matrix @ matrix.T, identity, rtol=0, atol=1e-12)
+    assert (matrix - identity).abs().max() > 0.1
 
 
-def test_blocks_stay_apart_and_butterflies_join_them() -> None:
-    same = torch.block_diag(*[torch.ones(4, 4)] * 4).bool()
-    apart = rotation(diffadapt.BOFTConfig(block_size=4, target_modules=["0"]))
-    joined = rotation(diffadapt.BOFTConfig(block_size=4, butterfly_factors=2, target_modules=["0"]))
-    assert apart[~same].abs().max() == 0
-    assert joined[~same].abs().max() > 0.05
+def test_one_butterfly_factor_separates_blocks_and_two_join_them() -> None:
+    same_block = torch.block_diag(*[torch.ones(4, 4)] * 4).bool()
+    one_factor = rotation(diffadapt.BOFTConfig(block_size=4, target_modules=["0"]))
+    two_factors = rotation(diffadapt.BOFTConfig(block_size=4, butterfly_factors=2, target_modules=["0"]))
+    assert one_factor[~same_block].abs().max() == 0
+    assert two_factors[~same_block].abs().max() > 0.05
 
 
-def test_neumann_series_approaches_the_inverse_and_turns_the_other_way() -> None:
+def test_the_neumann_series_approaches_the_inverse_of_the_exact_rotation() -> None:
     exact = rotation(diffadapt.OFTConfig(block_size=4, neumann_terms=0, target_modules=["0"]), 0.1)
     errors: list[float] = []
     for terms in (2, 3, 5, 8):
@@ -67,14 +67,14 @@ def test_neumann_series_approaches_the_inverse_and_turns_the_other_way() -> None
     assert errors[3] < 1e-4
 
 
-def test_boft_of_one_factor_is_oft() -> None:
-    """PEFT's butterfly halves `A - A'`; the rest of one factor is the exact OFT."""
+def test_a_boft_of_one_factor_is_an_exact_oft() -> None:
+    """Except that PEFT's butterfly halves `A - A'`."""
     spec = LayerSpec("linear", 12, 16)
     blocks = torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     rows, columns = torch.triu_indices(4, 4, 1)
     triangle = ((blocks - blocks.transpose(1, 2)) / 2)[:, rows, columns]
     outputs: list[Tensor] = []
-    for kind, tensors, settings in (
+    for adapter_type, tensors, settings in (
         (OFT, {"oft_R": triangle}, {"neumann_terms": 0.0}),
         (BOFT, {"boft_R": blocks.unsqueeze(0), "boft_s": torch.ones(12, 1).double()}, {}),
     ):
@@ -82,7 +82,7 @@ def test_boft_of_one_factor_is_oft() -> None:
         torch.manual_seed(0)
         nn.init.normal_(model[0].weight)
         nn.init.normal_(model[0].bias)
-        layer = AdapterLayer(kind, spec, kind.fit(tensors, spec), settings=settings)
+        layer = AdapterLayer(adapter_type, spec, adapter_type.fit(tensors, spec), settings=settings)
         adapter = Adapter({"0": layer})
         attach_(model, "a", adapter, {"0": model[0]})
         diffadapt.adapters(model).activate("a")
@@ -92,15 +92,15 @@ def test_boft_of_one_factor_is_oft() -> None:
 
 @pytest.mark.parametrize("radius", [1e-3, 0.2])
 def test_constrained_blocks_stay_within_the_radius(radius: float) -> None:
-    """The Cayley transform of a block of Frobenius norm r is at most 2 r away from the identity."""
-    turned = rotation(diffadapt.OFTConfig(block_size=4, coft_eps=radius, target_modules=["0"]), 3.0)
-    distance = (turned - torch.eye(16).double()).norm()
+    """The distance of the Cayley transform of a block of Frobenius norm r from the identity is at most 2 r."""
+    matrix = rotation(diffadapt.OFTConfig(block_size=4, coft_eps=radius, target_modules=["0"]), 3.0)
+    distance = (matrix - torch.eye(16).double()).norm()
     assert 0 < distance <= 2.2 * radius
-    turned = rotation(diffadapt.OFTConfig(block_size=4, side="output", constraint=radius, target_modules=["0"]), 3.0)
-    assert 0 < (turned - torch.eye(16).double()).norm() <= 2 * 16 * radius
+    matrix = rotation(diffadapt.OFTConfig(block_size=4, side="output", constraint=radius, target_modules=["0"]), 3.0)
+    assert 0 < (matrix - torch.eye(16).double()).norm() <= 2 * 16 * radius
 
 
-def test_old_layout_of_peft_is_refused_by_name() -> None:
+def test_the_old_layout_of_peft_is_refused_by_name() -> None:
     with pytest.raises(AdapterError, match=r"oft_r is the layout of PEFT before 0\.14"):
         diffadapt.load_adapter(nn.Sequential(nn.Linear(16, 16)), {"base_model.model.0.oft_r": torch.zeros(4, 4, 4)})
 
@@ -118,7 +118,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_faults(name: str) -> None:
+def test_tensors_that_do_not_fit_are_refused(name: str) -> None:
     shapes, reason = FAULTS[name]
     tensors = {f"base_model.model.0.{key}": torch.zeros(shape) for key, shape in shapes.items()}
     with pytest.raises(AdapterError, match=reason):

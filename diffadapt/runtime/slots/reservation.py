@@ -22,7 +22,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffadapt.errors import AdapterError
 from diffadapt.runtime.adapter import LayerTree
@@ -63,14 +63,12 @@ class Reservation(LayerTree):
                 made.append(Slot(example, need.spec, count * need.rows, dtype, device))
             for form in need.forms.values():
                 made += [Slot(form, need.spec, 1, dtype, device) for _ in range(count)]
-            node = nn.Module()
             for i, slot in enumerate(made):
                 slot.__dict__["cells"] = range(cells, cells + len(slot.cells))
                 cells = slot.cells.stop
-                node._modules[str(i)] = slot
-            self._insert(path, node)
+                self._insert(f"{path}.{i}", slot)
             self.slots[path] = tuple(made)
-        self._assign_gates(torch.zeros((samples, cells) if samples else (cells,), device=device))
+        self._assign_gates(torch.zeros((samples, cells) if samples else (cells,), dtype=torch.float32, device=device))
 
     @property
     def device(self) -> torch.device:

@@ -1,0 +1,200 @@
+"""Layers that were replaced after adapters were attached to them, by quantising, dequantising or wrapping a model.
+
+Libraries that quantise put new modules in the place of the old ones. Adapters stay with their paths: `Watch` notices
+that a module between the root of a model and an adapted layer is another one, and `find_again_` moves the adapter
+layers to the layer that is at their path now.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TypeAlias
+
+import torch
+from torch import nn
+
+from diffadapt.errors import AdapterError
+from diffadapt.runtime.adapted_layers import ACTIVE, TOKENS, Adapted, Extended, carry_, release_
+from diffadapt.runtime.adapter_layer import AdapterLayer
+from diffadapt.runtime.input_width import move_original_
+from diffadapt.runtime.slots.forms import lower
+from diffadapt.runtime.slots.reservation import Reservation
+from diffadapt.types.layer_spec import LayerSpec
+
+Carried: TypeAlias = Mapping[str, tuple[list[str], list[AdapterLayer]]]
+"""Module path -> the names of the adapters on the layer there, and all its adapter layers and slots."""
+
+_WRAPPED = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer")
+"""Names that wrappers give to the module inside them."""
+
+
+class Watch:
+    """What `find_again_` has seen of a model: the children of every module between the root and an adapted layer, and
+    the classes of these layers.
+    """
+
+    def __init__(self, model: nn.Module, hosts: Mapping[str, nn.Module]) -> None:
+        """Remember the modules that are on the paths of `hosts` now."""
+        self._hosts = list(hosts.values())
+        self._classes = list(map(type, self._hosts))
+        parents = {id(parent): parent for path in hosts for parent, _, _ in _steps(model, path)}
+        self._children = [parent._modules for parent in parents.values()]
+        self._remembered = [dict(children) for children in self._children]
+
+    def is_current(self) -> bool:
+        """Return whether these modules still have the same children, and the layers their classes."""
+        # Without a loop in Python. Modules have no equality but identity.
+        return self._children == self._remembered and list(map(type, self._hosts)) == self._classes
+
+
+def module_at(model: nn.Module, path: str) -> nn.Module | None:
+    """Return the module at `path`, through wrappers that were put around modules since, or `None`."""
+    *_, (_, _, module) = _steps(model, path)
+    return module
+
+
+def present_hosts(
+    model: nn.Module, hosts: Mapping[str, nn.Module], layers: Mapping[str, AdapterLayer]
+) -> dict[str, nn.Module]:
+    """Return the layers of `model` that are at the paths of `layers` now, which are those in `hosts` as a rule.
+
+    Raises:
+        AdapterError: a layer in `hosts` was replaced by one that these adapter layers do not fit.
+    """
+    present: dict[str, nn.Module] = {}
+    for path, layer in layers.items():
+        found = module_at(model, path)
+        if found is hosts[path] or _holds(found, hosts[path]):
+            present[path] = hosts[path]
+            continue
+        problem = _misfit(found, [layer])
+        if found is None or problem is not None:
+            raise AdapterError(f"{path}: this layer was replaced after the adapter was planned, and {problem}")
+        present[path] = found
+    return present
+
+
+def find_again_(model: nn.Module, hosts: dict[str, nn.Module], carried: Carried) -> tuple[list[str], dict[str, str]]:
+    """Move adapter layers and slots to the layers that are at their paths now.
+
+    Args:
+        hosts: module path -> the layer that carried them; brought up to date.
+        carried: what they carry.
+
+    Returns:
+        The paths of layers that were replaced, and path -> problem for those without a successor, which stay in
+        `hosts`.
+    """
+    moved: list[str] = []
+    problems: dict[str, str] = {}
+    left: set[int] | None = None
+    for path, host in list(hosts.items()):
+        found = module_at(model, path)
+        if found is host or _holds(found, host):
+            # Does nothing unless someone else has given the layer a class that is not derived from the mixed one.
+            carry_(host, Extended if TOKENS in host.__dict__ else Adapted)
+            continue
+        if left is None:
+            left = {id(module) for module in model.modules()}
+        names, layers = carried[path]
+        problem = _misfit(found, layers)
+        if problem is None and id(host) in left:
+            problem = "the model still has the old layer at another path"
+        if found is not None and problem is None:
+            try:
+                _move_(host, found, layers)
+            except TypeError as error:
+                problem = f"the class of the {type(found).__name__} there now cannot carry an adapter ({error})"
+            else:
+                hosts[path] = found
+                moved.append(path)
+        if problem is not None:
+            owner = f"adapter {', '.join(map(repr, names))} was loaded" if names else "slots were reserved"
+            problems[path] = (
+                f"{path}: this layer was replaced after {owner}, and {problem}; remove the "
+                f"{'adapter' if names else 'slots'}, or change the model before"
+            )
+    return moved, problems
+
+
+def described(problems: Mapping[str, str]) -> str:
+    """Return one message for the problems that `find_again_` returned, of which there is at least one."""
+    first, *more = problems.values()
+    return first + (f" ({len(more)} more layers likewise)" if more else "")
+
+
+def refuse_problems(problems: Mapping[str, str]) -> None:
+    """Raise `AdapterError` if there are any problems; see `described`."""
+    if problems:
+        raise AdapterError(described(problems))
+
+
+def reseat_(reservation: Reservation, moved: Iterable[str], adapters: Mapping[str, Mapping[str, AdapterLayer]]) -> None:
+    """Write adapters into their seats again if what was written depends on the weight of a layer that was replaced.
+
+    Args:
+        moved: the paths of these layers.
+        adapters: adapter name -> its layers by path.
+    """
+    paths = set(moved)
+    gates = reservation._gates.clone()
+    for name, seat in reservation.seated.items():
+        layers = adapters[name]
+        if any(layers[path].reads_weight for path in paths & layers.keys()):
+            with torch.inference_mode(False), torch.no_grad():
+                forms = {p: lower(layer, layer.base_weight, reservation.device) for p, layer in layers.items()}
+                reservation.write(forms, seat)
+    with torch.no_grad():
+        reservation._gates.copy_(gates)
+
+
+def _steps(model: nn.Module, path: str) -> Iterator[tuple[nn.Module, str, nn.Module | None]]:
+    """Yield (parent, name, child) for every module from the root of a model to `path`. The last may be `None`."""
+    parent = model
+    for name in path.split("."):
+        while name not in parent._modules:
+            inner = next((inner for inner in _WRAPPED if parent._modules.get(inner) is not None), None)
+            if inner is None:
+                break
+            wrapped = parent._modules[inner]
+            assert wrapped is not None
+            yield parent, inner, wrapped
+            parent = wrapped
+        child = parent._modules.get(name)
+        yield parent, name, child
+        if child is None:
+            return
+        parent = child
+
+
+def _holds(found: nn.Module | None, host: nn.Module) -> bool:
+    return found is not None and any(module is host for module in found.modules())
+
+
+def _misfit(found: nn.Module | None, layers: Iterable[AdapterLayer]) -> str | None:
+    """Return why adapter layers cannot sit on the module `found`, or `None` if they can."""
+    if found is None:
+        return "there is no layer at its path now"
+    spec = LayerSpec.of(found)
+    other = next((layer.spec for layer in layers if layer.spec != spec), None)
+    if other is None:
+        return None
+    size = "no layer of a known kind" if spec is None else f"{spec.kind} {spec.weight_shape}"
+    return (
+        f"the {type(found).__name__} there now does not fit (expected {other.kind} {other.weight_shape}, found {size})"
+    )
+
+
+def _move_(host: nn.Module, found: nn.Module, layers: Iterable[AdapterLayer]) -> None:
+    """Move what `host` carries to `found`.
+
+    Raises:
+        TypeError: the class of `found` cannot be changed. Nothing is changed then.
+    """
+    tokens = host.__dict__.get(TOKENS, ())
+    carry_(found, Extended if tokens else Adapted)
+    found.__dict__[ACTIVE] = host.__dict__.get(ACTIVE, ())
+    if tokens:
+        found.__dict__[TOKENS] = tokens
+    for layer in layers:
+        layer.__dict__.update(host=found, _cache=None)
+    move_original_(host, found)
+    release_(host)

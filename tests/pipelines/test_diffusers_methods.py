@@ -1,0 +1,132 @@
+"""diffusers' own adapter methods on a pipeline with our adapters, and adapters of peft in the same models."""
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+import diffadapt
+from tests.support import loras, models, spellings
+from tests.support.compare import assert_differs, assert_same, assert_unchanged, snapshot
+
+pytestmark = pytest.mark.slow
+
+LAYERS = r"to_[qv]|conv1|proj_in"
+
+
+def file_for(pipe: DiffusionPipeline, rank: int) -> dict[str, Tensor]:
+    """Return a file with convolutions, as diffusers writes it."""
+    return spellings.peft_names(loras.parts_for(pipe, ("unet",), LAYERS, rank))
+
+
+def with_peft(pipe: DiffusionPipeline, rank: int, name: str = "theirs") -> None:
+    pipe.load_lora_weights(dict(file_for(pipe, rank)), adapter_name=name)
+
+
+@pytest.fixture
+def pipe() -> Any:
+    return models.sd15()
+
+
+def test_peft_finds_no_layer_of_an_adapter_and_both_act(pipe: Any) -> None:
+    base = models.draw(pipe)
+    pipe.load_adapter(file_for(pipe, 4), "a")
+    ours = models.draw(pipe)
+    second = file_for(pipe, 2)
+    pipe.load_adapter(second, "b")
+    both = models.draw(pipe)
+    assert_differs(both, ours, 1e-3)
+    pipe.adapters.remove("b")
+    with_peft(pipe, 2)
+    assert_same(models.draw(pipe), both, 1e-4)
+    with pytest.raises(diffadapt.AdapterError, match=r"peft has an adapter here.*unload_lora_weights"):
+        pipe.load_adapter(second, "b")
+    with pytest.raises(diffadapt.AdapterError, match="peft has an adapter here"):
+        diffadapt.add_adapter(pipe.unet, diffadapt.LoraConfig(rank=2, target_modules=["to_q"]))
+    with pytest.raises(diffadapt.AdapterError, match="peft has an adapter here"):
+        pipe.adapters.prepare_hotswap()
+    assert_same(models.draw(pipe), both, 1e-4)
+    pipe.adapters.clear()
+    theirs = models.draw(pipe)
+    assert_differs(theirs, both, 1e-3)
+    pipe.unload_lora_weights()
+    assert torch.equal(models.draw(pipe), base)
+
+
+def test_walkers_find_no_layer_of_an_adapter_by_the_name_of_a_layer() -> None:
+    model = models.unet_sd15()
+    names = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
+    endings = {name.rpartition(".")[2] for name in names}
+    adapter = diffadapt.add_adapter(model, diffadapt.LoraConfig(rank=2, target_modules="all-linear"), "mine")
+    for name, parameter in model.named_parameters():
+        assert model.get_parameter(name) is parameter
+    diffadapt.adapters(model).prepare_hotswap(slots=2)
+    added = {name for name, _ in model.named_modules() if name.startswith("diffadapt") or "_diffadapt" in name}
+    assert len(added) > len(adapter.layers)
+    assert not {name for name in added if name.rpartition(".")[2] in endings or name.endswith(tuple(names))}
+    assert {id(parameter) for parameter in adapter.parameters()} <= {id(parameter) for parameter in model.parameters()}
+
+
+def test_diffusers_methods_serve_adapters_of_this_library(pipe: Any) -> None:
+    base, before = models.draw(pipe), snapshot(pipe)
+    pipe.load_adapter(file_for(pipe, 4), "a")
+    pipe.load_adapter(file_for(pipe, 2), "b", activate=False)
+    assert pipe.get_active_adapters() == ["a"]
+    assert pipe.get_list_adapters() == {"unet": ["a", "b"]}
+    pipe.set_adapters(["a", "b"], [0.5, {"unet": 0.25}])
+    assert pipe.adapters.active == {"a": 0.5, "b": {"unet": 0.25}}
+    mixed = models.draw(pipe)
+    pipe.disable_lora()
+    assert torch.equal(models.draw(pipe), base)
+    pipe.disable_lora()
+    pipe.enable_lora()
+    assert torch.equal(models.draw(pipe), mixed)
+    pipe.set_adapters("b")
+    assert pipe.adapters.active == {"b": 1.0}
+    alone = models.draw(pipe)
+    pipe.fuse_lora()
+    assert pipe.adapters.merged == ["b"]
+    assert_same(models.draw(pipe), alone, 1e-4)
+    pipe.unfuse_lora()
+    assert torch.equal(models.draw(pipe), alone)
+    with pytest.raises(diffadapt.AdapterError, match="activate"):
+        pipe.fuse_lora(lora_scale=0.5)
+    with pytest.raises(diffadapt.AdapterError, match="prefixes of module paths"):
+        pipe.set_adapters("a", {"unet": {"down": 0.5}})
+    with pytest.raises(diffadapt.AdapterError, match="no adapter 'c'"):
+        pipe.set_adapters(["a", "c"])
+    with pytest.raises(diffadapt.AdapterError, match="2 weights for 1"):
+        pipe.set_adapters("a", [0.5, 0.5])
+    pipe.delete_adapters("a")
+    assert pipe.adapters.names == ["b"]
+    pipe.unload_lora_weights()
+    assert pipe.adapters.names == []
+    assert_unchanged(pipe, before)
+    assert not {"set_adapters", "unload_lora_weights"} & set(vars(pipe))
+
+
+def test_names_of_both_libraries_can_be_mixed(pipe: Any) -> None:
+    pipe.load_adapter(file_for(pipe, 4), "a")
+    with_peft(pipe, 2)
+    assert sorted(pipe.get_active_adapters()) == ["a", "theirs"]
+    assert sorted(pipe.get_list_adapters()["unet"]) == ["a", "theirs"]
+    both = models.draw(pipe)
+    pipe.set_adapters(["a", "theirs"], [0.0, 1.0])
+    alone = models.draw(pipe)
+    assert_differs(alone, both, 1e-3)
+    pipe.disable_lora()
+    base = models.draw(pipe)
+    assert_differs(base, alone, 1e-3)
+    pipe.enable_lora()
+    assert_same(models.draw(pipe), alone, 1e-5)
+    pipe.delete_adapters(["a", "theirs"])
+    assert_same(models.draw(pipe), base, 1e-5)
+
+
+def test_a_pipeline_without_adapters_keeps_its_methods(pipe: Any) -> None:
+    assert pipe.adapters.names == []
+    assert not {"set_adapters", "unload_lora_weights", "encode_prompt"} & set(vars(pipe))
+    with_peft(pipe, 2)
+    assert pipe.get_active_adapters() == ["theirs"]
