@@ -87,10 +87,9 @@ class Plan:
     def report(self, name: str) -> Report:
         """Return the account of the file, loaded as adapter `name`."""
         scales: dict[str, list[tuple[float, str]]] = {}
-        for component, layers in self.layers.items():
-            for path, layer in layers.items():
-                scale = layer.scale, self.alphas_from[component, path]
-                scales.setdefault(layer.adapter_type.name, []).append(scale)
+        for component, adapter in self.adapters.items():
+            for (path, layer), scale in zip(adapter.layers.items(), adapter.scales, strict=True):
+                scales.setdefault(layer.adapter_type.name, []).append((scale, self.alphas_from[component, path]))
         return Report(
             name=name,
             format=self.format,

@@ -110,6 +110,11 @@ class Adapter(LayerTree):
             self._gates.copy_(gates)
 
     @property
+    def scales(self) -> list[float]:
+        """`alpha / rank` of every layer, in the order of `layers`."""
+        return self._scales.tolist()
+
+    @property
     def gates(self) -> Tensor:
         """The gates, of shape (layers,) or (samples, layers), in the order of `layers`."""
         return self._gates

@@ -61,7 +61,7 @@ def attach_(
         raise AdapterError(f"adapter {name!r} exists already; remove it first or pass another name")
     if bank is not None:
         refuse_problems(bank.find_layers(model))
-    hosts = present_hosts(model, hosts, adapter.layers)
+    hosts = present_hosts(model, hosts, adapter.layers, {} if bank is None else bank.hosts)
     present: dict[str, Adapter] = {} if bank is None else bank.adapters
     _fit_input_width_(model, {**present, name: adapter}.values(), bank)
     try:
@@ -108,7 +108,7 @@ def reserve_(model: nn.Module, reservation: Reservation, hosts: Mapping[str, nn.
     bank = bank_of(model)
     if bank is not None:
         refuse_problems(bank.find_layers(model))
-    hosts = present_hosts(model, hosts, {path: slots[0] for path, slots in reservation.slots.items()})
+    hosts = present_hosts(model, hosts, {path: slots[0] for path, slots in reservation.slots.items()}, {})
     bank = _adapt_(model, hosts)
     for path, slots in reservation.slots.items():
         for slot in slots:

@@ -35,7 +35,11 @@ class Watch:
         """Remember the modules that are on the paths of `hosts` now."""
         self._hosts = list(hosts.values())
         self._classes = list(map(type, self._hosts))
-        parents = {id(parent): parent for path in hosts for parent, _, _ in _steps(model, path)}
+        parents: dict[int, nn.Module] = {}
+        siblings = _Siblings(model)
+        for path, host in hosts.items():
+            if siblings.at(path) is not host or id(siblings.parent) not in parents:
+                parents.update((id(parent), parent) for parent, _, _ in _steps(model, path))
         self._children = [parent._modules for parent in parents.values()]
         self._remembered = [dict(children) for children in self._children]
 
@@ -52,15 +56,25 @@ def module_at(model: nn.Module, path: str) -> nn.Module | None:
 
 
 def present_hosts(
-    model: nn.Module, hosts: Mapping[str, nn.Module], layers: Mapping[str, AdapterLayer]
+    model: nn.Module,
+    hosts: Mapping[str, nn.Module],
+    layers: Mapping[str, AdapterLayer],
+    known: Mapping[str, nn.Module],
 ) -> dict[str, nn.Module]:
     """Return the layers of `model` that are at the paths of `layers` now, which are those in `hosts` as a rule.
+
+    Args:
+        known: module path -> layer, for paths that were looked up just now.
 
     Raises:
         AdapterError: a layer in `hosts` was replaced by one that these adapter layers do not fit.
     """
     present: dict[str, nn.Module] = {}
+    siblings = _Siblings(model)
     for path, layer in layers.items():
+        if known.get(path) is hosts[path] or siblings.at(path) is hosts[path]:
+            present[path] = hosts[path]
+            continue
         found = module_at(model, path)
         if found is hosts[path] or _holds(found, hosts[path]):
             present[path] = hosts[path]
@@ -163,6 +177,28 @@ def _steps(model: nn.Module, path: str) -> Iterator[tuple[nn.Module, str, nn.Mod
         if child is None:
             return
         parent = child
+
+
+class _Siblings:
+    """Looks up layers whose parent is that of the layer before, which is quicker than walking every path.
+
+    Attributes:
+        parent: the parent of the last layer.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._path: str | None = None
+        self.parent: nn.Module | None = None
+
+    def at(self, path: str) -> nn.Module | None:
+        """Return the module at `path`; `None` if a parent is missing. Wrappers are not looked through."""
+        above, _, name = path.rpartition(".")
+        if above != self._path:
+            self._path, self.parent = above, self._model
+            for part in above.split(".") if above else ():
+                self.parent = None if self.parent is None else self.parent._modules.get(part)
+        return None if self.parent is None else self.parent._modules.get(name)
 
 
 def _holds(found: nn.Module | None, host: nn.Module) -> bool:

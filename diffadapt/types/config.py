@@ -133,19 +133,24 @@ class RankedConfig(AdapterConfig):
         return max(rows, math.prod(columns))
 
     def refuse_idle(self, specs: Mapping[str, LayerSpec]) -> None:
-        """Raise `AdapterError` if a pattern names no layer, if a rank is larger than its layer, or if no layer has a
-        kernel for a Tucker core.
+        """Raise `AdapterError` if a pattern names no layer, if a rank is larger than all its layers, or if no layer has
+        a kernel for a Tucker core.
         """
         for name in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(self, name):
                 if not any(patterns.matches(pattern, path) for path in specs):
                     raise AdapterError(f"{name}: {pattern!r} names none of the {len(specs)} adapted layers")
+        largest: dict[int, tuple[int, str]] = {}
         for path, spec in specs.items():
             rank, most = self.at(path).rank, self.most_rank(spec)
-            if most is not None and rank > most:
+            if most is not None:
+                largest[rank] = max(largest.get(rank, (0, "")), (most, path))
+        for rank, (most, path) in largest.items():
+            # Among the layers of a model there may be tiny ones, on which the rank of all others does no harm.
+            if rank > most:
                 raise AdapterError(
-                    f"{path}: rank is {rank}, expected at most {most} for a weight of shape {spec.weight_shape}; "
-                    "lower it, or give this layer a rank of its own in rank_pattern"
+                    f"{path}: rank is {rank}, expected at most {most} for a weight of shape "
+                    f"{specs[path].weight_shape}, and no adapted layer with this rank is larger"
                 )
         if getattr(self, "use_tucker", False) and not any(spec.has_kernel for spec in specs.values()):
             raise AdapterError("use_tucker has no effect: none of the adapted layers has a kernel larger than one")

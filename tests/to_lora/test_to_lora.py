@@ -450,7 +450,7 @@ def test_a_failure_at_the_last_component_changes_nothing(monkeypatch: pytest.Mon
         ({"adapters": {"a": float("nan")}}, "finite"),
         ({"adapters": {"a": {"unet.upblocks": 1.0}}}, r"unet\.up_blocks"),
         ({"name": "a"}, "exists already"),
-        ({"name": "b.c"}, "no name"),
+        ({"name": "b/c"}, "no name"),
         ({"rank": 0}, "rank is 0"),
         ({"rank": 2.0}, "rank is 2.0"),
         ({"rank": True}, "rank is True"),

@@ -298,3 +298,11 @@ def test_block_dropout_leaves_the_other_blocks_rotated() -> None:
 def test_numbers_that_cannot_mean_anything_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(diffadapt.AdapterError, match=message):
         diffadapt.add_adapter(nested(), LORA(target_modules=["foo"], **options))
+
+
+def test_a_rank_that_suits_the_model_is_taken_by_its_tiny_layers_too() -> None:
+    model = nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 64))
+    adapter = diffadapt.add_adapter(model, LORA(target_modules="all-linear", rank=16))
+    assert {layer.rank for layer in adapter.layers.values()} == {16}
+    with pytest.raises(diffadapt.AdapterError, match="1: rank is 65, expected at most 64"):
+        diffadapt.add_adapter(model, LORA(target_modules="all-linear", rank=65), "b")
