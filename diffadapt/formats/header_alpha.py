@@ -59,6 +59,9 @@ class HeaderAlphas:
             self._options.setdefault(component, {})[option] = value
         self._alphas = {name: header.metadata[name] for name in _ALPHAS if name in header.metadata}
         self._ranks = {name: header.metadata[name] for name in _RANKS if name in header.metadata}
+        numbers = {name: _number(text) for name, text in self._alphas.items()}
+        self._plain = next((number for number in numbers.values() if number is not None), None)
+        self._by_component: dict[str, Mapping[str, Any]] = {}
         self.are_there = bool(self._options or self._alphas)
 
     def of(self, component: str, paths: Sequence[str], rank: int, *, peft_names: bool) -> HeaderAlpha:
@@ -73,9 +76,11 @@ class HeaderAlphas:
         Raises:
             AdapterError: an option is not of the expected kind.
         """
-        options = self._options_of(component)
+        options = self._by_component.get(component)
+        if options is None:
+            options = self._by_component[component] = self._options_of(component)
         value = peft_config.alpha(options, paths, rank) if options else None
-        plain = self._plain()
+        plain = self._plain
         if value is not None:
             notes = [
                 f"the header has {name}={text}, but {self._what} makes the scale {value / rank:g}, which is used"
@@ -113,9 +118,6 @@ class HeaderAlphas:
             return found or {}
         denoisers = [options for name, options in self._options.items() if not is_text_encoder(name)]
         return denoisers[0] if len(denoisers) == 1 else {}
-
-    def _plain(self) -> float | None:
-        return next((number for text in self._alphas.values() if (number := _number(text)) is not None), None)
 
     @staticmethod
     def _global(options: Mapping[str, Any]) -> Any:

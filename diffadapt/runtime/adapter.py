@@ -1,4 +1,4 @@
-"""The adapter: a tree of adapter layers that mirrors the model's module paths, and the gates of all its layers.
+"""The adapter: its adapter layers, named after the model's module paths, and the gates of all of them.
 
 A layer's change is multiplied by `alpha / rank x strength x call scale`. The first two factors make up the gate. An
 adapter keeps its gates in one flat float32 tensor, of which every adapter layer has a view, so that rescaling a whole

@@ -101,7 +101,6 @@ class Bank(nn.Module):
         moved, problems = find_again_(model, self.hosts, carried)
         if moved:
             self.attentions = dict(fusible_attentions(model, self.hosts))
-        if moved:
             merged = {path for name in self.merged for path in self.adapters[name].layers}
             self.lost.update(path for path in moved if path in merged and not self._can_unmerge(self.hosts[path]))
             if self.reservation is not None:
