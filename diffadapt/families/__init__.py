@@ -10,16 +10,18 @@ from typing import Any
 
 from torch import nn
 
+from diffadapt.families.ace_step import ACE_STEP
 from diffadapt.families.auraflow import AURAFLOW
 from diffadapt.families.cascade import CASCADE
 from diffadapt.families.cosmos import ANIMA, ANIMA_CONDITIONER
 from diffadapt.families.family import Aliases, Family, Layout
-from diffadapt.families.flux import CHROMA, FLUX, FLUX2
+from diffadapt.families.flux import CHROMA, FLUX, FLUX2, FLUX3
 from diffadapt.families.fused_parts import FusedPart
 from diffadapt.families.hunyuan import HUNYUAN_IMAGE, HUNYUAN_VIDEO, HUNYUAN_VIDEO_15
 from diffadapt.families.krea2 import KREA2
 from diffadapt.families.ltx import LTX, LTX2
 from diffadapt.families.lumina import IDEOGRAM4, LUMINA2, ZIMAGE
+from diffadapt.families.minimax_h3 import MINIMAX_H3
 from diffadapt.families.pixart import PIXART, SANA
 from diffadapt.families.plain import COGVIEW4, HIDREAM, QWEN, QWEN21
 from diffadapt.families.recognise import pattern, recognise
@@ -37,6 +39,9 @@ FAMILIES: tuple[Family, ...] = (
     CASCADE,
     SD3,
     CHROMA,
+    MINIMAX_H3,
+    ACE_STEP,
+    FLUX3,
     FLUX2,
     FLUX,
     AURAFLOW,
@@ -116,6 +121,35 @@ def aliases(targets: Targets) -> Aliases:
     """Return all names that a model's layers have in files besides those of diffusers; {} for unknown families."""
     family = _of_class(type(targets.model))
     return {} if family is None else family.names(targets)
+
+
+def parameters(targets: Targets) -> Aliases:
+    """Return the names that bare parameters of a model have in files besides those of diffusers."""
+    family = _of_class(type(targets.model))
+    return {} if family is None else family.parameters(targets)
+
+
+def written_layout(targets: Targets) -> Layout:
+    """Return `layout`, with bare parameters, which count as parts without outputs."""
+    tables = {name: tuple((part, 0) for part in parts) for name, parts in parameters(targets).items()}
+    return {**layout(targets), **tables}
+
+
+def fused_layout(targets: Targets) -> Layout:
+    """Return all fused layers that files may have, also under names that are read but never written."""
+    layers = {**fused(targets), **aliases(targets)}
+    specs = {path: spec for path, module in targets.modules.items() if (spec := LayerSpec.of(module))}
+    return {
+        name: tuple((part, specs[part.path].out_features) for part in parts)
+        for name, parts in layers.items()
+        if len(parts) > 1 and all(part.path in specs for part in parts)
+    }
+
+
+def stored_by_head(targets: Targets) -> Aliases:
+    """Return the fused layers that some programs write head by head; {} for most families. See `Family.by_head`."""
+    family = _of_class(type(targets.model))
+    return {} if family is None else family.stored_by_head(targets)
 
 
 def left_out(targets: Targets, path: str) -> str | None:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from diffadapt.families.fused_parts import FusedPart
@@ -36,6 +36,8 @@ class Family:
         layers: the names of the original layout, without those that are the same in diffusers.
         also: other names of these layers in files, which are read but never written.
         swapped: original names of layers whose halves of outputs diffusers has in the opposite order.
+        by_head: original names of fused layers that the checkpoint stores head by head. Programs that do not reorder it
+            write the rows of the first head of every part, then those of the second, and so on.
         aliases: returns further names, for what a table cannot express. They take precedence over those of the tables.
         optional: parts that some models of the family are built without, such as the embedder of the guidance of a
             distilled model: what messages call the part -> a regular expression for some of its names, in both layouts
@@ -48,6 +50,7 @@ class Family:
     layers: Table = field(default_factory=dict[str, str | tuple[str, ...]])
     also: Table = field(default_factory=dict[str, str | tuple[str, ...]])
     swapped: frozenset[str] = frozenset()
+    by_head: frozenset[str] = frozenset()
     aliases: Callable[[Targets], Aliases] | None = None
     optional: Mapping[str, str] = field(default_factory=dict[str, str])
 
@@ -59,6 +62,21 @@ class Family:
     def names(self, targets: Targets) -> Aliases:
         """Return all names that files may have for layers of this model besides those of diffusers."""
         return {**_named(self.also, self.swapped, targets.modules), **self.original(targets)}
+
+    def parameters(self, targets: Targets) -> Aliases:
+        """Return the names in the original layout of bare parameters that have another name there."""
+        return _named(self.layers, self.swapped, bare_parameters(targets))
+
+    def stored_by_head(self, targets: Targets) -> Aliases:
+        """Return the layers of `by_head`, with parts whose rows are in the order of the checkpoint."""
+        head = getattr(getattr(targets.model, "config", None), "attention_head_dim", None)
+        if not self.by_head or head is None:
+            return {}
+        table = {name: parts for name, parts in self.layers.items() if name in self.by_head}
+        return {
+            name: tuple(replace(part, head=head, count=len(parts)) for part in parts)
+            for name, parts in _named(table, self.swapped, targets.modules).items()
+        }
 
 
 def block(original: str, ours: str, layers: Table) -> dict[str, str | tuple[str, ...]]:
@@ -72,6 +90,14 @@ def block(original: str, ours: str, layers: Table) -> dict[str, str | tuple[str,
 def qkv(before: str, after: str = "") -> tuple[str, ...]:
     """Return the names of the query, key and value projections: `qkv("attn.to_")`."""
     return tuple(f"{before}{letter}{after}" for letter in _QKV)
+
+
+def bare_parameters(targets: Targets) -> Iterator[str]:
+    """Yield the paths of parameters that are not the weight or bias of a layer, such as tables of shifts and scales."""
+    for path, module in (("", targets.model), *targets.modules.items()):
+        for name, parameter in module._parameters.items():
+            if parameter is not None and name not in ("weight", "bias"):
+                yield f"{path}.{name}".removeprefix(".")
 
 
 def weighted(targets: Targets) -> Iterator[str]:

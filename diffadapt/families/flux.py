@@ -1,7 +1,7 @@
-"""Flux.1, Chroma and Flux.2: the layout of Black Forest Labs' code, which most trainers write.
+"""Flux.1, Chroma, Flux.2 and Flux.3: the layout of Black Forest Labs' code, which most trainers write.
 
 Sources: diffusers 0.42.1 `loaders/single_file_utils.py`, kohya-ss/sd-scripts 48d368f `networks/convert_flux_lora.py`;
-for the numbered parts of fused layers OneTrainer 23df383.
+for the numbered parts of fused layers OneTrainer 23df383; for Flux.3 `loaders/lora_conversion_utils.py` of diffusers.
 """
 
 from diffadapt.families.family import Family, Table, block, qkv
@@ -110,4 +110,28 @@ FLUX2 = Family(
     },
     swapped=frozenset({"final_layer.adaLN_modulation.1"}),
     optional=GUIDANCE,
+)
+
+_BLOCK_3: Table = {
+    "q_proj": "attn.to_q",
+    "k_proj": "attn.to_k",
+    "v_proj": "attn.to_v",
+    "attn_out": "attn.to_out.0",
+    "mlp_in": "ff.linear_in",
+    "mlp_out": "ff.linear_out",
+}
+
+FLUX3 = Family(
+    "flux3",
+    ("Flux3Transformer2DModel",),
+    signs=(
+        "mode_blocks~|stream_modulations~|x_embedders~|single_transformer_blocks~~ff~linear_(?:in|out)"
+        "|single_blocks~~(?:[qkv]_proj|attn_out|mlp_(?:in|out))"
+    ),
+    layers={
+        **block("content_mode_blocks.image.{}", "mode_blocks.image.{}", _BLOCK_3),
+        **block("content_mode_blocks.image_cond.{}", "mode_blocks.image_cond.{}", _BLOCK_3),
+        **block("txt_mode_blocks.{}", "txt_mode_blocks.{}", _BLOCK_3),
+        **block("single_blocks.{}", "single_transformer_blocks.{}", _BLOCK_3),
+    },
 )

@@ -14,18 +14,27 @@ class FusedPart:
     Attributes:
         path: path of the model's layer.
         swapped: whether the file has the second half of its outputs first.
+        head: rows of one attention head if the file has the heads of all parts in turn; 0 if it has one part after the
+            other.
+        count: the number of parts that take turns.
     """
 
     path: str
     swapped: bool = False
+    head: int = 0
+    count: int = 1
 
     def rows(self, start: int, size: int) -> tuple[range, ...]:
         """Return which rows of the file's weight this part consists of, in the order of the model's layer.
 
         Args:
-            start: the first row of the part.
+            start: the first row of the part, or its number times its size if the parts take turns.
             size: number of its rows.
         """
+        if self.head:
+            first = start // size * self.head
+            steps = range(first, size * self.count, self.head * self.count)
+            return tuple(range(row, row + self.head) for row in steps)
         if not self.swapped:
             return (range(start, start + size),)
         middle = start + size // 2

@@ -25,7 +25,7 @@ _ENDS: Table = {
 PIXART = Family(
     "pixart",
     ("PixArtTransformer2DModel",),
-    signs="(?<!refiner[._])blocks~~mlp~fc|(?:csize|ar)_embedder~mlp",
+    signs="(?:csize|ar)_embedder~mlp",
     layers={
         **block("blocks.{}", "transformer_blocks.{}", {**_BLOCK, "mlp.fc1": "ff.net.0.proj", "mlp.fc2": "ff.net.2"}),
         **_ENDS,

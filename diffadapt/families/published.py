@@ -212,6 +212,9 @@ _MODELS: dict[str, tuple[_Models, ...]] = {
     ),
     "chroma": ({"transformer": _diffusers("ChromaTransformer2DModel"), "text_encoder": _t5},),
     "flux2": ({"transformer": _diffusers("Flux2Transformer2DModel")},),
+    "flux3": ({"transformer": _diffusers("Flux3Transformer2DModel")},),
+    "minimax-h3": ({"transformer": _diffusers("MiniMaxH3Transformer3DModel")},),
+    "ace-step": ({"transformer": _diffusers("AceStepTransformer1DModel")},),
     "qwen": ({"transformer": _diffusers("QwenImageTransformer2DModel")},),
     "qwen21": ({"transformer": _diffusers("QwenImage21Transformer2DModel")},),
     "zimage": ({"transformer": _diffusers("ZImageTransformer2DModel")},),
@@ -251,6 +254,7 @@ _MODELS: dict[str, tuple[_Models, ...]] = {
         _wan(in_channels=36),
         _wan("WanVACETransformer3DModel", **_VACE),
         _wan("WanVACETransformer3DModel", **_WAN_SMALL, **{**_VACE, "vace_layers": list(range(0, 30, 2))}),
+        {"transformer": _diffusers("HeliosTransformer3DModel")},
     ),
     "ltx": ({"transformer": _diffusers("LTXVideoTransformer3DModel")},),
     "ltx2": (

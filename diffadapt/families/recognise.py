@@ -302,7 +302,8 @@ def _of_joint_attention(keys: Keys, size: int) -> str | None:
         return "krea2" if 1536 in outputs else "flux2" if 6144 in outputs or keys.has(_ADDED) else None
     if size == 4096:
         return "flux2" if keys.has(_ADDED) else "qwen21" if keys.blocks(_ATTENTION) >= 8 else None
-    return {1536: "sd3", 2432: "sd3", 2048: "hunyuan-video15", 3584: "hunyuan-image"}.get(size)
+    sizes = {1536: "sd3", 2432: "sd3", 2048: "hunyuan-video15", 3584: "hunyuan-image", 5376: "minimax-h3"}
+    return sizes.get(size)
 
 
 def _inputs(layers: Iterable[Layer]) -> int | None:
@@ -326,11 +327,12 @@ def _of_layers(keys: Keys) -> str | None:
     return _by_inputs(keys.layers(_LAYERS), _LAYER_SIZES)
 
 
-_PIXART = pattern("blocks~~(?:attn~(?:qkv|proj)|cross_attn~(?:q_linear|kv_linear|proj))")
+_PIXART = pattern("(?<!refiner[._])blocks~~(?:attn~(?:qkv|proj)|cross_attn~(?:q_linear|kv_linear|proj)|mlp~fc)")
+_PIXART_SIZES = {1152: "pixart", 4608: "pixart", 2240: "sana", 5376: "minimax-h3", 14336: "minimax-h3"}
 
 
 def _of_pixart(keys: Keys) -> str | None:
-    return _by_inputs(keys.layers(_PIXART), {2240: "sana"})
+    return _by_inputs(keys.layers(_PIXART), _PIXART_SIZES)
 
 
 _SHARED: tuple[tuple[re.Pattern[str], Callable[[Keys], str | None]], ...] = (

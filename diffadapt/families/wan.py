@@ -23,6 +23,7 @@ _BLOCK: Table = {
     "cross_attn.v_img": "attn2.add_v_proj",
     "cross_attn.norm_k_img": "attn2.norm_added_k",
     "norm3": "norm2",
+    "modulation": "scale_shift_table",
     "ffn.0": "ffn.net.0.proj",
     "ffn.2": "ffn.net.2",
 }
@@ -42,6 +43,7 @@ WAN = Family(
         "WanAnimateTransformer3DModel",
         "SkyReelsV2Transformer3DModel",
         "ChronoEditTransformer3DModel",
+        "HeliosTransformer3DModel",
     ),
     signs=(
         r"blocks~~(?:self|cross)_attn~(?:norm_)?(?:q|k|v|o|k_img|v_img)\.|blocks~~ffn~"
@@ -59,6 +61,7 @@ WAN = Family(
         "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
         "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
         "head.head": "proj_out",
+        "head.modulation": "scale_shift_table",
         **block("vace_blocks.{}", "vace_blocks.{}", _BLOCK),
         "vace_blocks.{}.before_proj": "vace_blocks.{}.proj_in",
         "vace_blocks.{}.after_proj": "vace_blocks.{}.proj_out",

@@ -1,6 +1,7 @@
 """Pickle files. They are read only by `read_pickle`, which callers have to ask for explicitly."""
 
 import os
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,7 +38,9 @@ def read_pickle(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     except AdapterError:
         raise
     except Exception as error:
-        raise AdapterError(f"{os.fspath(path)}: cannot be unpickled with weights_only=True ({error})") from error
+        # Not `from error`: torch's message advises to unpickle without that protection.
+        reason = _why_not_unpickled(error)
+        raise AdapterError(f"{os.fspath(path)}: cannot be unpickled with weights_only=True ({reason})") from None
     content = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(content, Mapping):
         raise AdapterError(f"{os.fspath(path)}: holds a {type(content).__name__}, expected a state dict")
@@ -57,6 +60,16 @@ def _named_vectors(vectors: Any, name: str) -> dict[Any, Any]:
     tokens = {key: name if key == "*" else key for key in vectors}
     found = {f"bundle_emb.{token}.string_to_param.*": vectors[key] for key, token in tokens.items()}
     return {key: own.detach() if isinstance(own, Tensor) else own for key, own in found.items()}
+
+
+def _why_not_unpickled(error: Exception) -> str:
+    """Return why `torch.load` refused a file, without its advice to unpickle what may run code."""
+    found = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if found:
+        return f"it holds {found[1]}, expected tensors only; save its state dict as safetensors where it was made"
+    if isinstance(error, OSError):
+        return str(error)
+    return "it is no intact pickle file of torch; download it again, or pass a safetensors file"
 
 
 def _refuse_bomb(file: Path) -> None:

@@ -54,6 +54,7 @@ class OpenFile:
     Attributes:
         origin: the path, for messages.
         tensors: tensor by key, as memory-mapped pages of the file.
+        metadata: the metadata of the file.
     """
 
     def __init__(self, file: Path) -> None:
@@ -69,7 +70,8 @@ class OpenFile:
             raise AdapterError(f"{file}: cannot be opened ({error.strerror})") from error
         weakref.finalize(self, os.close, self._handle)
         self._initial_state = self._state()
-        self.tensors = read_safetensors(file, file.stem, None, headers_only=False).tensors
+        checkpoint = read_safetensors(file, file.stem, None, headers_only=False)
+        self.tensors, self.metadata = checkpoint.tensors, checkpoint.header.metadata
 
     @property
     def is_unchanged(self) -> bool:

@@ -25,7 +25,7 @@ def write(path: str | os.PathLike[str], documents: Mapping[str, Document]) -> Pa
         documents: what to write, by subfolder of `path`; "" stands for `path` itself.
 
     Returns:
-        The path of the weight file of the first document.
+        The path of the weight file or, if there are several documents, that of the folder with all of them.
 
     Raises:
         AdapterError: the name of the path does not suit the documents.
@@ -37,23 +37,35 @@ def write(path: str | os.PathLike[str], documents: Mapping[str, Document]) -> Pa
         for target, document in files.items():
             target.parent.mkdir(parents=True, exist_ok=True)
             content = {key: tensor.detach().to("cpu").contiguous() for key, tensor in document.tensors.items()}
-            ready.append((_temporary(target), target))
+            ready.append((temporary_beside(target), target))
             save_file(content, ready[-1][0], metadata=dict(document.metadata))
             _sort_metadata(ready[-1][0])
             if document.config is not None:
-                ready.append((_temporary(target.parent / PEFT_CONFIG), target.parent / PEFT_CONFIG))
+                ready.append((temporary_beside(target.parent / PEFT_CONFIG), target.parent / PEFT_CONFIG))
                 ready[-1][0].write_text(json.dumps(document.config, indent=2, sort_keys=True))
-        # mkstemp creates private files; an adapter is an ordinary file under the user's umask.
-        mask = os.umask(0)
-        os.umask(mask)
         for temporary, target in ready:
-            os.chmod(temporary, 0o666 & ~mask)
-            os.replace(temporary, target)
+            publish(temporary, target)
     except BaseException:
         for temporary, _ in ready:
             temporary.unlink(missing_ok=True)
         raise
-    return next(iter(files))
+    return next(iter(files)) if len(files) == 1 else Path(path).expanduser()
+
+
+def publish(temporary: Path, target: Path) -> None:
+    """Give a complete temporary file the name `target`, and the permissions of an ordinary file."""
+    # mkstemp creates private files; an adapter is an ordinary file under the user's umask.
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(temporary, 0o666 & ~mask)
+    os.replace(temporary, target)
+
+
+def temporary_beside(target: Path) -> Path:
+    """Create an empty file with a temporary name in the folder of `target` and return its path."""
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    os.close(handle)
+    return Path(name)
 
 
 def _target(path: str | os.PathLike[str], folder: str, document: Document) -> Path:
@@ -85,9 +97,3 @@ def _sort_metadata(file: Path) -> None:
         assert len(text) <= size, f"{file}: a sorted header of {len(text)} bytes for {size}"
         opened.seek(8)
         opened.write(text.ljust(size))
-
-
-def _temporary(target: Path) -> Path:
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
-    os.close(handle)
-    return Path(name)

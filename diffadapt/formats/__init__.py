@@ -3,7 +3,11 @@
 Exactly one format must match a file; the tests give every fixture to every format.
 """
 
+from dataclasses import replace
+from functools import partial
+
 from diffadapt.errors import AdapterError
+from diffadapt.formats.advice import dump_or_advise
 from diffadapt.formats.bfl_control import BFL_CONTROL
 from diffadapt.formats.cloneofsimo import CLONEOFSIMO
 from diffadapt.formats.comfy import COMFY
@@ -77,7 +81,7 @@ def detect(header: Header, name: str | None = None) -> Format:
 
 
 def writer(name: str) -> Format:
-    """Return the format of this name, for writing.
+    """Return the format of this name, for writing. If it cannot express an adapter, its `dump` says which formats can.
 
     Raises:
         AdapterError: no format has this name, or the format is read-only.
@@ -85,4 +89,5 @@ def writer(name: str) -> Format:
     writable = {format.name: format for format in (*FORMATS, ONETRAINER) if format.dump is not None}
     if name not in writable:
         raise AdapterError(f"format={name!r} cannot be written; use one of {', '.join(sorted(writable))}")
-    return writable[name]
+    chosen = writable[name]
+    return replace(chosen, dump=partial(dump_or_advise, chosen, tuple(writable.values())))

@@ -9,7 +9,7 @@ Files are saved at a scale of 1, with alpha multiplied into the factors, because
 this layout, too, but no metadata.
 
 Control LoRAs for Flux.1 contain new weights of norms, under the names of the parameters (diffusers 0.42.1
-`loaders/lora_pipeline.py`; its trainer writes the component in front of them twice).
+`loaders/lora_pipeline.py`; its trainer writes the component in front of them twice). Some files have nothing else.
 """
 
 import json
@@ -26,9 +26,10 @@ from diffadapt.formats import embeddings, peft_config, peft_dump, prefixes, suff
 from diffadapt.formats.document import AdapterState, Document
 from diffadapt.formats.format import Format, Header
 from diffadapt.formats.header_alpha import METADATA, kept
+from diffadapt.formats.header_options import options_by_component, options_for, token_ids
 from diffadapt.formats.names import Names
-from diffadapt.formats.second_denoiser import FIRST, SECOND, as_first, is_for_second
-from diffadapt.formats.verdicts import Verdict
+from diffadapt.formats.second_denoiser import FIRST, SECOND, as_first, is_for_second, warn_of_both
+from diffadapt.formats.verdicts import Place, Verdict
 from diffadapt.types.layer_state import LayerState
 from diffadapt.types.tensor_ops import narrowed, promoted
 
@@ -39,7 +40,7 @@ _NORM = re.compile(rf"transformer\.(?:transformer\.)?({_NORM_PATH})\.weight")
 
 
 def _matches(header: Header) -> bool:
-    return any(suffixes.split_key(key) is not None for key in header.keys)
+    return any(suffixes.split_key(key) is not None or (".norm_" in key and _NORM.fullmatch(key)) for key in header.keys)
 
 
 def _locate(header: Header, names: Names) -> dict[str, Verdict]:
@@ -55,22 +56,33 @@ def _locate(header: Header, names: Names) -> dict[str, Verdict]:
         norm = _NORM.fullmatch(key) if ".norm_" in key else None
         if norm:
             verdicts[key] = names.dotted("transformer", norm[1], "set_weight")
+    options = options_by_component(header)
+    for key, verdict in verdicts.items():
+        if isinstance(verdict, Place) and verdict.name == "token_rows":
+            verdicts[key] = verdict._replace(ids=token_ids(options_for(options, verdict.component), verdict.written))
     return verdicts
 
 
 def _dump(state: AdapterState) -> dict[str, Document]:
+    if state.embeddings and not state.layers:
+        return {"": Document(embeddings.diffusers_file(state), {"format": "pt"})}
     embeddings.refuse_embeddings(state, "diffusers")
     tensors: dict[str, Tensor] = {}
     config: dict[str, Any] = {}
     state = as_first(state)
+    warn_of_both(state)
     metadata = {**kept(state.metadata), "format": "pt"}
     for component, found in state.layers.items():
         norms = {path: layer for path, layer in found.items() if _is_norm(state.family, component, path, layer)}
         for path, layer in norms.items():
             tensors[f"{component}.{path}.weight"] = layer.tensors["set_weight"]
         others = {path: _at_scale_1(layer) for path, layer in found.items() if path not in norms}
-        layers = peft_dump.with_equal_biases(others)
+        tokens = {path: layer for path, layer in others.items() if layer.type == peft_dump.TOKENS}
+        layers = peft_dump.with_equal_biases({path: layer for path, layer in others.items() if path not in tokens})
         options = peft_config.dump(layers) if layers else {}
+        for path, layer in tokens.items():
+            tensors[f"{component}.{path}.{peft_dump.TOKEN_ROWS_IN_LORA}"] = layer.tensors["token_rows"]
+            options.setdefault("trainable_token_indices", {})[path] = layer.tensors["token_ids"].tolist()
         config.update({f"{component}.{option}": value for option, value in options.items()})
         for path, layer in layers.items():
             # Old readers know CLIP only with the prefix that transformers 5 dropped; new ones strip it.
@@ -119,10 +131,7 @@ def _is_norm(family: str | None, component: str, path: str, layer: LayerState) -
 
 def _spelled(component: str, path: str, layer: LayerState) -> dict[str, Tensor]:
     if layer.type not in _TYPES:
-        raise AdapterError(
-            f"{component}.{path} is of type {layer.type}, which diffusers cannot read; "
-            "save with format='kohya' or 'peft', or make it a LoRA with to_lora()"
-        )
+        raise AdapterError(f"{component}.{path} is of type {layer.type}, which diffusers cannot read")
     return peft_dump.spelled(f"{component}.{path}", layer)
 
 

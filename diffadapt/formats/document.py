@@ -35,6 +35,13 @@ class AdapterState:
         family: name of the model family, if known.
         layouts: component -> the original layout of its model, if it has one.
         embeddings: (token, text encoder as files spell it) -> learned vectors (count, features).
+        is_tied: whether layers that share a weight share the tensors of the adapter.
+        owners: component -> path of a bare parameter -> its number among the parameters of the module that owns it, and
+            whether the inputs of an expert come first there.
+        untied: the layers, as "component.path", whose weight is also that of a layer without the adapter.
+        name: the name of the file without its ending.
+        fused: component -> the layers of its model that files may have as one, for layers that cannot be saved apart
+            (`LayerState.group`).
     """
 
     layers: Mapping[str, Mapping[str, LayerState]]
@@ -42,3 +49,10 @@ class AdapterState:
     family: str | None = None
     layouts: Mapping[str, Layout] = field(default_factory=dict[str, Layout])
     embeddings: Mapping[tuple[str, str], Tensor] = field(default_factory=dict[tuple[str, str], Tensor])
+    is_tied: bool = False
+    untied: frozenset[str] = frozenset()
+    owners: Mapping[str, Mapping[str, tuple[int, bool]]] = field(
+        default_factory=dict[str, Mapping[str, tuple[int, bool]]]
+    )
+    name: str = ""
+    fused: Mapping[str, Layout] = field(default_factory=dict[str, Layout])

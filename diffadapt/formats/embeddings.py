@@ -16,6 +16,7 @@ Sources: diffusers 0.42.1 `loaders/textual_inversion.py` and `examples/advanced_
 import re
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from diffadapt.errors import AdapterError
@@ -29,6 +30,11 @@ _BRACKETED = re.compile(r"<[^<>]+>")
 _NAMELESS = re.compile(r"(?:clip_[lgh]|t5(?:xxl)?|llama|gemma|qwen)(?:_out)?|em[bp]_params(?:_out)?|string_to_.+")
 _PIVOTAL = {"text_encoders_0": "clip_l", "text_encoders_1": "clip_g"}
 _ANY = "string_to_param.*"
+_PIVOTAL_ENCODERS = {"clip_l", "clip_g", "t5"}
+
+PIVOTAL_FILE = re.compile(r"embeddings|.*_emb")
+"""Names of the file that diffusers' pivotal tuning writes next to the LoRA. Its tokens are `<s0>`, `<s1>` and so on."""
+
 OUTPUT = "_out"
 """Suffix of the name of a text encoder if the vectors replace its output."""
 
@@ -46,6 +52,48 @@ def token_verdict(key: str) -> Vectors | Unused | None:
 def bundle(state: AdapterState) -> dict[str, Tensor]:
     """Return the adapter's learned vectors by their keys in a file, as OneTrainer spells them."""
     return {f"bundle_emb.{token}.{written}": vectors for (token, written), vectors in state.embeddings.items()}
+
+
+def own_file(state: AdapterState) -> dict[str, Tensor]:
+    """Return learned vectors as kohya's sd-scripts and A1111 write them, if the file is named after their only token.
+
+    Vectors of several tokens, or in a file of another name, have their token in the keys; see `bundle`.
+    """
+    tokens = {token for token, _ in state.embeddings}
+    if tokens != {state.name} or any(written.endswith(OUTPUT) for _, written in state.embeddings):
+        return bundle(state)
+    if len(state.embeddings) == 1:
+        return {"emb_params": next(iter(state.embeddings.values()))}
+    return {written: vectors for (_, written), vectors in state.embeddings.items()}
+
+
+def diffusers_file(state: AdapterState) -> dict[str, Tensor]:
+    """Return learned vectors as diffusers writes them: `learned_embeds`, or the file of its pivotal tuning.
+
+    Raises:
+        AdapterError: diffusers has no such file.
+    """
+    tokens = list(dict.fromkeys(token for token, _ in state.embeddings))
+    by_encoder: dict[str, dict[str, Tensor]] = {}
+    for (token, written), vectors in state.embeddings.items():
+        by_encoder.setdefault(written, {})[token] = vectors
+    numbered = [f"<s{number}>" for number in range(len(tokens))]
+    is_complete = all(found.keys() == set(tokens) for found in by_encoder.values())
+    if sorted(tokens) == sorted(numbered) and is_complete and set(by_encoder) <= _PIVOTAL_ENCODERS:
+        rows = {written: [found[token] for token in numbered] for written, found in by_encoder.items()}
+        if all(len(vectors) == 1 for found in rows.values() for vectors in found):
+            if PIVOTAL_FILE.fullmatch(state.name) is None:
+                raise AdapterError(
+                    f"the tokens {', '.join(numbered)} are known by the name of the file in diffusers: save them as "
+                    f"'..._emb.safetensors' or 'embeddings.safetensors', not as {state.name!r}"
+                )
+            return {written: torch.cat(found) for written, found in rows.items()}
+    if len(state.embeddings) == 1 and OUTPUT not in next(iter(by_encoder)):
+        return {tokens[0]: next(iter(state.embeddings.values()))}
+    raise AdapterError(
+        f"a file of diffusers has one token for one text encoder, or {numbered[0]}, <s1>, ... of one vector each; this "
+        f"adapter has {', '.join(tokens)}"
+    )
 
 
 def refuse_embeddings(state: AdapterState, format: str) -> None:

@@ -15,14 +15,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from diffadapt.errors import AdapterError
-from diffadapt.formats import peft_config
+from diffadapt.formats import peft_methods
 from diffadapt.formats.format import Header
-from diffadapt.formats.metadata import parse_json
+from diffadapt.formats.header_options import METADATA, options_by_component
 from diffadapt.runtime.components import is_text_encoder
-
-METADATA = "lora_adapter_metadata"
-"""The entry of the safetensors metadata for which diffusers writes the options of PEFT's config, as JSON."""
 
 _ALPHAS, _RANKS = ("lora_alpha", "alpha"), ("rank", "r", "lora_rank")
 
@@ -52,11 +48,7 @@ class HeaderAlphas:
             AdapterError: `lora_adapter_metadata` is not a JSON object.
         """
         self._what = "adapter_config.json" if header.config is not None else METADATA
-        self._options: dict[str, dict[str, Any]] = {}
-        config = header.config if header.config is not None else _config(header.metadata.get(METADATA))
-        for key, value in config.items():
-            component, _, option = key.rpartition(".")
-            self._options.setdefault(component, {})[option] = value
+        self._options = options_by_component(header)
         self._alphas = {name: header.metadata[name] for name in _ALPHAS if name in header.metadata}
         self._ranks = {name: header.metadata[name] for name in _RANKS if name in header.metadata}
         numbers = {name: _number(text) for name, text in self._alphas.items()}
@@ -79,7 +71,7 @@ class HeaderAlphas:
         options = self._by_component.get(component)
         if options is None:
             options = self._by_component[component] = self._options_of(component)
-        value = peft_config.alpha(options, paths, rank) if options else None
+        value = peft_methods.alpha(options, paths, rank) if options else None
         plain = self._plain
         if value is not None:
             notes = [
@@ -127,15 +119,6 @@ class HeaderAlphas:
 def kept(metadata: Mapping[str, str]) -> dict[str, str]:
     """Return the metadata of a file that another file of its content keeps: all but its alphas and ranks."""
     return {key: value for key, value in metadata.items() if key not in (METADATA, *_ALPHAS, *_RANKS)}
-
-
-def _config(text: str | None) -> dict[str, Any]:
-    if text is None:
-        return {}
-    config = parse_json(text, f"the header's {METADATA}")
-    if not isinstance(config, dict):
-        raise AdapterError(f"the header's {METADATA} is a {type(config).__name__}, expected an object")
-    return config  # type: ignore[return-value]
 
 
 def _number(text: str) -> float | None:

@@ -12,12 +12,15 @@ from safetensors.torch import save
 from torch import Tensor
 
 from diffadapt.errors import AdapterError
+from diffadapt.formats import stored_settings
 from diffadapt.formats.document import AdapterState, Document
-from diffadapt.formats.embeddings import bundle
+from diffadapt.formats.embeddings import bundle, own_file
 from diffadapt.formats.header_alpha import kept
-from diffadapt.formats.original import in_original_layout
+from diffadapt.formats.original import in_original_layout, join_groups
+from diffadapt.formats.peft_methods import BY_TYPE
 from diffadapt.formats.prefixes import LTX2_PROJECTION
 from diffadapt.formats.second_denoiser import as_first
+from diffadapt.formats.text_encoder_names import comfy_path, comfy_text_encoder
 from diffadapt.runtime.components import is_text_encoder, text_encoder_number
 from diffadapt.types import named
 from diffadapt.types.layer_state import LayerState
@@ -33,6 +36,8 @@ _SPELLINGS = {
     "glora_b1": "b1.weight",
     "glora_b2": "b2.weight",
     "ia3_w": "weight",
+    "param_down": "lora_down.weight",
+    "param_up": "lora_up.weight",
     # OneTrainer's. sd-scripts and LyCORIS rotate outputs, with other tensors.
     "oft_R": "oft_R.weight",
 }
@@ -45,22 +50,18 @@ ComfyUI looks up a change by the name of a parameter, without `.weight` at its e
 """
 _NORMS_OF_HUNYUAN = re.compile(r"((?:double|single)_blocks\.\d+(?:\.(?:img|txt)_attn)?)[._]([qk])_norm")
 _POINTWISE = frozenset({"lora_up", "dora_scale", "initial_norm", "glora_a1", "glora_a2", "glora_b1"})
+_OF_PARAMETERS = frozenset({"param_down", "param_up"})
 _PEFT_ONLY = frozenset({"boft_R", "ia3_l"})
 _TRANSPOSED_NAMES = {"lora_down": "lora_up", "lora_up": "lora_down"}
 _IN_CHECKPOINT = ("unet", "transformer", "prior", "text_conditioner", "connectors")
 """Components that are the denoiser of the original checkpoint or modules of it."""
 
 _ONETRAINER = {"unet": "lora_unet", "transformer": "lora_transformer", "prior": "lora_prior_unet"}
+_FLAT_IN_ONETRAINER = frozenset({"qwen", "krea2", "zimage", "sana", "hidream", "ideogram4", "anima"})
+"""Families whose flattened files OneTrainer has always read with the prefix `lora_unet_` alone."""
+_UNNUMBERED_IN_ONETRAINER = frozenset({"sd", "sd2", "chroma", "pixart", "qwen", "sana", None})
+"""Families whose only text encoder has no number there."""
 
-_COMFY_TEXT_ENCODERS = {
-    "sd": {"text_encoder": "clip_l"},
-    "sd2": {"text_encoder": "clip_h"},
-    "sdxl": {"text_encoder": "clip_l", "text_encoder_2": "clip_g"},
-    "sd3": {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"},
-    "flux": {"text_encoder": "clip_l", "text_encoder_2": "t5xxl"},
-    "chroma": {"text_encoder": "t5xxl"},
-    "pixart": {"text_encoder": "t5xxl"},
-}
 ALWAYS_LIMITED = {"constraint_eps": 1e-8}
 """Settings of sd-scripts' own OFT, which the prefix of the layer names stands for in its files."""
 
@@ -85,7 +86,9 @@ def dump_kohya(state: AdapterState) -> dict[str, Document]:
     Raises:
         AdapterError: the format cannot express the adapter.
     """
-    numbered = len(_text_encoders(state)) > 1 or state.family not in ("sd", "sd2", None)
+    if state.embeddings and not state.layers:
+        return _hashed({"": Document(own_file(state), {**kept(state.metadata), "format": "pt"})})
+    numbered = len(_text_encoders(state)) > 1 or state.family not in ("sd", "sd2", "lumina2", "anima", None)
     # T5 is the third text encoder of sd-scripts, even without a second CLIP.
     t5 = {"text_encoder_2": "3"} if state.family == "flux" else {}
 
@@ -98,9 +101,7 @@ def dump_kohya(state: AdapterState) -> dict[str, Document]:
     layers = [layer for found in state.layers.values() for layer in found.values()]
     limited = {_is_limited(layer) for layer in layers}
     if len(limited) > 1:
-        raise AdapterError(
-            "an OFT of sd-scripts cannot share a file with other layers; save with format='peft', or to_lora() first"
-        )
+        raise AdapterError("an OFT of sd-scripts cannot share a file with other layers")
 
     def name(component: str, path: str) -> str:
         flat = f"{prefix(component)}_{path}".replace(".", "_")
@@ -112,7 +113,8 @@ def dump_kohya(state: AdapterState) -> dict[str, Document]:
 def dump_onetrainer(state: AdapterState) -> dict[str, Document]:
     """Return an adapter as a file of OneTrainer.
 
-    Names are flattened diffusers names with the prefix `lora_unet_`, `lora_transformer_` or `lora_prior_unet_`.
+    Names are flattened diffusers names with the prefix `lora_unet_`, `lora_transformer_` or `lora_prior_unet_`. Models
+    that OneTrainer does not train have the second one. Source: OneTrainer 23df383 `modules/util/load_lora_util.py`.
 
     Raises:
         AdapterError: the format cannot express the adapter.
@@ -121,16 +123,15 @@ def dump_onetrainer(state: AdapterState) -> dict[str, Document]:
     def prefix(component: str) -> str:
         if not is_text_encoder(component):
             if component not in _ONETRAINER:
-                raise AdapterError(f"{component}: OneTrainer has no name for it; use format='diffusers'")
-            return _ONETRAINER[component]
-        return f"lora_te{text_encoder_number(component) or '1'}"
+                raise AdapterError(f"{component}: OneTrainer has no name for it")
+            return "lora_unet" if state.family in _FLAT_IN_ONETRAINER else _ONETRAINER[component]
+        is_only = state.family in _UNNUMBERED_IN_ONETRAINER and _text_encoders(state) == ["text_encoder"]
+        return "lora_te" if is_only else f"lora_te{text_encoder_number(component) or '1'}"
 
-    single = _text_encoders(state) == ["text_encoder"] and state.family in ("sd", "sd2", None)
-    return _document(
-        state,
-        lambda c, path: f"{'lora_te' if single and c == 'text_encoder' else prefix(c)}_{path}".replace(".", "_"),
-        False,
-    )
+    def name(component: str, path: str) -> str:
+        return f"{prefix(component)}_{path}".replace(".", "_")
+
+    return _document(state, name, False, for_onetrainer=True)
 
 
 def dump_comfy(state: AdapterState) -> dict[str, Document]:
@@ -139,7 +140,6 @@ def dump_comfy(state: AdapterState) -> dict[str, Document]:
     Raises:
         AdapterError: the format cannot express the adapter.
     """
-    text_encoders = _COMFY_TEXT_ENCODERS.get(state.family or "", {})
 
     def name(component: str, path: str) -> str:
         norm = _NORMS_OF_HUNYUAN.fullmatch(path)
@@ -147,11 +147,15 @@ def dump_comfy(state: AdapterState) -> dict[str, Document]:
             path = f"{norm[1]}.norm.{'query' if norm[2] == 'q' else 'key'}_norm"
         if not is_text_encoder(component):
             if component not in _IN_CHECKPOINT:
-                raise AdapterError(f"{component}: a ComfyUI file holds one denoiser; save its adapters one by one")
+                raise AdapterError(
+                    f"{component}: a ComfyUI file holds one denoiser; load the denoisers' adapters one by one, with "
+                    "components=[...], and save each in a file of its own"
+                )
             return path if path.startswith(LTX2_PROJECTION) else f"diffusion_model.{path}"
-        if component not in text_encoders:
+        text_encoder = comfy_text_encoder(state.family, component, state.layers[component])
+        if text_encoder is None:
             raise AdapterError(f"{component}: its name in ComfyUI is not known for {state.family} models")
-        return f"text_encoders.{text_encoders[component]}.transformer.{path}"
+        return f"text_encoders.{text_encoder}.transformer.{comfy_path(path)}"
 
     return _document(state, name, True, for_comfy=True)
 
@@ -162,6 +166,7 @@ def _document(
     as_original: bool,
     *,
     for_comfy: bool = False,
+    for_onetrainer: bool = False,
     limited: bool = False,
 ) -> dict[str, Document]:
     """Return an adapter as one file.
@@ -172,6 +177,7 @@ def _document(
         as_original: whether to write the layers of the original layout.
         for_comfy: whether to write what only ComfyUI needs: the bias of a LoRA as a change of the layer's bias, and the
             names of parameters that are not weights.
+        for_onetrainer: whether to give the factors of a LoHa on a convolution the shapes of convolutions.
         limited: whether the adapter is sd-scripts' own OFT.
     """
     state = as_first(state)
@@ -180,12 +186,19 @@ def _document(
     for component, layers in state.layers.items():
         if as_original:
             layers = in_original_layout(layers, state.layouts.get(component, {}))
+            layers = join_groups(layers, state.fused.get(component, {}))
         for path, layer in layers.items():
             # In other tools, CLIP has the `text_model.` prefix that transformers 5 dropped.
             prefix = "text_model." if path.startswith("encoder.layers.") else ""
-            module, where = name(component, prefix + path), f"{component}.{path}"
+            # A weight that is no layer's has a path of its own.
+            module, where = name(component, prefix + path.removesuffix(".weight")), f"{component}.{path}"
+            if layer.group:
+                raise AdapterError(
+                    f"{where}: its lengths are those of {len(layer.group)} layers together, which this format has one "
+                    "by one"
+                )
             if module in modules:
-                raise AdapterError(f"{where}: {modules[module]} has its name in this format; use format='diffusers'")
+                raise AdapterError(f"{where}: {modules[module]} has its name in this format")
             modules[module] = where
             is_scale = for_comfy and _SCALES.search(module) is not None
             if is_scale:
@@ -193,6 +206,8 @@ def _document(
             for spelling, tensor in _spelled(where, layer):
                 if is_scale and spelling == _NORM_SPELLINGS["diff"]:
                     spelling = "diff"
+                if for_onetrainer and spelling.startswith("hada_w"):
+                    tensor = _as_convolution(spelling, tensor, layer, where)
                 if for_comfy and spelling == _SPELLINGS["lora_bias"]:
                     spelling, tensor = "diff_b", tensor * layer.scale
                 if limited and as_original and spelling == "oft_blocks":
@@ -211,6 +226,7 @@ def _document(
         "ss_network_module": "networks.lora" if {layer.type for layer in every} <= {"lora"} else "lycoris.kohya",
         "ss_network_dim": str(max(rank or 0 for rank in ranks)) if len(ranks) == 1 else "Dynamic",
         **kept(state.metadata),
+        **stored_settings.entry(every),
         "format": "pt",
     }
     return {"": Document(tensors, metadata)}
@@ -251,8 +267,8 @@ def _spelled(where: str, layer: LayerState) -> Iterator[tuple[str, Tensor]]:
         if layer.is_embedding and name in _TRANSPOSED_NAMES:
             # Tools that read these apply them to the weight as it is stored, with its outputs last.
             name, tensor = _TRANSPOSED_NAMES[name], tensor.mT
-        if name in _PEFT_ONLY:
-            raise AdapterError(f"{where}: format='kohya' has no place for {name}; use 'peft', or to_lora()")
+        if name in _PEFT_ONLY or (name in _OF_PARAMETERS and tensor.ndim > 2):
+            raise AdapterError(f"{where}: this format has no place for {name}")
         if name in _POINTWISE:
             tensor = tensor.view(*tensor.shape, *ones)
         elif name == "rescale":
@@ -263,10 +279,23 @@ def _spelled(where: str, layer: LayerState) -> Iterator[tuple[str, Tensor]]:
         elif name == "ia3_w":
             yield "on_input", torch.tensor(int(tensor.shape[1] > 1))
             tensor = tensor.view(1, -1, *ones) if ones else tensor.view(-1)
+        if name in named(layer.type).shared:
+            # A file cannot hold the same memory twice.
+            tensor = tensor.clone()
         spelling = _SPELLINGS.get(name, name)
         if "diff" in layer.tensors and layer.tensors["diff"].ndim == 1:
             spelling = _NORM_SPELLINGS[name]
         yield spelling, tensor
+
+
+def _as_convolution(name: str, factor: Tensor, layer: LayerState, where: str) -> Tensor:
+    """Return a factor of a LoHa in the shape of a convolution, as OneTrainer has it, if its layer is one."""
+    if "hada_t1" in layer.tensors:
+        raise AdapterError(f"{where}: OneTrainer has no LoHa with a Tucker core")
+    if not layer.kernel:
+        return factor
+    kernel = layer.kernel if name.endswith("_b") else (1,) * layer.kernel_dims
+    return factor.reshape(len(factor), -1, *kernel)
 
 
 def _is_limited(layer: LayerState) -> bool:
@@ -285,11 +314,14 @@ def _alpha(where: str, layer: LayerState, implied: Mapping[str, float]) -> float
         AdapterError: the layer has a setting that the format has no place for.
     """
     adapter_type = named(layer.type)
+    if layer.type in BY_TYPE:
+        # The settings of types that other programs do not have in this layout are in the metadata.
+        return layer.alpha if layer.alpha is not None or layer.rank is None else float(layer.rank)
     for name, value in layer.settings.items():
         if name not in (adapter_type.alpha_is, "rank", *adapter_type.marks) and value != implied.get(
             name, adapter_type.settings[name]
         ):
-            raise AdapterError(f"{where}: format='kohya' has no place for {name}={value:g}; use 'peft', or to_lora()")
+            raise AdapterError(f"{where}: this format has no place for {name}={value:g}")
     if adapter_type.alpha_is is not None:
         return float(layer.settings[adapter_type.alpha_is])
     if layer.rank is None:

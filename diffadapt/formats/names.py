@@ -6,6 +6,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from typing import TypeAlias
 
+from torch import nn
+
 from diffadapt import families
 from diffadapt.families.family import Aliases
 from diffadapt.families.fused_parts import FusedPart
@@ -13,6 +15,7 @@ from diffadapt.formats.second_denoiser import SECOND
 from diffadapt.formats.verdicts import Place, Unused, Verdict
 from diffadapt.runtime.components import is_text_encoder
 from diffadapt.runtime.targets import Targets
+from diffadapt.types.layer_spec import LayerSpec
 
 _OWN_MODELS = {
     "llm_adapter": "text_conditioner",
@@ -41,13 +44,20 @@ class Names:
     """
 
     def __init__(
-        self, models: Mapping[str, Targets] | None, empty: Collection[str] = (), *, is_for_second: bool = False
+        self,
+        models: Mapping[str, Targets] | None,
+        empty: Collection[str] = (),
+        *,
+        is_for_second: bool = False,
+        is_by_head: bool = False,
     ) -> None:
         """
         Args:
             models, empty: see the attributes.
             is_for_second: whether a name without a component means the second denoiser, if there is one.
+            is_by_head: whether the file has the rows of some fused layers head by head; see `Family.by_head`.
         """
+        self._is_by_head = is_by_head
         self._is_for_second = is_for_second
         self.models = models
         self.empty = empty
@@ -131,7 +141,7 @@ class Names:
         """Return the layer with a dotted name, which may be the model's own or that of its original layout."""
         assert self.models is not None
         targets = self.models[component]
-        found = targets.resolve(path)
+        found = _carrier(targets, targets.resolve(path))
         # Wan has a norm without weight under a name that its original layout uses for another norm.
         if found is not None and targets.has_weight(found):
             return found, ()
@@ -146,7 +156,7 @@ class Names:
         assert self.models is not None
         targets = self.models[component]
         for spelling in (flat, flat.strip("_")):
-            found = targets.resolve_flat(spelling)
+            found = _carrier(targets, targets.resolve_flat(spelling))
             if found is not None and targets.has_weight(found):
                 return found, ()
             name = self._aliases(component)[1].get(spelling)
@@ -175,7 +185,10 @@ class Names:
         """Return the names of the original layout, and a map to them from their flattened forms."""
         if component not in self._aliases_by_component:
             assert self.models is not None
-            layers = {**families.fused(self.models[component]), **families.aliases(self.models[component])}
+            targets = self.models[component]
+            layers = {**families.fused(targets), **families.parameters(targets), **families.aliases(targets)}
+            if self._is_by_head:
+                layers = {**layers, **families.stored_by_head(targets)}
             # Some programs keep the original names and number the parts of a fused layer.
             numbered = {
                 f"{name}.{index}": (part,)
@@ -227,6 +240,18 @@ class Names:
             if close:
                 reason += f"; did you mean {close[0]!r}?"
         return Unused(reason, component)
+
+
+def _carrier(targets: Targets, path: str | None) -> str | None:
+    """Return `path` or, if the module there is no layer but has a matrix called `weight`, the path of the matrix.
+
+    HiDream's gates choose experts by such a weight.
+    """
+    module = None if path is None else targets.modules.get(path)
+    if isinstance(module, nn.Linear) or module is None or module._modules or LayerSpec.of(module) is not None:
+        return path
+    weight = module._parameters.get("weight")
+    return f"{path}.weight" if weight is not None and weight.ndim == 2 else path
 
 
 def _by_flat(layers: Mapping[str, object]) -> dict[str, str]:

@@ -49,6 +49,24 @@ def in_original_layout(layers: Mapping[str, LayerState], layout: Layout) -> dict
     return found
 
 
+def join_groups(layers: Mapping[str, LayerState], fused: Layout) -> dict[str, LayerState]:
+    """Return the same adapter, with layers that cannot be saved apart joined to the layers that files have instead.
+
+    Args:
+        layers: path of the layer -> adapter layer.
+        fused: fused layers that files may have.
+    """
+    found = dict(layers)
+    for name, parts in fused.items() if any(layer.group for layer in layers.values()) else ():
+        sized = [(found.get(part.path), size) for part, size in parts]
+        if all(layer is not None and layer.group for layer, _ in sized) and _may_join(sized):
+            joined = _join(name, sized, parts[0][0].swapped)
+            for part, _ in parts:
+                del found[part.path]
+            found[name] = joined
+    return found
+
+
 def _join(name: str, sized: _SizedLayers, swapped: bool) -> LayerState:
     """Return one layer for the parts of the fused layer `name`, whose halves of outputs may be swapped."""
     present = [layer for layer, _ in sized if layer is not None]
@@ -66,7 +84,7 @@ def _join(name: str, sized: _SizedLayers, swapped: bool) -> LayerState:
     if joined is None:
         raise AdapterError(
             f"{name}: {' and '.join(types)} of {len(present)} layers cannot become the one layer that they are in this "
-            "format; use format='diffusers' or 'peft', or to_lora() first"
+            "format"
         )
     return joined
 
@@ -75,7 +93,7 @@ def _uncut(sized: _SizedLayers) -> LayerState | None:
     """Return the layer that is cut into exactly these layers, or `None` if there is none."""
     layers = [layer for layer, _ in sized if layer is not None]
     first, adapter_type = layers[0], named(layers[0].type)
-    if len(layers) < len(sized) or len({_common_traits(layer) for layer in layers}) > 1:
+    if len(layers) < len(sized) or len({_common_traits(layer) for layer in layers}) > 1 or not _may_join(sized):
         return None
     if first.settings.get(adapter_type.alpha_is or "", 0.0) > 0 and "output" in _stages(first):
         # The limit of a rotation applies to all outputs together.
@@ -91,8 +109,17 @@ def _uncut(sized: _SizedLayers) -> LayerState | None:
             for name, tensor in first.tensors.items()
         }
         if _is_cut_into(tensors, first.type, sized):
-            return replace(first, tensors=tensors)
+            return replace(first, tensors=tensors, group=frozenset())
     return None
+
+
+def _may_join(sized: _SizedLayers) -> bool:
+    """Return whether these layers are all parts of one layer of a file, if their type asks for it."""
+    layers = [layer for layer, _ in sized if layer is not None]
+    if not any(named(layer.type).joint(layer.tensors) for layer in layers):
+        return True
+    groups = {layer.group for layer in layers}
+    return len(groups) == 1 and len(layers[0].group) == len(layers) == len(sized)
 
 
 def _stages(layer: LayerState) -> Sequence[str]:
@@ -106,7 +133,7 @@ def _common_traits(layer: LayerState) -> tuple[object, ...]:
     for name, tensor in sorted(layer.tensors.items()):
         axis = _axis_of_rows(tensor)
         sides.append((name, axis, (*tensor.shape[:axis], *tensor.shape[axis + 1 :])))
-    return (layer.type, layer.scale, tuple(layer.settings.items()), *sides)
+    return (layer.type, layer.scale, tuple(layer.settings.items()), layer.group, *sides)
 
 
 def _axis_of_rows(tensor: Tensor) -> int:
@@ -142,12 +169,9 @@ def _join_factors(name: str, sized: _SizedLayers, type: str) -> LayerState:
     """Return one LoRA or DoRA with a block-diagonal `up`, in which the rows of layers without an adapter are zero."""
     present = [layer for layer, _ in sized if layer is not None]
     if any("lora_mid" in layer.tensors for layer in present):
-        raise AdapterError(f"{name}: a Tucker core cannot be joined; use to_lora() first")
-    if type == "dora" and (len(present) < len(sized) or any(_is_by_input(layer) for layer in present)):
-        raise AdapterError(
-            f"{name}: DoRAs can be joined only if all layers have one, with a length for every output; use to_lora() "
-            "first"
-        )
+        raise AdapterError(f"{name}: a Tucker core cannot be joined")
+    if type == "dora" and (len(present) < len(sized) or not _may_join(sized)):
+        raise AdapterError(f"{name}: DoRAs can be joined only if all layers have one, with a length for every output")
     scales = {layer.scale for layer in present}
     common = scales.pop() if len(scales) == 1 else 1.0
     downs = [layer.tensors["lora_down"] for layer in present]
@@ -167,8 +191,12 @@ def _join_factors(name: str, sized: _SizedLayers, type: str) -> LayerState:
     if any("lora_bias" in layer.tensors for layer in present):
         tensors["lora_bias"] = torch.cat(biases)
     if type == "dora":
-        tensors["dora_scale"] = torch.cat([layer.tensors["dora_scale"] for layer in present])
-    return replace(present[0], tensors=tensors, rank=ranks, alpha=common * ranks)
+        first, *others = lengths = [layer.tensors["dora_scale"] for layer in present]
+        is_joint = named(type).joint(present[0].tensors)
+        if is_joint and not all(torch.equal(first, other) for other in others):
+            raise AdapterError(f"{name}: its layers have a length for every input in common, but were trained apart")
+        tensors["dora_scale"] = first if is_joint else torch.cat(lengths)
+    return replace(present[0], tensors=tensors, rank=ranks, alpha=common * ranks, group=frozenset())
 
 
 def _join_changes(name: str, sized: _SizedLayers) -> LayerState:
@@ -200,11 +228,6 @@ def _swap_halves(layer: LayerState, size: int) -> LayerState | None:
     # `rows` drops the ranks that no output uses.
     alpha = layer.alpha if rank == layer.rank or rank is None else layer.scale * rank
     return replace(layer, tensors=tensors, rank=rank, alpha=alpha)
-
-
-def _is_by_input(layer: LayerState) -> bool:
-    """Return whether a DoRA has a length for every input rather than for every output."""
-    return layer.tensors["dora_scale"].shape[1] > 1
 
 
 def _times(tensor: Tensor, factor: float) -> Tensor:

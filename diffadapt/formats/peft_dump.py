@@ -12,10 +12,11 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from diffadapt.errors import AdapterError
-from diffadapt.formats import peft_config
+from diffadapt.formats import peft_config, peft_methods
 from diffadapt.formats.document import Document
 from diffadapt.types.layer_state import LayerState
 from diffadapt.types.oft import block_size, scaled_oft_divisor
+from diffadapt.types.parameter import to_peft
 
 Layers: TypeAlias = Mapping[str, LayerState]
 """Adapter layers by path of the model's layer."""
@@ -28,40 +29,95 @@ _LORA = {"lora_down": "lora_A.weight", "lora_up": "lora_B.weight", "lora_bias": 
 _EMBEDDING = {"lora_down": "lora_embedding_A", "lora_up": "lora_embedding_B"}
 _MAGNITUDE = {"dora_scale": "lora_magnitude_vector"}
 
+PARAMETER = "lora-parameter"
+"""The name of the type that changes bare parameters."""
 
-def document(layers: Layers) -> Document:
+TOKENS = "tokens"
+"""The name of the type that retrains rows of an embedding."""
+
+TOKEN_ROWS_IN_LORA = "token_adapter.trainable_tokens_delta"
+"""The name of its rows next to a LoRA."""
+
+
+def document(layers: Layers, owners: Mapping[str, tuple[int, bool]] | None = None) -> Document:
     """Return the layers of one model as a PEFT folder.
+
+    Args:
+        layers: the layers.
+        owners: see `AdapterState.owners`.
 
     Raises:
         AdapterError: PEFT has no such adapter, because the types are mixed or unknown to it, or because no config
             reproduces the shapes.
     """
+    tokens = {path: layer for path, layer in layers.items() if layer.type == TOKENS}
+    rest = {path: layer for path, layer in layers.items() if path not in tokens}
+    if tokens and rest:
+        return _with_tokens(document(rest, owners), tokens)
+    parameters = {path: layer for path, layer in layers.items() if layer.type == PARAMETER}
+    if parameters:
+        return _with_parameters(layers, parameters, owners or {})
     types = sorted({layer.type for layer in layers.values()})
     if len(types) > 1:
-        raise AdapterError(
-            f"a PEFT folder holds one type, and this adapter has {', '.join(types)}; make it a LoRA with to_lora()"
-        )
+        raise AdapterError(f"a PEFT folder holds one type, and this adapter has {', '.join(types)}")
     if types[0] not in _TYPES:
-        raise AdapterError(
-            f"PEFT has no type like {types[0]}; save with format='kohya', or make it a LoRA with to_lora()"
-        )
+        raise AdapterError(f"PEFT has no type like {types[0]}")
     peft_type, settings = _TYPES[types[0]]
     layers = with_equal_biases(layers)
-    config = {
-        "peft_type": peft_type,
-        "peft_version": _VERSION,
-        "base_model_name_or_path": None,
-        "task_type": None,
-        "inference_mode": True,
-        "target_modules": list(layers),
-        **settings(layers),
-    }
+    config = {**_config(peft_type), "target_modules": list(layers), **settings(layers)}
     tensors = {
         f"{_PREFIX}{path}.{spelling}": tensor
         for path, layer in layers.items()
         for spelling, tensor in spelled(path, layer).items()
     }
+    tensors |= peft_methods.shared(layers)
     return Document(tensors, {"format": "pt"}, config)
+
+
+def _with_parameters(layers: Layers, parameters: Layers, owners: Mapping[str, tuple[int, bool]]) -> Document:
+    """Return the folder of a LoRA that changes bare parameters, too (`target_parameters`).
+
+    PEFT wraps the module that owns the parameters once for each of them, the last one outermost.
+    """
+    rest = {path: layer for path, layer in layers.items() if path not in parameters}
+    if any(layer.type != "lora" for layer in rest.values()) or any(path not in owners for path in parameters):
+        raise AdapterError("PEFT has bare parameters next to a LoRA only, and their modules have to be known")
+    document_of_rest = document(rest) if rest else None
+    tensors = {} if document_of_rest is None else dict(document_of_rest.tensors)
+    for path, layer in parameters.items():
+        owner = path.rpartition(".")[0]
+        later = [other for other in parameters if other.rpartition(".")[0] == owner and owners[other] > owners[path]]
+        at = f"{_PREFIX}{owner}{'.base_layer' * len(later)}"
+        factors = to_peft(layer.tensors, inputs_first=owners[path][1])
+        tensors |= dict(zip((f"{at}.lora_A.weight", f"{at}.lora_B.weight"), factors, strict=True))
+    config = {
+        **_config("LORA"),
+        **peft_config.dump({**with_equal_biases(rest), **parameters}),
+        "target_modules": list(rest),
+        "target_parameters": list(parameters),
+    }
+    return Document(tensors, {"format": "pt"}, config)
+
+
+def _config(peft_type: str) -> dict[str, Any]:
+    """Return the options that every config has."""
+    return {
+        "peft_type": peft_type,
+        "peft_version": _VERSION,
+        "base_model_name_or_path": None,
+        "task_type": None,
+        "inference_mode": True,
+    }
+
+
+def _with_tokens(rest: Document, tokens: Layers) -> Document:
+    """Return the folder of a LoRA with retrained tokens (`trainable_token_indices`)."""
+    assert rest.config is not None
+    if rest.config["peft_type"] != "LORA":
+        raise AdapterError(f"PEFT has retrained tokens next to a LoRA, not next to a {rest.config['peft_type']}")
+    tensors = {f"{_PREFIX}{path}.{TOKEN_ROWS_IN_LORA}": layer.tensors["token_rows"] for path, layer in tokens.items()}
+    ids = {path: layer.tensors["token_ids"].tolist() for path, layer in tokens.items()}
+    return replace(rest, tensors={**rest.tensors, **tensors}, config={**rest.config, "trainable_token_indices": ids})
 
 
 def spelled(path: str, layer: LayerState) -> dict[str, Tensor]:
@@ -74,17 +130,19 @@ def spelled(path: str, layer: LayerState) -> dict[str, Tensor]:
     Raises:
         AdapterError: PEFT has no such tensor.
     """
+    if layer.type in peft_methods.BY_TYPE:
+        return peft_methods.BY_TYPE[layer.type].spelled(layer)
+    if layer.type == TOKENS:
+        return {"trainable_tokens_delta": layer.tensors["token_rows"]}
     found: dict[str, Tensor] = {}
     for name, tensor in layer.tensors.items():
         if name in ("lora_mid", "oft_blocks", "oft_diag", "initial_norm") or (
             name == "dora_scale" and layer.type == "oft"
         ):
-            raise AdapterError(f"{path}: PEFT has nothing like {name}; save with format='kohya', or use to_lora()")
+            raise AdapterError(f"{path}: PEFT has nothing like {name}")
         if name == "dora_scale":
             if tensor.shape[0] == 1 and tensor.shape[1] > 1:
-                raise AdapterError(
-                    f"{path}: PEFT does not know DoRA with one length per input; save with format='kohya'"
-                )
+                raise AdapterError(f"{path}: PEFT does not know DoRA with one length per input")
             tensor = tensor.reshape(1, -1, *(1,) * layer.kernel_dims) if layer.kernel_dims else tensor.reshape(-1)
         elif name == "lora_up":
             tensor = tensor.view(*tensor.shape, *(1,) * layer.kernel_dims)
@@ -126,6 +184,13 @@ def with_equal_biases(layers: Layers) -> Layers:
     return found
 
 
+def _tokens(layers: Layers) -> dict[str, Any]:
+    ids = {tuple(layer.tensors["token_ids"].tolist()) for layer in layers.values()}
+    if len(ids) > 1:
+        raise AdapterError("a PEFT folder of retrained tokens has the same ids for all embeddings; these differ")
+    return {"token_indices": list(ids.pop()), "init_weights": True}
+
+
 def _lora(layers: Layers) -> dict[str, Any]:
     return peft_config.dump(layers)
 
@@ -137,9 +202,7 @@ def _loha(layers: Layers) -> dict[str, Any]:
 def _lokr(layers: Layers) -> dict[str, Any]:
     """Return the factor and the switches with which PEFT splits every layer as it is split here."""
     if any(len(layer.kernel) == 1 and "lokr_w2" in layer.tensors for layer in layers.values()):
-        raise AdapterError(
-            "PEFT multiplies a whole lokr_w2 of a 1-d convolution along other axes; save with format='kohya'"
-        )
+        raise AdapterError("PEFT multiplies a whole lokr_w2 of a 1-d convolution along other axes")
     options = {"use_effective_conv2d": _tucker(layers, "lokr_t2")}
     shapes = {path: _lokr_shapes(layer) for path, layer in layers.items()}
     ranks = {path: layer.rank or _rank_of_whole(layer) for path, layer in layers.items()}
@@ -147,7 +210,7 @@ def _lokr(layers: Layers) -> dict[str, Any]:
         for both in (False, True):
             if all(_splits_alike(shapes[path], ranks[path], factor, both) for path in layers):
                 return {**_ranks(layers, ranks), **options, "decompose_factor": factor, "decompose_both": both}
-    raise AdapterError("no decompose_factor of PEFT results in the factors of this LoKr; save with format='kohya'")
+    raise AdapterError("no decompose_factor of PEFT results in the factors of this LoKr")
 
 
 def _oft(layers: Layers) -> dict[str, Any]:
@@ -255,9 +318,11 @@ def _factorization(size: int, factor: int) -> tuple[int, int]:
 _TYPES: dict[str, tuple[str, Callable[[Layers], dict[str, Any]]]] = {
     "lora": ("LORA", _lora),
     "dora": ("LORA", _lora),
+    TOKENS: ("TRAINABLE_TOKENS", _tokens),
     "loha": ("LOHA", _loha),
     "lokr": ("LOKR", _lokr),
     "oft": ("OFT", _oft),
     "boft": ("BOFT", _boft),
     "ia3": ("IA3", _ia3),
+    **{method.type: (method.name, method.options) for method in peft_methods.BY_TYPE.values()},
 }

@@ -47,6 +47,7 @@ _MOST_WRAPPERS = 4
 """More than any known file has."""
 
 _COMPILED = "_orig_mod."
+_LIKE_A_COMPONENT = "transformer.blocks."
 _TRUNCATED = "sformer_blocks."
 _PROJECTION = re.compile(r"(?:.*[._])?text_projection")
 _NO_PROJECTION = "a projection of the whole prompt, which this text encoder does not have and nothing would read"
@@ -93,6 +94,10 @@ def _place_as_written(path: str, name: str, names: Names) -> Verdict:
     if rest and (COMPONENT.fullmatch(component) or (names.models is not None and component in names.models)):
         # If a pipeline has two transformers, only the second one has a number.
         verdict = names.dotted("transformer" if component == "transformer_1" else component, rest, name)
+        if isinstance(verdict, Unused) and not verdict.harmless and path.startswith(_LIKE_A_COMPONENT):
+            # The name of a block, with dots for underscores.
+            whole = names.bare(path, name)
+            verdict = whole if isinstance(whole, Place) else verdict
         return _excuse_projection(verdict, rest, names) if is_text_encoder(component) else verdict
     numbered = _NUMBERED_TEXT.match(path)
     if numbered:

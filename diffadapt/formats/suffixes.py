@@ -7,7 +7,7 @@ OneTrainer 23df383, ComfyUI `comfy/weight_adapter/`.
 import re
 from collections.abc import Callable, Collection
 
-from diffadapt.formats import prefixes
+from diffadapt.formats import peft_methods, prefixes
 from diffadapt.formats.embeddings import token_verdict
 from diffadapt.formats.format import Header
 from diffadapt.formats.header_alpha import METADATA
@@ -57,6 +57,14 @@ _SPELLINGS = {
     "w_norm": "diff",
     "b_norm": "diff_b",
     "oft_R.scaled_oft": "scaled_oft",
+    "trainable_tokens_delta": "token_rows",
+    "token_adapter.trainable_tokens_delta": "token_rows",
+    **{
+        spelling: name
+        for method in peft_methods.BY_NAME.values()
+        for names in (method.names, method.embedding_names, method.other_names)
+        for name, spelling in names.items()
+    },
     **{name: name for name in BESIDE if name not in ("alpha", "set_bias", "scaled_oft")},
 }
 
@@ -68,7 +76,13 @@ _PARAMETERS = frozenset(
 _PROCESSORS = {"to_q_lora": "to_q", "to_k_lora": "to_k", "to_v_lora": "to_v", "to_out_lora": "to_out.0"}
 _TEXT_PROJECTIONS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out.0": "out_proj"}
 
-_MODULATION = "a change of the block's own modulation (lightx2v), which is a parameter of no layer and is left out"
+_OF_MODULATION = ".diff_m"
+"""The end of keys for the table of a block's modulation (lightx2v), a parameter of no layer."""
+_LEFT_OUT = Unused(
+    "a change of the block's own modulation (lightx2v), a parameter that this model does not have; it is left out",
+    harmless=True,
+    lost=True,
+)
 _PEFT_OFT = re.compile(r"\.oft_R\.[^.]+\.weight$")
 """A key that contains the name of an adapter, as PEFT has it in memory."""
 _BOOKKEEPING = re.compile(r"_aux\.|sshs_|ss_|modelspec\.")
@@ -94,6 +108,10 @@ def locate_keys(keys: Collection[str], place: Callable[[str, str], Verdict]) -> 
         if found is not None and known is not None:
             verdicts[key] = Place(known.component, known.path, found[1], known.written, known.parts)
             continue
+        if key.endswith(_OF_MODULATION):
+            verdict = place(f"{key.removesuffix(_OF_MODULATION)}.modulation", "diff")
+            verdicts[key] = verdict if isinstance(verdict, Place) else _LEFT_OUT
+            continue
         other = _other_verdict(key)
         if other is not None:
             verdicts[key] = other
@@ -115,12 +133,18 @@ def is_oft_of_peft(header: Header) -> bool:
     )
 
 
+def is_by_head(keys: Collection[str]) -> bool:
+    """Return whether a file has the rows of fused layers as in a checkpoint that stores them head by head.
+
+    That is a mark of DiffSynth-Studio, which writes PEFT's names in memory; see `Family.by_head`.
+    """
+    return any(".lora_A.default.weight" in key or ".lora_B.default.weight" in key for key in keys)
+
+
 def _other_verdict(key: str) -> Verdict | None:
     """Return the verdict on a known key that is not a tensor of a layer, `None` for any other key."""
     if _BOOKKEEPING.match(key):
         return Unused("bookkeeping of a trainer, without effect", harmless=True)
-    if key.endswith(".diff_m"):
-        return Unused(_MODULATION, harmless=True, lost=True)
     return token_verdict(key)
 
 

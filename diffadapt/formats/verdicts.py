@@ -28,6 +28,7 @@ class Place(NamedTuple):
         written: the path before it was resolved against the model, which patterns in the file's metadata refer to.
         parts: the model's layers that the file's layer consists of, in the order of its outputs; empty if `path` is a
             layer of the model.
+        ids: the rows of the layer's weight that the tensor has, if the file's header says so.
     """
 
     component: str
@@ -35,6 +36,7 @@ class Place(NamedTuple):
     name: str
     written: str
     parts: tuple[FusedPart, ...] = ()
+    ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,4 +87,19 @@ class OwnWeight:
     path: str
 
 
-Verdict: TypeAlias = Place | Vectors | OwnWeight | Unused
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """A tensor that all layers of a component have in common, which PEFT stores once for the whole model.
+
+    Attributes:
+        component: name of the pipeline component.
+        name: canonical name of the tensor.
+        paths: the layers that have it, if the file has no other tensors for them.
+    """
+
+    component: str
+    name: str
+    paths: tuple[str, ...] = ()
+
+
+Verdict: TypeAlias = Place | Vectors | OwnWeight | Shared | Unused

@@ -20,8 +20,8 @@ def attach_all_(models: Mapping[str, nn.Module], name: str, planned: Plan, *, re
         models: the models by component.
         name: the name of the adapter.
         planned: the plan, made for these models.
-        replacing: whether to replace the adapter of this name, if there is one; otherwise the name must be free. The
-            adapter is also removed from components for which the plan has none.
+        replacing: whether to replace the adapter of this name, if there is one, which includes removing it from
+            components for which the plan has none. Otherwise the name must be free in the plan's components.
 
     Raises:
         AdapterError: a component refuses its adapter or its tokens; see `attach_` and `install_`.
@@ -31,7 +31,7 @@ def attach_all_(models: Mapping[str, nn.Module], name: str, planned: Plan, *, re
         for component, adapter in planned.adapters.items():
             attach_(models[component], name, adapter, planned.hosts(component), replacing=replacing)
         install_(models, name, planned.tokens)
-        for component in _attached(models, name).keys() - planned.adapters.keys():
+        for component in _attached(models, name).keys() - planned.adapters.keys() if replacing else ():
             detach_(models[component], name)
 
 

@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffadapt import families
 from diffadapt.errors import AdapterError, Fault
 from diffadapt.files.checkpoint import Checkpoint
 from diffadapt.loading.content import AlphaSource, Content, Group, part_of, rounded
 from diffadapt.loading.duplicates import without_duplicates
+from diffadapt.loading.starts import without_start
+from diffadapt.progress import with_progress
 from diffadapt.runtime import input_width
 from diffadapt.runtime.adapter_layer import AdapterLayer
 from diffadapt.runtime.foreign_hooks import compute_dtype, execution_device
@@ -68,6 +70,7 @@ class Builder:
         self._for_writing = for_writing
         self._pins_memory = device is not None and device.type == "cpu" and torch.cuda.is_available()
         self._dtypes_and_devices: dict[str, tuple[torch.dtype, torch.device]] = {}
+        self._shared: dict[tuple[str, int], tuple[Tensor, nn.Parameter]] = {}
 
     def layers(self, contents: Iterable[Content]) -> dict[str, AdapterLayer]:
         """Return the adapter layers by module path: one for each content or, if it is fused, for each of its parts.
@@ -77,10 +80,15 @@ class Builder:
         """
         built: dict[str, AdapterLayer] = {}
         for content in contents:
+            parts: dict[str, AdapterLayer] = {}
             for path, spec, part in self._split(self._with_values(content)):
                 if self._for_writing is not None:
                     part = rounded(part, {tensor.dtype for tensor in content.tensors.values()})
-                built[path] = self._layer(path, spec, part)
+                parts[path] = self._layer(path, spec, part)
+            if len(parts) > 1 and content.adapter_type.joint(content.tensors):
+                for layer in parts.values():
+                    layer.__dict__["siblings"] = tuple(other for other in parts.values() if other is not layer)
+            built.update(parts)
         return built
 
     def moved(self, component: str, tensor: Tensor) -> Tensor:
@@ -91,9 +99,18 @@ class Builder:
         # A caller's tensor is used as it is if possible: copying takes half of the loading time and doubles the memory.
         own = tensor.detach()
         copied = self._checkpoint.mapped or own.is_inference()
+        dtype = dtype if own.is_floating_point() else own.dtype
         if copied or own.dtype != dtype or own.device != device or not own.is_contiguous():
             own = own.to(device, dtype, copy=copied).contiguous()
         return own.pin_memory() if self._pins_memory else own
+
+    def _common(self, component: str, tensor: Tensor) -> nn.Parameter:
+        """Return a tensor that all layers of a component share, as one parameter."""
+        key = component, id(tensor)
+        if key not in self._shared:
+            # The entry keeps the tensor, so that no other one gets its `id`.
+            self._shared[key] = tensor, nn.Parameter(self.moved(component, tensor), requires_grad=False)
+        return self._shared[key][1]
 
     def _with_values(self, content: Content) -> Content:
         """Return the content with everything that needs values computed: see `Content.bias` and `Content.rest`."""
@@ -102,6 +119,10 @@ class Builder:
             content = content.with_bias(decoded(self._targets[content.component].modules[content.path], "bias"))
         elif content.bias == "change":
             content = content.with_bias(None)
+        if content.start is not None:
+            assert self._targets is not None
+            targets = self._targets[content.component]
+            content = without_start(content, targets.model, targets.modules[content.path])
         return content if content.rest is None else content.with_rest(_dense(*content.rest, content.spec))
 
     def _split(self, content: Content) -> Iterator[tuple[str, LayerSpec, Content]]:
@@ -111,7 +132,7 @@ class Builder:
             return
         assert self._targets is not None
         targets = self._targets[content.component]
-        if self._for_writing == "whole" and content.path in families.aliases(targets):
+        if self._for_writing == "whole" and content.parts == families.aliases(targets).get(content.path):
             yield content.path, content.spec, content
             return
         start = 0
@@ -122,7 +143,11 @@ class Builder:
 
     def _layer(self, path: str, spec: LayerSpec, content: Content) -> AdapterLayer:
         component = content.component
-        tensors = {name: self.moved(component, tensor) for name, tensor in content.tensors.items()}
+        shared = content.adapter_type.shared
+        tensors = {
+            name: self._common(component, tensor) if name in shared else self.moved(component, tensor)
+            for name, tensor in content.tensors.items()
+        }
         own = None if self._targets is None else input_width.own_inputs(self._targets[component].model, path)
         widens = own is not None and spec.in_features > own
         layer = AdapterLayer(
@@ -172,7 +197,8 @@ def build(layers: Sequence[tuple[Group, list[Content]]], builder: Builder, broke
     done: list[Group] = []
     faults: list[Fault] = []
     # A layer that the file contains by itself takes precedence over one that is fused with others.
-    for group, contents in sorted(layers, key=lambda layer: bool(layer[0].parts)):
+    alone_first = sorted(layers, key=lambda layer: bool(layer[0].parts))
+    for group, contents in with_progress(alone_first, "loading"):
         component, paths = group.component, {path for content in contents for path in content.paths}
         taken = sorted(path for path in paths if (component, path) in sources)
         try:
@@ -191,7 +217,8 @@ def build(layers: Sequence[tuple[Group, list[Content]]], builder: Builder, broke
         sources.update(((component, path), group) for path in covered)
     used = set(sources.values())
     ignored = [Fault(key, _TWICE) for group in done if group not in used for key in group.keys.values()]
-    return Built(built, sum(len(group.keys) for group in used), faults, ignored, alphas_from)
+    keys = {key for group in used for key in group.keys.values()}
+    return Built(built, len(keys), faults, ignored, alphas_from)
 
 
 def _refuse_broken(group: Group, broken: Set[str]) -> None:

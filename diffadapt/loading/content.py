@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffadapt.errors import AdapterError, Fault
 from diffadapt.families.fused_parts import FusedPart
-from diffadapt.types import named
+from diffadapt.types import TYPES, named
 from diffadapt.types.adapter_type import AdapterType, Tensors
 from diffadapt.types.layer_spec import LayerSpec
 from diffadapt.types.layer_state import scale_of
@@ -39,7 +39,8 @@ class Group:
     @property
     def values(self) -> Iterator[tuple[str, Tensor]]:
         """The key and the tensor of everything but alpha, which may be infinite where it has no effect."""
-        return ((self.keys[name], tensor) for name, tensor in self.tensors.items() if name != "alpha")
+        stored = (name for name in self.tensors if name in self.keys and name != "alpha")
+        return ((self.keys[name], self.tensors[name]) for name in stored)
 
     def faults(self, error: AdapterError) -> list[Fault]:
         """Return one fault for each of the tensors, with the layer and the error as the reason."""
@@ -60,6 +61,8 @@ class Content:
             neither has one.
         bias: what the tensor `bias_name(adapter_type)` is, unless it is what the type defines, a change that the scale
             applies to: a "change" that no scale applies to, or the "new" bias. `with_bias` converts it.
+        start: what was taken out of the weight before training, for tensors that are not the change: "pissa" or
+            "olora"; `loading.starts.without_start` converts them.
         rest: a sparse change of the weight that is added at the same scale: its positions in the matrix (out, fan_in),
             of shape (2, count), and its values, of shape (count,). `with_rest` adds it.
     """
@@ -75,6 +78,7 @@ class Content:
     alpha_from: AlphaSource = "none"
     bias: Literal["change", "new"] | None = None
     rest: tuple[Tensor, Tensor] | None = None
+    start: str | None = None
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -87,9 +91,16 @@ class Content:
         return scale_of(self.alpha, self.adapter_type.rank(self.tensors), self.settings)
 
     @cached_property
-    def plain(self) -> "Content":
-        """The same additive change as a LoRA or, if that saves nothing, as a matrix; in float32 or wider."""
+    def plain(self) -> "Content | None":
+        """The same change with its additive part as a LoRA or, if that saves nothing, as a matrix; in float32 or wider.
+
+        `None` if the type has no additive part or can do without.
+        """
+        if self.adapter_type.additive is not None:
+            return self._plain_inside
         adapter_type, spec, tensors = self.adapter_type, self.spec, self._promoted
+        if adapter_type.stages(tensors, spec) != ("add",):
+            return None
         bias = adapter_type.delta_bias(tensors)
         factors = adapter_type.as_low_rank(tensors, spec) if spec.groups == 1 else None
         if factors is None:
@@ -98,6 +109,24 @@ class Content:
         return replace(
             self, adapter_type=named("lora"), tensors=lora, alpha=self.scale * factors[0].shape[0], settings={}
         )
+
+    @property
+    def _plain_inside(self) -> "Content":
+        """The same content of a type that extends an additive one, whose change becomes a plain one."""
+        inner = self.adapter_type.additive
+        assert inner is not None
+        further = {name: tensor for name, tensor in self.tensors.items() if name not in inner.tensors}
+        change = {name: tensor for name, tensor in self.tensors.items() if name in inner.tensors}
+        plain = replace(self, adapter_type=inner, tensors=change).plain
+        assert plain is not None
+        tensors = plain.tensors
+        if plain.adapter_type.name == "full":
+            # A matrix is the Kronecker product of the number 1 and itself, and no scale applies to whole factors.
+            matrix = self.spec.to_stored(tensors["diff"])
+            plain = replace(plain, adapter_type=named("lokr"))
+            tensors = {"lokr_w1": matrix.new_ones(1, 1), "lokr_w2": matrix}
+        outer = next(outer for outer in TYPES if outer.additive is plain.adapter_type)
+        return replace(plain, adapter_type=outer, tensors={**tensors, **further})
 
     def with_rest(self, rest: Tensor) -> "Content":
         """Return the additive change plus `rest`, a canonical change at the same scale, as one matrix."""
@@ -124,13 +153,15 @@ class Content:
     @property
     def _promoted(self) -> Tensors:
         # `torch.promote_types` refuses float8.
-        return {name: t if t.dtype == torch.float64 else t.float() for name, t in self.tensors.items()}
+        return {
+            n: t.float() if t.is_floating_point() and t.dtype != torch.float64 else t for n, t in self.tensors.items()
+        }
 
 
 def part_of(content: Content, rows: Sequence[range]) -> Content:
     """Return the content for some rows of the layer's weight.
 
-    An additive change whose tensors cannot be cut becomes a plain one (`Content.plain`).
+    A change whose tensors cannot be cut becomes a plain one (`Content.plain`), if it is additive.
 
     Raises:
         AdapterError: the content is not additive, and what it does to these rows depends on others.
@@ -143,7 +174,7 @@ def part_of(content: Content, rows: Sequence[range]) -> Content:
             f"its {adapter_type.alpha_is} is over all outputs, which are in different layers of the model"
         )
     cut = adapter_type.rows(tensors, spec, rows)
-    if cut is None and stages == ("add",):
+    if cut is None and content.plain is not None:
         return part_of(content.plain, rows)
     if cut is None:
         raise AdapterError(f"its {adapter_type.name} joins outputs that are in different layers of the model")

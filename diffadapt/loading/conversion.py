@@ -14,6 +14,7 @@ from diffadapt.files.read import read
 from diffadapt.files.write import write
 from diffadapt.formats import writer
 from diffadapt.formats.document import AdapterState
+from diffadapt.formats.header_options import is_tied, marked
 from diffadapt.loading.build import ForWriting
 from diffadapt.loading.plan import Plan, plan
 
@@ -74,11 +75,15 @@ def convert(
     layers = {
         component: {path: layer.state for path, layer in found.items()} for component, found in planned.layers.items()
     }
-    layouts = {component: families.layout(planned.targets[component]) for component in layers}
+    layouts, fused = (
+        {component: find(planned.targets[component]) for component in layers}
+        for find in (families.written_layout, families.fused_layout)
+    )
     embeddings = {key: vectors for tokens in planned.tokens.values() for key, vectors in tokens.state.items()}
     assert chosen.dump is not None
-    state = AdapterState(layers, checkpoint.header.metadata, family, layouts, embeddings)
-    return write(target, chosen.dump(state))
+    name = Path(target).expanduser().stem
+    state = AdapterState(layers, checkpoint.header.metadata, family, layouts, embeddings, name=name, fused=fused)
+    return write(target, marked(chosen.dump(state), is_tied(checkpoint.header)))
 
 
 def planned_on(

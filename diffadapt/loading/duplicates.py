@@ -28,24 +28,24 @@ def without_duplicates(
     chosen = dict(new)
     repeated = 0
     for path in present.keys() & new.keys():
-        if _is_placeholder(new[path]):
+        if is_placeholder(new[path]):
             del chosen[path]
-        elif not _is_placeholder(present[path]):
-            if not _are_equal(present[path], new[path]):
+        elif not is_placeholder(present[path]):
+            if not are_equal(present[path], new[path]):
                 return None
             repeated += 1
             del chosen[path]
     return chosen if repeated in (0, len(new)) else None
 
 
-def _is_placeholder(layer: AdapterLayer) -> bool:
+def is_placeholder(layer: AdapterLayer) -> bool:
     """Return whether the adapter layer is a plain LoRA with a factor of zeros, as it is before training."""
     factors = [layer.tensors.get(name) for name in ("lora_down", "lora_up")]
     zero = any(factor is not None and not factor.is_meta and not factor.any() for factor in factors)
     return layer.adapter_type.name == "lora" and "lora_bias" not in layer.tensors and zero
 
 
-def _are_equal(first: AdapterLayer, second: AdapterLayer) -> bool:
+def are_equal(first: AdapterLayer, second: AdapterLayer) -> bool:
     """Return whether two adapter layers add the same to the weight and nothing to the bias.
 
     If only headers were read, the values count as equal.

@@ -5,7 +5,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from diffadapt.progress import with_progress
 from diffadapt.types.tensor_ops import FLOAT8
+
+_LARGE = 2**30
 
 
 def non_finite(values: Iterable[tuple[str, Tensor]]) -> set[str]:
@@ -22,9 +25,11 @@ def non_finite(values: Iterable[tuple[str, Tensor]]) -> set[str]:
     for found in alike.values():
         # A sum is fast. A finite sum proves that all of its terms are finite; an infinite one may be an overflow.
         block = _block([tensor for _, tensor in found])
-        if block is not None and torch.isfinite(block.sum()):
+        # A large file is read from the disk here, tensor by tensor, which shows progress.
+        if block is not None and block.nbytes < _LARGE and torch.isfinite(block.sum()):
             continue
-        finite = torch.isfinite(torch.stack([tensor.sum() for _, tensor in found])).tolist()
+        sums = [tensor.sum() for _, tensor in with_progress(found, "reading", "tensor")]
+        finite = torch.isfinite(torch.stack(sums)).tolist()
         suspects = (item for item, ok in zip(found, finite, strict=True) if not ok)
         broken |= {key for key, tensor in suspects if not torch.isfinite(tensor).all()}
     return broken

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from diffadapt.errors import AdapterError, Fault
@@ -28,6 +29,7 @@ from diffadapt.weights.resting import resting_tensor
 _MOST_PER_CHANNEL = 2**15
 """Elements of a tensor for each input and output of its layer: a rank that nobody trains, or the largest blocks."""
 _LOKR = ("lokr", "dora-lokr")
+_OF_PARAMETERS = {"lora_down": "param_down", "lora_up": "param_up"}
 _MOST_IN_A_WEIGHT = 2**40
 """Elements of a layer's weight; without a model, a file may claim to be for a layer of any size."""
 
@@ -47,8 +49,8 @@ class Fitted:
 
     @property
     def values(self) -> Iterator[tuple[str, Tensor]]:
-        """The key and the tensor of everything but alphas."""
-        return (value for group, _ in self.layers for value in group.values)
+        """The key and the tensor of everything but alphas. Layers may have tensors in common."""
+        return iter({key: (key, tensor) for group, _ in self.layers for key, tensor in group.values}.values())
 
 
 def fit(
@@ -121,13 +123,17 @@ class _Fitter:
     def _content(self, group: Group) -> Content:
         """Return the content of a group without numbered tensors."""
         tensors = _type_tensors(group)
+        if self._targets is not None and not group.parts:
+            if group.path not in self._targets[group.component].modules:
+                # A bare parameter, which a file may treat as the weight of a layer.
+                tensors = {_OF_PARAMETERS.get(name, name): tensor for name, tensor in tensors.items()}
         adapter_type = _identified(tensors)
         spec = self._spec(group, tensors, adapter_type)
         bias = self._bias(group, adapter_type)
         fitted = adapter_type.fit(_with_bias_named(tensors, adapter_type), spec)
         if not self._is_oft_of_peft:
             fitted = oft.of_other_program(fitted, spec.kernel)
-        _refuse_unusable(fitted, spec)
+        _refuse_unusable(fitted, spec, adapter_type)
         _refuse_other_shape(group, "reshape_weight", spec.weight_shape)
         alpha, alpha_from, settings = self._alpha_and_settings(group, adapter_type, adapter_type.rank(fitted))
         rest = _rest(group, spec)
@@ -307,7 +313,7 @@ def _rest(group: Group, spec: LayerSpec) -> tuple[Tensor, Tensor] | None:
         raise AdapterError("a sparse change needs all of bias_indices, bias_values and bias_size")
     shape = (spec.out_features, spec.fan_in)
     _refuse_other_shape(group, "bias_size", shape)
-    _refuse_unusable({"bias_values": values}, spec)
+    _refuse_unusable({"bias_values": values}, spec, None)
     if math.prod(shape) > _MOST_IN_A_WEIGHT:
         raise AdapterError(f"a sparse change of a weight of shape {shape}, which no layer has")
     if indices.is_complex() or shape_of(indices) != (2, values.numel()) or values.numel() > math.prod(shape):
@@ -329,13 +335,14 @@ def _refuse_other_shape(group: Group, name: str, shape: tuple[int, ...]) -> None
         raise AdapterError(f"{name} is {stored.flatten().tolist()}, expected {list(shape)}")
 
 
-def _refuse_unusable(tensors: Tensors, spec: LayerSpec) -> None:
+def _refuse_unusable(tensors: Tensors, spec: LayerSpec, adapter_type: AdapterType | None) -> None:
     """Raise `AdapterError` if a tensor is not floating-point or has more elements than that of any adapter."""
     most = _MOST_PER_CHANNEL * (spec.out_features + spec.fan_in)
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
+        is_fixed = adapter_type is not None and name in adapter_type.fixed
+        if not tensor.is_floating_point() and not (is_fixed and tensor.dtype in (torch.int32, torch.int64)):
             raise AdapterError(f"{name} has dtype {tensor.dtype}, expected a floating-point one")
-        if tensor.numel() > most:
+        if tensor.numel() > most and not (adapter_type is not None and name in adapter_type.shared):
             raise AdapterError(f"{name} has shape {shape_of(tensor)}, expected at most {most} elements")
 
 

@@ -11,7 +11,8 @@ from diffadapt.files.checkpoint import Checkpoint
 from diffadapt.formats.format import Format
 from diffadapt.formats.names import Names
 from diffadapt.formats.second_denoiser import is_for_second
-from diffadapt.formats.verdicts import OwnWeight, Unused, Vectors
+from diffadapt.formats.suffixes import is_by_head
+from diffadapt.formats.verdicts import OwnWeight, Shared, Unused, Vectors
 from diffadapt.loading.content import Group
 from diffadapt.runtime.targets import Targets
 from diffadapt.weights import decoded
@@ -60,7 +61,9 @@ def locate(
     """
     located = Located()
     by_layer: dict[tuple[str, str], Group] = {}
-    names = Names(targets, empty, is_for_second=is_for_second(checkpoint.header.metadata))
+    shared: dict[str, Shared] = {}
+    header = checkpoint.header
+    names = Names(targets, empty, is_for_second=is_for_second(header.metadata), is_by_head=is_by_head(header.keys))
     for key, verdict in file_format.locate(checkpoint.header, names).items():
         if isinstance(verdict, Vectors):
             located.vectors[key] = verdict
@@ -70,6 +73,8 @@ def locate(
             located.ignored.append(Fault(key, f"component {verdict.component} was not asked for"))
         elif isinstance(verdict, Unused):
             located.add_unused(key, verdict)
+        elif isinstance(verdict, Shared):
+            shared[key] = verdict
         else:
             new = Group(verdict.component, verdict.path, verdict.written, verdict.parts)
             group = by_layer.setdefault((verdict.component, verdict.path), new)
@@ -78,6 +83,19 @@ def locate(
             else:
                 group.keys[verdict.name] = key
                 group.tensors[verdict.name] = checkpoint.tensors[key]
+                if verdict.ids:
+                    group.tensors["token_ids"] = torch.tensor(verdict.ids)
+    for key, verdict in shared.items():
+        for path in verdict.paths:
+            by_layer.setdefault((verdict.component, path), Group(verdict.component, path, path))
+        for group in by_layer.values():
+            if group.component != verdict.component:
+                continue
+            if verdict.name in group.tensors:
+                # The file has it for every layer, too (RandLora of PEFT).
+                group.keys[f"{verdict.name} of all layers"] = key
+            else:
+                group.keys[verdict.name], group.tensors[verdict.name] = key, checkpoint.tensors[key]
     located.groups.extend(by_layer.values())
     return located
 

@@ -1,7 +1,7 @@
 """The plan for loading a file: what it will do to the models, decided before any of them is changed."""
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,21 +13,34 @@ from diffadapt.errors import AdapterError, Fault, LoadError
 from diffadapt.files.checkpoint import Checkpoint
 from diffadapt.formats import detect
 from diffadapt.formats.header_alpha import HeaderAlphas
+from diffadapt.formats.header_options import (
+    dropouts,
+    is_tied,
+    options_by_component,
+    options_for,
+    refuse_options,
+    unknown_options,
+)
 from diffadapt.formats.names import Names
 from diffadapt.formats.peft import PEFT
+from diffadapt.formats.stored_settings import with_stored
 from diffadapt.formats.suffixes import is_oft_of_peft
 from diffadapt.formats.verdicts import Unused
 from diffadapt.loading.build import Builder, ForWriting, build
+from diffadapt.loading.completion import complete
 from diffadapt.loading.content import AlphaSource
 from diffadapt.loading.finite import non_finite
 from diffadapt.loading.fit import fit
 from diffadapt.loading.locate import Located, locate
 from diffadapt.loading.report import Report, ScaleRange, explained
+from diffadapt.loading.starts import with_starts
+from diffadapt.loading.twins import add_tied_
 from diffadapt.runtime.adapter import Adapter
-from diffadapt.runtime.adapter_layer import AdapterLayer
+from diffadapt.runtime.adapter_layer import AdapterLayer, Dropout
 from diffadapt.runtime.targets import Targets
 from diffadapt.tokens.learned_tokens import LearnedTokens, vectors_by_token
 from diffadapt.tokens.plan import plan_tokens, resolve_vectors
+from diffadapt.types.tokens import TOKENS
 
 
 @dataclass(frozen=True)
@@ -48,6 +61,7 @@ class Plan:
         lost: those of the ignored tensors that other models have a place for, so that a converted file needs them.
         targets: the models' paths, by component; empty if there are no models.
         device: the device that was asked for the adapters; `None` for the device on which each model computes.
+        dropout: component -> the dropout probabilities that the file was trained with, if its header has them.
     """
 
     checkpoint: Checkpoint
@@ -63,6 +77,7 @@ class Plan:
     alphas_from: Mapping[tuple[str, str], AlphaSource]
     notes: list[Fault]
     device: torch.device | None = None
+    dropout: Mapping[str, Dropout] = field(default_factory=dict[str, Dropout])
 
     def __repr__(self) -> str:
         layers = (
@@ -81,14 +96,15 @@ class Plan:
 
     def hosts(self, component: str) -> dict[str, nn.Module]:
         """Return the model's layer for every adapter layer of a component, by module path."""
-        modules = self.targets[component].modules
-        return {path: modules[path] for path in self.layers.get(component, {})}
+        return {path: self.targets[component].host(path) for path in self.layers.get(component, {})}
 
     def report(self, name: str) -> Report:
         """Return the account of the file, loaded as adapter `name`."""
         scales: dict[str, list[tuple[float, str]]] = {}
         for component, adapter in self.adapters.items():
             for (path, layer), scale in zip(adapter.layers.items(), adapter.scales, strict=True):
+                if layer.twin_of is not None:
+                    continue
                 scales.setdefault(layer.adapter_type.name, []).append((scale, self.alphas_from[component, path]))
         return Report(
             name=name,
@@ -96,7 +112,10 @@ class Plan:
             family=self.family,
             types={name: len(found) for name, found in scales.items()},
             scales={name: ScaleRange.of(found) for name, found in scales.items()},
-            components={component: len(layers) for component, layers in self.layers.items()},
+            components={
+                component: sum(layer.twin_of is None for layer in layers.values())
+                for component, layers in self.layers.items()
+            },
             tokens=vectors_by_token(self.tokens.values()),
             used=self.used,
             unused=self.faults + self.ignored,
@@ -122,6 +141,8 @@ class Plan:
         family = _family_of_file(self.checkpoint)
         if families.differ(family, self.family):
             lines.append(f"this looks like a {family} adapter; the model is {self.family}")
+        if all(fault.reason.endswith("was not asked for") for fault in unused):
+            lines.append("the file has nothing for these components; leave components= out, or name some that it has")
         lines += [f"  {line}" for line in explained(unused)]
         if (self.layers or self.tokens) and faults == self.faults:
             lines.append("pass strict=False to load the rest")
@@ -168,15 +189,29 @@ def plan(
         file_format = detect(checkpoint.header, format)
         targets = _targets(models, wanted)
         located = locate(file_format, checkpoint, targets, wanted, empty)
-        alphas, settings = HeaderAlphas(checkpoint.header), file_format.settings(checkpoint.header)
+        alphas, settings = (
+            HeaderAlphas(checkpoint.header),
+            with_stored(file_format.settings(checkpoint.header), checkpoint.header),
+        )
+        options_of_header, tied = options_by_component(checkpoint.header), is_tied(checkpoint.header)
+        for component in options_of_header:
+            if wanted is None or not component or component in wanted:
+                refuse_options(options_of_header[component])
     except AdapterError as error:
         raise LoadError(f"{checkpoint.origin}: {error}") from error
     # Shapes come first: values are read only after the shapes have shown that there are not too many of them.
     fitted = fit(located.groups, targets, alphas, settings, is_oft_of_peft=is_oft_of_peft(checkpoint.header))
     vectors = resolve_vectors(located.vectors, checkpoint, models, wanted, empty)
     broken = non_finite([*fitted.values, *vectors.values])
+    fitted = complete(fitted, targets, for_writing=for_writing is not None)
+    fitted = with_starts(fitted, targets, options_of_header)
     builder = Builder(checkpoint, targets, dtype, device, for_writing)
     built = build(fitted.layers, builder, broken)
+    if targets is not None and for_writing is None:
+        # PEFT always ties the rows of tokens.
+        ties_tokens = file_format is PEFT
+        twins = add_tied_(built.layers, targets, lambda layer: tied or (ties_tokens and layer.adapter_type is TOKENS))
+        built.faults.extend(twins)
     tokens = plan_tokens(vectors, checkpoint, models, tokenizers, broken=broken, moved=builder.moved, leaving=leaving)
     family = None if models is None else families.of_models(models)
     return Plan(
@@ -191,8 +226,11 @@ def plan(
         lost=located.lost,
         targets=targets or {},
         alphas_from=built.alphas_from,
-        notes=fitted.notes,
+        notes=[*fitted.notes, *unknown_options(checkpoint.header)],
         device=device,
+        dropout={
+            component: Dropout(*dropouts(options_for(options_of_header, component))) for component in built.layers
+        },
     )
 
 
@@ -239,6 +277,7 @@ def _plan_parts(
         alphas_from={place: source for part in plans for place, source in part.alphas_from.items()},
         notes=[note for part in plans for note in part.notes],
         device=options["device"],
+        dropout={component: dropout for part in plans for component, dropout in part.dropout.items()},
     )
 
 
@@ -252,6 +291,7 @@ def _renamed(part: Plan, component: str) -> Plan:
         part,
         layers=dict(zip((component,), part.layers.values(), strict=False)),
         alphas_from={(component, path): source for (_, path), source in part.alphas_from.items()},
+        dropout=dict.fromkeys((component,), next(iter(part.dropout.values()), Dropout())),
         faults=keyed(part.faults),
         ignored=keyed(part.ignored),
         lost=keyed(part.lost),

@@ -1,10 +1,12 @@
 """The report on a file that `load_adapter` and `inspect` return: what is used, and why the rest is not."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from html import escape
 
 from diffadapt.errors import Fault
+from diffadapt.loading.heat_map import HeatMap
 
 _MOST_REASONS = 10
 
@@ -56,6 +58,7 @@ class Report:
             not spell out a token of several vectors needs all of its names in the prompt: `token token_1 token_2`.
         scales: the scales (`alpha / rank`) of the adapter layers of each adapter type.
         notes: `(layer, note)` for everything in which the file contradicts itself, and what was used.
+        heat_map: returns where the adapter acts, for notebooks; `None` if its values were not read.
     """
 
     name: str
@@ -69,6 +72,11 @@ class Report:
     tokens: Mapping[str, int] = field(default_factory=dict[str, int])
     scales: Mapping[str, ScaleRange] = field(default_factory=dict[str, ScaleRange])
     notes: list[Fault] = field(default_factory=list[Fault])
+    heat_map: Callable[[], HeatMap | None] | None = field(default=None, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, object]:
+        # A report outlives the models, and may be pickled without them.
+        return {**self.__dict__, "heat_map": None}
 
     def __repr__(self) -> str:
         return (
@@ -77,21 +85,33 @@ class Report:
         )
 
     def __str__(self) -> str:
-        rows = [
+        lines = [f"{label:<11}{value}" for label, value in self._rows()]
+        return "\n".join([*lines, *(f"  {line}" for line in explained([*self.unused, *self.notes]))])
+
+    def _repr_html_(self) -> str:
+        """Return the report for a notebook, with a map of where the adapter acts."""
+        cells = "text-align:left;vertical-align:top"
+        lines = [
+            f"<tr><td style='{cells}'>{label}</td><td style='{cells}'>{escape(value)}</td></tr>"
+            for label, value in self._rows()
+        ]
+        reasons = "".join(f"<li>{escape(line)}</li>" for line in explained([*self.unused, *self.notes]))
+        found = None if self.heat_map is None else self.heat_map()
+        listed = f"<ul>{reasons}</ul>" if reasons else ""
+        return f"<table>{''.join(lines)}</table>{listed}{'' if found is None else found.html()}"
+
+    def _rows(self) -> list[tuple[str, str]]:
+        """Return the lines of the account, as labels and values."""
+        scales = ", ".join(f"{name} {scales}" for name, scales in self.scales.items())
+        return [
             ("adapter", self.name),
             ("format", f"{self.format}, family {self.family or 'unknown'}"),
             ("types", _counted(self.types, "layers")),
-            *(
-                [("scales", ", ".join(f"{name} {scales}" for name, scales in self.scales.items()))]
-                if self.scales
-                else []
-            ),
+            *([("scales", scales)] if scales else []),
             ("components", _counted(self.components, "layers")),
             *([("tokens", _listed(self.tokens))] if self.tokens else []),
             ("tensors", f"{self.used} used, {len(self.unused)} unused"),
         ]
-        lines = [f"{label:<11}{value}" for label, value in rows]
-        return "\n".join([*lines, *(f"  {line}" for line in explained([*self.unused, *self.notes]))])
 
 
 def explained(faults: list[Fault]) -> list[str]:

@@ -77,6 +77,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "chroma": ("chroma", "ChromaTransformer2DModel", _TWO_OF_BOTH),
     "flux2": ("flux2", "Flux2Transformer2DModel", _TWO_OF_BOTH),
     "flux2 klein": ("flux2", "Flux2Transformer2DModel", {**_TWO_OF_BOTH, "num_attention_heads": 32}),
+    "flux3": ("flux3", "Flux3Transformer2DModel", _TWO_OF_BOTH),
     "auraflow": ("auraflow", "AuraFlowTransformer2DModel", {"num_mmdit_layers": 2, "num_single_dit_layers": 2}),
     "qwen": ("qwen", "QwenImageTransformer2DModel", _TWO),
     "qwen21": ("qwen21", "QwenImage21Transformer2DModel", _TWO),
@@ -88,6 +89,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "wan animate": ("wan", "WanAnimateTransformer3DModel", {"num_layers": 6}),
     "skyreels": ("wan", "SkyReelsV2Transformer3DModel", _TWO),
     "chronoedit": ("wan", "ChronoEditTransformer3DModel", _TWO),
+    "helios": ("wan", "HeliosTransformer3DModel", _TWO),
     "ltx": ("ltx", "LTXVideoTransformer3DModel", _TWO),
     "ltx2": ("ltx2", "LTX2VideoTransformer3DModel", {**_TWO, "cross_attn_mod": True, "audio_cross_attn_mod": True}),
     "ltx2 connectors": ("ltx2", "LTX2TextConnectors", {"video_gated_attn": True, "audio_gated_attn": True}),
@@ -111,6 +113,8 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "PixArtTransformer2DModel",
         {**_TWO, "caption_channels": 4096, "use_additional_conditions": True},
     ),
+    "minimax-h3": ("minimax-h3", "MiniMaxH3Transformer3DModel", {**_TWO, "num_refiner_layers": 1}),
+    "ace-step": ("ace-step", "AceStepTransformer1DModel", {"num_hidden_layers": 2}),
     "cogview4": (
         "cogview4",
         "CogView4Transformer2DModel",
@@ -132,7 +136,10 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
 SAME = {
     "chroma": "distilled_guidance_layer",
     "sd3": "context_embedder",
-    "wan": "(vace_|pose_)?patch_embedding|face_encoder.out_proj",
+    "wan": "(vace_|pose_)?patch_(embedding|short|mid|long)|face_encoder.out_proj",
+    "flux3": r"[a-ln-r]|early|single_stream|timestep|context|x_emb|.*norm_[qk]$",
+    "minimax-h3": "token_refiner.final_norm",
+    "ace-step": r"layers\.\d+\.(\w+_norm|mlp)|time_embed|condition_embedder|norm_out|proj_",
     "ltx": r"transformer_blocks\.\d+\.(attn[12]\.to_|ff)|caption_projection|proj_out",
     "ltx2": r"transformer_blocks\.\d+\.(\w*attn\d?\.to_|\w*ff)|(audio_)?(caption_projection|proj_out)",
     "lumina2": r"x_embedder|\w+\.\d+\.ffn_norm[12]",
@@ -145,6 +152,7 @@ SAME = {
 KIN = {
     "flux": {"qwen"},
     "chroma": {"flux", "qwen"},
+    "flux3": {"flux"},
     "hunyuan-video": {"flux", "qwen"},
     "hunyuan-image": {"flux"},
     "auraflow": {"flux"},
@@ -273,16 +281,17 @@ SWAPPED = {
     "sd3": {"final_layer.adaLN_modulation.1", "joint_blocks.2.context_block.adaLN_modulation.1"},
     "sd3.5": {"final_layer.adaLN_modulation.1", "joint_blocks.2.context_block.adaLN_modulation.1"},
     "auraflow": {"modF.1"},
+    "minimax-h3": {"blocks.0.mlp.fc1", "blocks.1.mlp.fc1", "token_refiner.blocks.0.mlp.fc1"},
 }
 
 
 @every_model
-def test_exactly_the_modulations_before_the_output_have_swapped_halves(name: str) -> None:
+def test_exactly_the_modulations_before_the_output_and_gated_layers_have_swapped_halves(name: str) -> None:
     found = aliases(name)
     assert {original for original, parts in found.items() if parts[0].swapped} == SWAPPED.get(name, set())
     for original in SWAPPED.get(name, ()):
         norm = targets(name).modules[found[original][0].path.rpartition(".")[0]]
-        assert type(norm).__name__ in {"AdaLayerNormContinuous", "AuraFlowPreFinalBlock"}
+        assert type(norm).__name__ in {"AdaLayerNormContinuous", "AuraFlowPreFinalBlock", "SwiGLU"}
 
 
 @pytest.mark.parametrize(
@@ -659,7 +668,7 @@ def test_family_names_are_stable_and_every_class_belongs_to_one_family() -> None
     assert {family.name for family in FAMILIES} == {
         "sd", "sd2", "sdxl", "sd3", "flux", "flux2", "chroma", "qwen", "qwen21", "zimage", "krea2", "lumina2", "sana",
         "pixart", "auraflow", "hunyuan-video", "hunyuan-video15", "hunyuan-image", "wan", "ltx", "ltx2", "cogview4",
-        "hidream", "ideogram4", "anima", "cascade", "controlnet",
+        "hidream", "ideogram4", "anima", "cascade", "controlnet", "flux3", "minimax-h3", "ace-step",
     }  # fmt: skip
     classes = [kind for family in FAMILIES for kind in family.models if not kind.startswith("UNet")]
     assert len(classes) == len(set(classes))

@@ -4,6 +4,7 @@ The model is Flux, the files are in the layout of Black Forest Labs. The expecte
 formula is applied to the joined weight, and the result is split.
 """
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -70,13 +71,25 @@ def unaligned(out: int) -> int:
     return out if out == 64 else out // 2
 
 
+JOINT: dict[str, tuple[str, Variant]] = {
+    "dora-input": ("dora", dora(added(lora_factors, 0.25, **alpha(1.0)), by_input=True)),
+    "dora-input-block-diagonal": ("dora", dora(block_diagonal, by_input=True)),
+    "dora-input-loha": ("dora-loha", dora(added(loha_factors, 0.5, **alpha(2.0)), by_input=True)),
+    "dora-input-lokr": ("dora-lokr", dora(added(lokr("2"), 0.5, **alpha(1.0)), by_input=True)),
+}
+"""Name -> adapter type, formula. The length of a column is that over the rows of all parts."""
+
+DORA_OF_LOKR: dict[str, tuple[str, Variant]] = {
+    f"dora{'-input' if by_input else ''} of lokr {low_rank or 'whole'}": (
+        "dora" if low_rank == "2" else "dora-lokr",
+        dora(added(lokr(low_rank, unaligned), scale, **given), by_input=by_input),
+    )
+    for low_rank, scale, given in (("", 1.0, alpha(8.0)), ("1", 4.0, alpha(8.0)), ("2", 0.5, alpha(1.0)))
+    for by_input in (False, True)
+}
+"""Name -> type of the parts, formula. The factors cannot be cut, so the change inside becomes a plain one."""
+
 WHOLE_ONLY: dict[str, tuple[str, Variant, str]] = {
-    "dora-input": ("dora", dora(added(lora_factors, 0.25, **alpha(1.0)), by_input=True), "a length for every input"),
-    "dora-input-loha": (
-        "dora-loha",
-        dora(added(loha_factors, 0.5, **alpha(2.0)), by_input=True),
-        "a length for every input",
-    ),
     "oft-constraint": ("oft", oft_of_lycoris(eight, constraint=0.01), "its constraint is over all outputs"),
 }
 """Name -> adapter type, formula, reason. Exact if the file's layer is one of the model, refused if it is several."""
@@ -85,7 +98,6 @@ REFUSED: dict[str, tuple[Variant, str]] = {
     **{name: (variant, reason) for name, (_, variant, reason) in WHOLE_ONLY.items()},
     "oft": (oft_of_lycoris(unaligned), "its oft joins outputs that are in different layers of the model"),
     "boft": (boft_of_lycoris(unaligned, 1), "its boft joins outputs that are in different layers"),
-    "dora-lokr": (dora(added(lokr("2", unaligned), 1.0)), "its dora-lokr joins outputs that are in different layers"),
 }
 
 
@@ -139,10 +151,10 @@ def assert_becomes(model: nn.Module, layer: Layer, content: Content, tolerance: 
     assert all(torch.equal(model.state_dict()[name], before[name]) for name in others)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", {**VARIANTS, **JOINT})
 @for_each(where=LAYERS, style=["kohya", "dotted"])
 def test_every_type_becomes_its_parts(name: str, where: str, style: str) -> None:
-    adapter_type, variant = VARIANTS[name]
+    adapter_type, variant = {**VARIANTS, **JOINT}[name]
     model, layer = flux(), LAYERS[where]
     content = content_for(model, layer, variant)
     file = spelled(layer, content.tensors, style)
@@ -186,7 +198,7 @@ def test_a_type_that_joins_the_outputs_of_several_layers_is_refused(name: str, w
 @pytest.mark.parametrize(
     ("variant", "reason"),
     [
-        *(REFUSED[name] for name in ("oft", "boft", "dora-lokr")),
+        *(REFUSED[name] for name in ("oft", "boft")),
         # Blocks of eight fit into a half, but the fourth factor pairs one half with the other.
         (boft_of_lycoris(eight, 4), "its boft joins outputs"),
     ],
@@ -200,11 +212,13 @@ def test_blocks_across_swapped_halves_are_refused(variant: Variant, reason: str)
 # Saving
 
 
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name not in ("ia3", "ia3-input", "boft-peft")])
+@pytest.mark.parametrize(
+    "name", [name for name in {**VARIANTS, **JOINT} if name not in ("ia3", "ia3-input", "boft-peft")]
+)
 @for_each(where=LAYERS)
 def test_parts_are_saved_as_the_layer_of_the_file_that_they_came_from(name: str, where: str, tmp_path: Path) -> None:
     model, layer = flux(), LAYERS[where]
-    file = spelled(layer, content_for(model, layer, VARIANTS[name][1]).tensors, "kohya")
+    file = spelled(layer, content_for(model, layer, {**VARIANTS, **JOINT}[name][1]).tensors, "kohya")
     diffadapt.load_adapter(model, file, name="a")
     saved = load_file(diffadapt.adapters(model).save("a", tmp_path / "saved.safetensors", format="kohya"))
     again = flux()
@@ -260,6 +274,22 @@ def test_a_lokr_that_cannot_be_split_becomes_a_plain_change(
     if adapter_type == "lora":
         assert all(one.rank is not None and one.rank <= 8 for one in adapter_layers(model).values())
     assert_becomes(model, layer, content)
+
+
+@pytest.mark.parametrize("name", DORA_OF_LOKR)
+@for_each(where=FUSED)
+def test_the_lokr_in_a_dora_that_cannot_be_split_becomes_a_plain_change(name: str, where: str, tmp_path: Path) -> None:
+    adapter_type, variant = DORA_OF_LOKR[name]
+    model, layer = flux(), LAYERS[where]
+    content = content_for(model, layer, variant)
+    file = spelled(layer, content.tensors, "dotted")
+    assert diffadapt.inspect(headers(file), {"transformer": model}).types == {adapter_type: len(layer.parts)}
+    assert diffadapt.load_adapter(model, file, name="a").types == {adapter_type: len(layer.parts)}
+    saved = diffadapt.adapters(model).save("a", tmp_path / "saved.safetensors", format="kohya")
+    again = flux()
+    diffadapt.load_adapter(again, saved, name="a")
+    for each in (model, again):
+        assert_becomes(each, layer, content, 1e-7)
 
 
 def test_the_plain_change_is_computed_in_float32_and_stored_in_the_dtype_of_the_adapter() -> None:
@@ -363,6 +393,80 @@ def test_training_one_part_leaves_the_others_alone() -> None:
     optimizer.step()
     after = [adapter_layer.tensors["lora_down"] for adapter_layer in loaded]
     assert [torch.equal(old, new) for old, new in zip(before, after, strict=True)].count(False) == 1
+
+
+# Lengths of columns over the rows of all parts
+
+
+def by_input(model: nn.Module, where: str = "linear1") -> tuple[Layer, Content, dict[str, Tensor]]:
+    layer = LAYERS[where]
+    content = content_for(model, layer, JOINT["dora-input"][1])
+    return layer, content, spelled(layer, content.tensors, "dotted")
+
+
+def test_the_lengths_follow_the_weights_of_all_parts() -> None:
+    model = flux()
+    layer, content, file = by_input(model)
+    diffadapt.load_adapter(model, file, name="a")
+    first, *_, last = (model.get_submodule(path) for path in layer.parts)
+    x = torch.randn(3, 32, dtype=torch.float64)
+    with torch.no_grad():
+        before = first(x)
+        last.weight.mul_(2.0)
+        weight = layer.joined([model.get_submodule(path).weight for path in layer.parts])
+        change = weight + content.tensors["lora_B.weight"] @ content.tensors["lora_A.weight"] / 4
+        expected = change[:32] * content.tensors["dora_scale"] / torch.linalg.vector_norm(change, dim=0)
+        after = first(x)
+        assert_differs(after, before)
+        assert_same(after, F.linear(x, expected, first.bias))
+        assert torch.equal(first(x), after)
+
+
+def test_parts_with_common_lengths_run_in_slots_in_copies_and_as_a_lora() -> None:
+    model = flux()
+    layer, content, file = by_input(model)
+    adapters = diffadapt.adapters(model)
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    diffadapt.load_adapter(model, file, name="a")
+    again = copy.deepcopy(model)
+    adapters.clear()
+    other = spelled(layer, content_for(model, layer, VARIANTS["lora"][1]).tensors, "dotted")
+    adapters.prepare_hotswap([file, other], slots=1)
+    adapters.load(other, "a")
+    adapters.merge("a")
+    # The weights of all parts are merged now, and the lengths are those over the original ones.
+    adapters.hotswap("a", file)
+    adapters.unmerge()
+    assert all(torch.equal(tensor, base[name]) for name, tensor in model.state_dict().items())
+    assert_becomes(model, layer, content, 1e-6)
+    assert_becomes(again, layer, content)
+    third = flux()
+    diffadapt.load_adapter(third, file, name="a")
+    diffadapt.adapters(third).to_lora("a", "lora", rank=32)
+    diffadapt.adapters(third).activate("lora")
+    assert_becomes(third, layer, content, 1e-6)
+
+
+def test_separate_lengths_are_not_joined_and_common_ones_not_separated(tmp_path: Path) -> None:
+    model = flux()
+    layer, _, file = by_input(model, "image qkv")
+    diffadapt.load_adapter(model, file, name="common")
+    adapters = diffadapt.adapters(model)
+    for format in ("onetrainer", "diffusers", "peft"):
+        with pytest.raises(diffadapt.AdapterError, match="format='kohya'"):
+            adapters.save("common", tmp_path / format, format=format)
+    loaded = adapter_layers(model, "common")
+    loaded[layer.parts[0]].tensors["dora_scale"].data.mul_(2.0)
+    with pytest.raises(diffadapt.AdapterError, match="in common, but were trained apart"):
+        adapters.save("common", tmp_path / "kohya.safetensors", format="kohya")
+    tensors = {
+        name: tensor[:32] if name == "lora_B.weight" else tensor for name, tensor in by_input(model)[1].tensors.items()
+    }
+    alone = {f"{path}.{name}": tensor.clone() for path in layer.parts for name, tensor in tensors.items()}
+    diffadapt.load_adapter(model, alone, name="separate")
+    adapters.save("separate", tmp_path / "separate.safetensors", format="onetrainer")
+    with pytest.raises(diffadapt.AdapterError, match="DoRAs can be joined only if"):
+        adapters.save("separate", tmp_path / "separate.safetensors", format="kohya")
 
 
 # Files

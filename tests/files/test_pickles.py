@@ -1,5 +1,6 @@
 """Textual inversions in pickle files, as A1111 and the original code write them."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -48,3 +49,19 @@ def test_other_placeholders_are_tokens_of_their_own(tmp_path: Path) -> None:
 def test_vectors_that_are_no_tensors_are_refused(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="maps str to Tensor; found str -> list"):
         diffadapt.read_pickle(written(tmp_path / "cat.pt", {"*": [1.0]}))
+
+
+@pytest.mark.parametrize("content", [{"a": functools.partial(print)}, b"hello", b""], ids=["code", "text", "empty"])
+def test_what_is_no_state_dict_is_refused_without_advice_to_run_it(content: Any, tmp_path: Path) -> None:
+    file = tmp_path / "trap.pt"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        torch.save(content, file)
+    with pytest.raises(AdapterError, match=r"trap\.pt: cannot be unpickled with weights_only=True") as refused:
+        diffadapt.read_pickle(file)
+    message = str(refused.value)
+    assert ("functools.partial" if content and not isinstance(content, bytes) else "no intact pickle") in message
+    assert "safetensors" in message
+    assert not any(word in message for word in ("False", "safe_globals", "trust"))
+    assert refused.value.__suppress_context__

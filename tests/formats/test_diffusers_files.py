@@ -155,7 +155,7 @@ def test_an_adapter_for_the_second_transformer_has_the_names_of_the_first(format
     assert list(plan(read(file), {"transformer": first}).layers) == ["transformer"]
 
 
-def test_an_adapter_for_both_transformers_names_both(tmp_path: Path) -> None:
+def test_an_adapter_for_both_transformers_names_both(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     models = {name: SMALL["wan"].build()["transformer"] for name in ("transformer", "transformer_2")}
     path = "blocks.0.attn1.to_q"
     out, columns = models["transformer"].get_parameter(f"{path}.weight").shape
@@ -168,6 +168,7 @@ def test_an_adapter_for_both_transformers_names_both(tmp_path: Path) -> None:
     # The entry of a file for the second alone.
     both = AdapterState({name: {path: state()} for name in models}, {"diffadapt_component": "transformer_2"})
     again = plan(read(write(tmp_path / "both.safetensors", dump(both))), models)
+    assert "diffusers reads the layers of transformer and never those of transformer_2" in caplog.text
     assert {name: list(layers) for name, layers in again.layers.items()} == {name: [path] for name in models}
 
 
@@ -192,3 +193,11 @@ def test_plain_diffusers_loads_a_file_for_the_second_transformer(tmp_path: Path)
     pipe.load_lora_weights(file, load_into_transformer_2=True)
     layer = pipe.transformer_2.get_submodule(path)
     assert_same(layer.get_delta_weight(layer.active_adapters[0]), up @ down / 4)
+
+
+def test_a_dictionary_of_new_norms_alone_is_read() -> None:
+    new = torch.randn(16)
+    models = {"transformer": SMALL["flux"].build()["transformer"]}
+    found = plan(read({"transformer.transformer_blocks.0.attn.norm_q.weight": new}), models)
+    assert found.faults == []
+    assert torch.equal(found.layers["transformer"]["transformer_blocks.0.attn.norm_q"].tensors["set_weight"], new)

@@ -38,6 +38,7 @@ def layers_of(models: Mapping[str, nn.Module], key: str, size: int = 32) -> list
         ("zimage", "diffusion_model.noise.refiner.0.attention.to.q", "noise_refiner.0.attention.to_q"),
         ("zimage", "transformer.noise_refiner_0.attention.to_q", "noise_refiner.0.attention.to_q"),
         ("flux", "transformer.transformer.blocks.0.attn.add.k.proj", "transformer_blocks.0.attn.add_k_proj"),
+        ("flux", "transformer.blocks.0.attn.add.k.proj", "transformer_blocks.0.attn.add_k_proj"),
         ("flux", "text_encoder.text.model.encoder.layers.0.self.attn.q.proj", "encoder.layers.0.self_attn.q_proj"),
     ],
 )

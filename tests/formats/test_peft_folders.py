@@ -176,8 +176,8 @@ def test_a_folder_of_two_components_loads_with_the_config_of_each(tmp_path: Path
     }
     assert scales == {"unet": {4.0}, "text_encoder": {0.5}}
     pipe.adapters.hotswap("ink.v2", folder)
-    pipe.adapters.save("ink.v2", tmp_path / "again", format="peft")
-    assert diffadapt.inspect(tmp_path / "again", pipe).components == report.components
+    saved = pipe.adapters.save("ink.v2", tmp_path / "again", format="peft")
+    assert diffadapt.inspect(saved, pipe).components == report.components
 
 
 def test_parts_of_a_folder_that_the_pipeline_has_no_model_for(tmp_path: Path) -> None:

@@ -492,6 +492,9 @@ def test_an_unknown_component_is_refused() -> None:
     pipe = models.sd15()
     with pytest.raises(diffadapt.AdapterError, match=r"text_encoder_2.*unet"):
         pipe.load_adapter(spellings.peft_names(loras.parts_for(pipe)), components=["text_encoder_2"])
+    file = spellings.peft_names(loras.parts_for(pipe, ("unet",), "to_q"))
+    with pytest.raises(diffadapt.LoadError, match=r"has nothing for these components(.|\n)*component unet was"):
+        pipe.load_adapter(file, components=["text_encoder"])
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import diffadapt
-from diffadapt import LoadError
+from diffadapt import AdapterError, LoadError
 from diffadapt.files.read import read
 from diffadapt.loading.plan import plan
 from tests.support import models
@@ -145,15 +145,16 @@ def test_the_guidance_embedder_is_left_out_on_schnell(stem: str) -> None:
     }
 
 
-def test_a_change_of_the_modulation_is_named_in_the_report() -> None:
-    tensors = {**lora("diffusion_model.blocks.0.cross_attn.q"), "diffusion_model.blocks.0.diff_m": torch.ones(1, 6, 32)}
-    found = plan(read(tensors), SMALL["wan"].build())
+def test_a_change_of_the_modulation_is_named_in_the_report_where_the_model_has_none() -> None:
+    change = {"diffusion_model.transformer_blocks.0.diff_m": torch.ones(1, 6, 32)}
+    tensors = {**lora("diffusion_model.transformer_blocks.0.attn.to_q"), **change}
+    found = plan(read(tensors), SMALL["qwen"].build())
     assert not found.faults
     assert [fault.reason for fault in found.ignored] == [
-        "a change of the block's own modulation (lightx2v), which is a parameter of no layer and is left out"
+        "a change of the block's own modulation (lightx2v), a parameter that this model does not have; it is left out"
     ]
     with pytest.raises(LoadError, match="tensors cannot be used"):
-        plan(read({"diffusion_model.blocks.0.diff_m": torch.ones(1, 6, 32)}), SMALL["wan"].build()).refuse_faults(True)
+        plan(read(change), SMALL["qwen"].build()).refuse_faults(True)
 
 
 # Files that are written
@@ -170,6 +171,10 @@ def test_a_conversion_loses_no_modulation(tmp_path: Path) -> None:
     tensors = lora("diffusion_model.blocks.0.cross_attn.q", 5120, 5120)
     source = tmp_path / "in.safetensors"
     save_file({**tensors, "diffusion_model.blocks.0.diff_m": torch.ones(1, 6, 5120)}, source)
-    with pytest.raises(LoadError, match="modulation"):
+    with pytest.raises(
+        AdapterError, match=r"blocks\.0\.scale_shift_table is of type full, which diffusers cannot read"
+    ):
         diffadapt.convert(source, tmp_path / "out.safetensors", "diffusers")
     assert not (tmp_path / "out.safetensors").exists()
+    saved = read(diffadapt.convert(source, tmp_path / "out.safetensors", "comfy"))
+    assert saved.tensors["diffusion_model.blocks.0.modulation.diff"].shape == (1, 6, 5120)

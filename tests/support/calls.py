@@ -15,6 +15,7 @@ Draw = Callable[[Generator], Any]
 
 _TOKENS = 5
 _SIDE = 4
+_SEQUENCE = _SIDE * _SIDE + _TOKENS + 3
 # Arguments that are lists of rows.
 _LISTS = {"x", "cap_feats", "img_shapes"}
 
@@ -122,6 +123,27 @@ CALLS: dict[str, Callable[[int], dict[str, Any]]] = {
     "flux control": _call(_packed(32) | _FLOW | _GUIDANCE | _text(64) | _pooled(48), **_ids()),
     "chroma": _call(_packed() | _FLOW | _text(64), **_ids()),
     "flux2": _call(_packed() | _FLOW | _GUIDANCE | _text(64), **_ids(4)),
+    "flux3": _call(
+        _packed() | _FLOW | _text(64) | {"image_cond_hidden_states": _normal(3, 24)},
+        image_cond_ids=torch.ones(3, 4, dtype=torch.float64),
+        **_ids(4),
+    ),
+    # The rows of video, text and sound make one sequence.
+    "minimax-h3": _call(
+        _packed() | {"audio_hidden_states": _normal(3, 24), "encoder_hidden_states": _normal(_TOKENS, 40)},
+        timestep=torch.tensor([0.25, 0.75], dtype=torch.float64),
+        timestep_indices=torch.arange(_SEQUENCE) % 2,
+        token_tags=torch.tensor([0] * _SIDE * _SIDE + [1] * _TOKENS + [2] * 3),
+        position_ids=torch.arange(_SEQUENCE)[:, None].expand(-1, 3),
+        video_indices=torch.arange(_SIDE * _SIDE),
+        text_indices=torch.arange(_TOKENS) + _SIDE * _SIDE,
+        audio_indices=torch.arange(3) + _SIDE * _SIDE + _TOKENS,
+    ),
+    "ace-step": _call(
+        {"hidden_states": _normal(6, 8), "context_latents": _normal(6, 16), "timestep_r": _uniform(1)}
+        | _FLOW
+        | _text(32)
+    ),
     "auraflow": _call(_IMAGE | _FLOW | _text(64)),
     "qwen": _call(_packed() | _FLOW | _text(64) | _SHAPES),
     # The prompt is followed by one position for every 2 x 2 tokens of the picture.
