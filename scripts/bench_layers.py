@@ -93,6 +93,11 @@ def with_peft(make: Callable[..., Any], count: int = 1, **options: Any) -> Build
     return build
 
 
+def wrapped_by_peft(make: Callable[..., Any], **options: Any) -> Build:
+    """Return a function that wraps a layer with an adapter of peft, which may keep tensors for the whole model."""
+    return lambda layer: peft.get_peft_model(nn.Sequential(layer), make(target_modules=["0"], **options))
+
+
 def with_lycoris(make: Callable[..., Any], rank: int, bypass: bool = False, **options: Any) -> Build:
     """Return a function that lets a module of LyCORIS take over the forward of a layer."""
 
@@ -142,6 +147,81 @@ def lokr_full(factor: int, goal: Goal) -> Row:
         },
         goal,
     )
+
+
+def methods() -> list[Row]:
+    """Return a row for each further method of peft, on a linear layer."""
+    table: list[tuple[str, Callable[..., Any], dict[str, Any], Callable[..., Any], dict[str, Any], Goal]] = [
+        ("MiSS r64", diffadapt.MiSSConfig, {"rank": 64}, peft.MissConfig, {"r": 64}, Goal(1.04, 1.10)),
+        (
+            "GraLoRA r16, 2 x 2",
+            diffadapt.GraLoRAConfig,
+            {"rank": 16},
+            peft.GraloraConfig,
+            {"r": 16, "gralora_k": 2},
+            Goal(1.08, 1.15),
+        ),
+        ("DeLoRA r16", diffadapt.DeLoRAConfig, {"rank": 16}, peft.DeloraConfig, {"r": 16}, Goal(1.08, 1.15)),
+        ("HiRA r16", diffadapt.HiRAConfig, {"rank": 16}, peft.HiraConfig, {"r": 16}, Goal()),
+        ("DEFT r16", diffadapt.DEFTConfig, {"rank": 16}, peft.DeftConfig, {"r": 16}, Goal()),
+        ("RoAd 1", diffadapt.RoAdConfig, {}, peft.RoadConfig, {}, Goal()),
+        ("HRA r8", diffadapt.HRAConfig, {"rank": 8}, peft.HRAConfig, {"r": 8}, Goal(1.10, 1.20)),
+        ("PSOFT r32", diffadapt.PSOFTConfig, {"rank": 32}, peft.PsoftConfig, {"r": 32}, Goal()),
+        ("C3A b256", diffadapt.C3AConfig, {"block_size": 256}, peft.C3AConfig, {"block_size": 256}, Goal(1.30, 1.50)),
+        (
+            "FourierFT n1000",
+            diffadapt.FourierFTConfig,
+            {"frequencies": 1000},
+            peft.FourierFTConfig,
+            {"n_frequency": 1000},
+            Goal(),
+        ),
+        (
+            "WaveFT n2592",
+            diffadapt.WaveFTConfig,
+            {"frequencies": 2592},
+            peft.WaveFTConfig,
+            {"n_frequency": 2592},
+            Goal(),
+        ),
+        ("SHiRA r1", diffadapt.SHiRAConfig, {"rank": 1}, peft.ShiraConfig, {"r": 1}, Goal()),
+        ("SHiRA r32", diffadapt.SHiRAConfig, {"rank": 32}, peft.ShiraConfig, {"r": 32}, Goal()),
+        ("VeRA r16", diffadapt.VeRAConfig, {"rank": 16}, peft.VeraConfig, {"r": 16}, Goal(1.06, 1.12)),
+        ("VeRA r256", diffadapt.VeRAConfig, {"rank": 256}, peft.VeraConfig, {"r": 256}, Goal()),
+        ("PVeRA r256", diffadapt.PVeRAConfig, {"rank": 256}, peft.PveraConfig, {"r": 256}, Goal()),
+        ("RandLora r32", diffadapt.RandLoraConfig, {"rank": 32}, peft.RandLoraConfig, {"r": 32}, Goal()),
+        (
+            "VB-LoRA r4",
+            diffadapt.VBLoRAConfig,
+            {"rank": 4},
+            peft.VBLoRAConfig,
+            {"r": 4, "num_vectors": 256},
+            Goal(),
+        ),
+        ("UniLora r4", diffadapt.UniLoraConfig, {"rank": 4}, peft.UniLoraConfig, {"r": 4}, Goal()),
+        (
+            "AdaLoRA r12",
+            diffadapt.AdaLoraConfig,
+            {"rank": 12},
+            peft.AdaLoraConfig,
+            {"init_r": 12, "total_step": 100},
+            Goal(),
+        ),
+        ("PEANuT r32", diffadapt.PEANuTConfig, {"rank": 32}, peft.PeanutConfig, {"r": 32}, Goal()),
+        ("SuperTuning", diffadapt.SuperTuningConfig, {}, peft.SupertuningConfig, {}, Goal()),
+        (
+            "GLoRA of peft, r8",
+            diffadapt.GLoRAPEFTConfig,
+            {"rank": 8},
+            peft.GloraConfig,
+            {"r": 8, "config_C": "none", "config_D_E": "none"},
+            Goal(),
+        ),
+    ]
+    return [
+        Row(name, ours(own, **options), {"peft": wrapped_by_peft(theirs, **their_options)}, goal)
+        for name, own, options, theirs, their_options, goal in table
+    ]
 
 
 def rows(layer: str) -> list[Row]:
@@ -226,6 +306,7 @@ def rows(layer: str) -> list[Row]:
                 Goal(1.22, 1.35),
             )
         )
+        found += methods()
     return found
 
 
@@ -370,6 +451,7 @@ def main() -> None:
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of all tensors")
     parser.add_argument("--only", default="", help="measure only rows with this in their name")
+    parser.add_argument("--methods", action="store_true", help="measure only the further methods of peft")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="also write all figures to this file")
     options = parser.parse_args()
@@ -387,7 +469,7 @@ def main() -> None:
         input = input.to(layer.weight.dtype)
         print(f"\n{layer} on {'x'.join(map(str, input.shape))}\n")
         print("| | fwd | best peer | goal | f+b | best peer | goal | MiB | leanest peer |\n|---|" + "---|" * 8)
-        for row in rows(name):
+        for row in methods() if options.methods else rows(name):
             if options.only.lower() not in row.name.lower():
                 continue
             subjects = measured(row, layer, input, options.rounds)

@@ -6,19 +6,78 @@ The tests iterate over `TYPES`, so they cover a new type at once.
 import copyreg
 
 from diffadapt.errors import AdapterError
+from diffadapt.types.adalora import ADALORA
 from diffadapt.types.adapter_type import AdapterType, Tensors
+from diffadapt.types.batch_norm import BATCH_NORM
 from diffadapt.types.boft import BOFT
+from diffadapt.types.c3a import C3A
 from diffadapt.types.config import AdapterConfig
+from diffadapt.types.deft import DEFT
+from diffadapt.types.delora import DELORA
 from diffadapt.types.dora import DORA
+from diffadapt.types.fourierft import FOURIERFT
 from diffadapt.types.full import FULL
 from diffadapt.types.glora import GLORA
+from diffadapt.types.glora_peft import GLORA_PEFT
+from diffadapt.types.gralora import GRALORA
+from diffadapt.types.hira import HIRA
+from diffadapt.types.hra import HRA
 from diffadapt.types.ia3 import IA3
+from diffadapt.types.layer_spec import LayerSpec
 from diffadapt.types.loha import LOHA
 from diffadapt.types.lokr import LOKR
 from diffadapt.types.lora import LORA
+from diffadapt.types.miss import MISS
 from diffadapt.types.oft import OFT
+from diffadapt.types.parameter import PARAMETER
+from diffadapt.types.peanut import PEANUT
+from diffadapt.types.psoft import PSOFT
+from diffadapt.types.randlora import RANDLORA
+from diffadapt.types.road import ROAD
+from diffadapt.types.shira import SHIRA
+from diffadapt.types.started_lora import STARTED_LORA
+from diffadapt.types.supertuning import SUPERTUNING
+from diffadapt.types.tokens import TOKENS
+from diffadapt.types.unilora import UNILORA
+from diffadapt.types.vblora import VBLORA
+from diffadapt.types.vera import VERA
+from diffadapt.types.waveft import WAVEFT
 
-TYPES: tuple[AdapterType, ...] = (*DORA, LORA, LOHA, LOKR, OFT, BOFT, *IA3, GLORA, FULL)
+TYPES: tuple[AdapterType, ...] = (
+    ADALORA,
+    *DORA,
+    STARTED_LORA,
+    LORA,
+    LOHA,
+    LOKR,
+    OFT,
+    BOFT,
+    *IA3,
+    GLORA,
+    MISS,
+    GRALORA,
+    DELORA,
+    HIRA,
+    DEFT,
+    ROAD,
+    HRA,
+    PSOFT,
+    C3A,
+    FOURIERFT,
+    WAVEFT,
+    SHIRA,
+    BATCH_NORM,
+    *VERA,
+    RANDLORA,
+    VBLORA,
+    UNILORA,
+    PEANUT,
+    SUPERTUNING,
+    GLORA_PEFT,
+    FULL,
+    TOKENS,
+    PARAMETER,
+)
 """All adapter types, in the order in which `identify` tries them."""
 
 
@@ -29,7 +88,13 @@ def named(name: str) -> AdapterType:
 
 # Some of the functions in an adapter type are closures or lambdas, which pickle cannot find by name. The adapter type
 # itself has a name, so that is what a pickle contains.
-copyreg.pickle(AdapterType, lambda adapter_type: (named, (adapter_type.name,)))
+copyreg.pickle(AdapterType, lambda adapter_type: (_rebuilt, (adapter_type.name, adapter_type.twin_of)))
+
+
+def _rebuilt(name: str, twin_of: LayerSpec | None) -> AdapterType:
+    from diffadapt.types.mirrored import mirrored
+
+    return named(name) if twin_of is None else mirrored(name, twin_of)
 
 
 def identify(tensors: Tensors) -> AdapterType | None:

@@ -6,7 +6,7 @@ inference, merging, loading and saving are all derived from that record.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,9 +14,10 @@ from torch import Tensor
 from diffadapt.errors import AdapterError
 from diffadapt.types.config import AdapterConfig
 from diffadapt.types.layer_spec import LayerKind, LayerSpec
+from diffadapt.types.layer_state import LayerState
 
 Tensors: TypeAlias = Mapping[str, Tensor]
-Stage: TypeAlias = Literal["input", "patch", "output", "gain", "add"]
+Stage: TypeAlias = Literal["input", "patch", "output", "gain", "add", "parameter"]
 """Where a type acts on a layer `y = W x + b`. One or more functions of `AdapterType` define the change at each stage.
 
 | stage | changed weight | function |
@@ -26,6 +27,7 @@ Stage: TypeAlias = Literal["input", "patch", "output", "gain", "add"]
 | "output" | `T W` | `apply_map` |
 | "gain" | `diag(s) W` | `gain` |
 | "add" | `W + D` | `delta_weight`, `delta_output`, `delta_bias` |
+| "parameter" | `P + D`, which the module that owns the parameter P sees | `delta_weight` |
 """
 
 
@@ -38,10 +40,30 @@ class Surroundings:
         scale: `alpha / rank`.
         weight: function that returns the base weight, canonical and decoded, in float32 (float64 if the layer's weight
             is float64).
+        bias: function that returns the base bias, or `None` if the layer has none.
+        others: function that returns the sum of `AdapterType.joint_term` over the other parts of the same layer of a
+            file; `None` if there are none.
     """
 
     settings: Mapping[str, float]
     scale: float
+    weight: Callable[[], Tensor]
+    others: Callable[[], Tensor] | None = None
+    bias: Callable[[], Tensor | None] = lambda: None
+
+
+class Unfinished(NamedTuple):
+    """One layer of an adapter for `AdapterType.complete`.
+
+    Attributes:
+        tensors: the fitted tensors that are known so far.
+        spec: the geometry of the layer.
+        settings, weight: see `Surroundings`.
+    """
+
+    tensors: Tensors
+    spec: LayerSpec
+    settings: Mapping[str, float]
     weight: Callable[[], Tensor]
 
 
@@ -82,6 +104,10 @@ def _unprepared(tensors: Tensors, spec: LayerSpec, surroundings: Surroundings) -
     return tensors
 
 
+def _complete(layers: Mapping[str, Unfinished]) -> Mapping[str, Tensors]:
+    return {path: layer.tensors for path, layer in layers.items()}
+
+
 def _any_layer(tensors: Tensors) -> LayerSpec:
     raise AdapterError("only a model can tell whether these tensors fit")
 
@@ -113,12 +139,14 @@ class AdapterType:
             the other spellings that `formats/` knows.
         identified_by: tensor names, any one of which identifies the type if `claims` agrees.
         claims: returns whether tensors with such names are of this type, for names that several types share.
+        additive: the additive type that this one extends by further tensors; `None` for a type of its own.
         config: the settings class of new adapters of this type.
         selects: returns whether the given settings mean this type, for settings classes that several types share.
         layers: the kinds of layer that this type supports.
         settings: numbers that are not tensors and that a file's metadata may give, with their defaults.
         marks: settings that are 1 if a file has a tensor of that name, whatever the tensor's value.
         alpha_is: the setting that the alpha of a file stands for, if it does not stand for `alpha / rank`.
+        stored_as: returns the content that files have for an adapter layer, for types that exist in training only.
 
     Formula: what the type does to a layer. Run time and merging are both derived from it.
 
@@ -127,6 +155,12 @@ class AdapterType:
             `AdapterError` with the expected and the found shapes if the tensors cannot belong to the layer.
         geometry: returns the spec of a layer that the tensors of a file fit, for use without a model. Raises
             `AdapterError` if the tensors do not determine it.
+        fixed: tensors that training does not change, such as random projections. Those of integers (positions) are in
+            no other dtype, and a fixed tensor may have one.
+        shared: tensors that all layers of an adapter have in common, as one parameter. A PEFT folder has them once.
+        complete: returns the tensors of every layer of an adapter, by path, with those added that files may leave out
+            because they follow from a seed, from the base weights or from the other layers, in the order of the model.
+            Layers without values (on the meta device) get tensors without values.
         rank: returns the rank, read from the shapes of the tensors; `None` if alpha does not apply.
         stages: returns the stages at which the type acts with these fitted tensors.
         prepare: returns the part of the formula that does not depend on the input, as named tensors. All functions
@@ -134,6 +168,9 @@ class AdapterType:
             result is cached until a tensor that it depends on changes.
         reads_weight: whether `prepare` reads the base weight, from the fitted tensors. Such an adapter layer is refused
             at load if the weight cannot be decoded.
+        joint: whether `prepare` needs a sum over all parts of a layer that the file has as one and the model as
+            several, from the fitted tensors.
+        joint_term: returns what one part contributes to that sum.
         delta_weight: returns the canonical change of the weight at scale 1, in the dtype of the tensors.
         delta_output: returns `onto + gate * op(input, delta_weight)`, plus the change of the bias, at the cost of the
             factors. `gate` is a 0-d float32 tensor; `onto` may be overwritten when gradients are disabled.
@@ -143,15 +180,18 @@ class AdapterType:
         apply_map: returns `onto + gate * (T - 1) vectors` along an axis of `vectors`, or the same with `T` transposed,
             as a new tensor. `gate` is a 0-d float32 tensor.
         gain: returns `s - 1`, of shape (out,).
-        gains_bias: whether `s` multiplies the bias too.
+        gains_bias: whether `s`, or `T` at the stage "output", applies to the bias too.
         orthogonal: whether `T` is a rotation, whose inverse is its transpose.
+        is_stored: whether the tensors have the orientation in which the layer stores its weight, so that they fit all
+            layers that share it.
+        twin_of: for a type on a layer that shares the weight of another one, the geometry of that; see `mirrored`.
 
     Surgery: how an adapter layer's tensors are cut or extended.
 
     Attributes:
         rows: returns the tensors of an adapter layer for a layer that has only the given rows of the weight, in the
-            given order; `None` if the fitted tensors cannot be cut there. An additive change is then loaded as a LoRA
-            or a full difference; any other change is refused.
+            given order; `None` if the fitted tensors cannot be cut there. An additive change (also that of a type with
+            `additive`) is then loaded as factors or as a matrix; any other change is refused.
         columns: tensor -> its axis over the inputs of a linear layer. With zeros appended along that axis, the tensors
             fit a layer with more inputs and ignore the additional ones.
 
@@ -161,6 +201,7 @@ class AdapterType:
         init: returns the float32 tensors of an adapter that changes nothing yet or, if `config.init` is false, of a
             random one. `weight()` is the base weight, as in `Surroundings`. Raises `AdapterError` for settings that the
             layer does not allow.
+        in_training: returns the prepared tensors for a call in training, for types that draw random numbers there.
         masked: tensor -> the axis along which rank dropout zeroes slices.
         blocks: prepared tensor -> the axis along which dropout zeroes slices, for types whose dropout works on blocks
             (a zeroed block of a rotation becomes the identity). For other types, dropout zeroes elements of the input.
@@ -171,20 +212,27 @@ class AdapterType:
     tensors: tuple[str, ...]
     identified_by: frozenset[str]
     claims: Callable[[Tensors], bool] = lambda tensors: True
+    additive: "AdapterType | None" = None
     config: type[AdapterConfig]
     selects: Callable[[Any], bool] = lambda config: True
     layers: frozenset[LayerKind] = frozenset({"linear", "conv", "embedding"})
     settings: Mapping[str, float] = field(default_factory=dict[str, float])
     marks: frozenset[str] = frozenset()
     alpha_is: str | None = None
+    stored_as: Callable[[LayerState], LayerState] = lambda state: state
 
     # Formula
     fit: Callable[[Tensors, LayerSpec], dict[str, Tensor]]
     geometry: Callable[[Tensors], LayerSpec] = _any_layer
+    fixed: frozenset[str] = frozenset()
+    shared: frozenset[str] = frozenset()
+    complete: Callable[[Mapping[str, Unfinished]], Mapping[str, Tensors]] = _complete
     rank: Callable[[Tensors], int | None] = _no_rank
     stages: Callable[[Tensors, LayerSpec], tuple[Stage, ...]] = _adds
     prepare: Callable[[Tensors, LayerSpec, Surroundings], Tensors] = _unprepared
     reads_weight: Callable[[Tensors], bool] = lambda tensors: False
+    joint: Callable[[Tensors], bool] = lambda tensors: False
+    joint_term: Callable[[Tensors, LayerSpec, Surroundings], Tensor] = _missing
     delta_weight: Callable[[Tensors, LayerSpec], Tensor] = _missing
     delta_output: DeltaOutput = _missing
     delta_bias: Callable[[Tensors], Tensor | None] = lambda tensors: None
@@ -193,6 +241,8 @@ class AdapterType:
     gain: Callable[[Tensors], Tensor] = _missing
     gains_bias: bool = False
     orthogonal: bool = False
+    is_stored: bool = False
+    twin_of: LayerSpec | None = None
 
     # Surgery
     rows: Callable[[Tensors, LayerSpec, Sequence[range]], dict[str, Tensor] | None] = lambda tensors, spec, rows: None
@@ -200,8 +250,14 @@ class AdapterType:
 
     # Training
     init: Init
+    in_training: Callable[[Tensors], Tensors] = lambda tensors: tensors
     masked: Mapping[str, int] = field(default_factory=dict[str, int])
     blocks: Mapping[str, int] = field(default_factory=dict[str, int])
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether an adapter layer needs nothing but what its file or `init` has; see `complete`."""
+        return self.complete is _complete
 
     @property
     def is_prepared(self) -> bool:

@@ -19,8 +19,18 @@ class AdapterConfig:
 
     Attributes:
         target_modules: the layers to adapt: "all-linear", "all-conv", a regular expression for whole module paths, or
-            one path ending ("to_q") or a list of them.
+            one path ending ("to_q") or a list of them. "all-linear" leaves output layers alone, and the vision towers
+            of text encoders.
         exclude_modules: layers to leave out of `target_modules`, specified in the same way.
+        layers_to_transform: the numbers of the blocks to adapt; `None` for all. A block's number is the first number
+            in the path of a layer.
+        layers_pattern: the names of the lists of blocks that `layers_to_transform` counts in, such as
+            "single_transformer_blocks"; defaults to any.
+        target_parameters: bare parameters to adapt, too, by their names or path endings ("experts.gate_up_proj"): the
+            weights of fused experts, (experts, a, b), or tables, (a, b). Only LoRA has them.
+        ensure_weight_tying: whether layers with the same weight (an embedding and the output layer of a language
+            model) get one set of parameters, whichever of them `target_modules` names. Without it, an adapter on one of
+            them does not act on the other. Two names of one embedding are always the same layer.
         init: whether the adapter starts without an effect. With `False` all its tensors are random, for tests.
         dropout: probability that training zeroes an element of the adapter's input (for rotations: a whole block).
         module_dropout: probability that training skips an adapter layer for one call.
@@ -31,8 +41,12 @@ class AdapterConfig:
         AdapterError: a value is out of range or has no effect.
     """
 
-    target_modules: str | Sequence[str]
+    target_modules: str | Sequence[str] = ()
     exclude_modules: str | Sequence[str] = ()
+    layers_to_transform: int | Sequence[int] | None = None
+    layers_pattern: str | Sequence[str] = ()
+    target_parameters: Sequence[str] = ()
+    ensure_weight_tying: bool = False
     init: bool | str = True
     dropout: float = 0.0
     module_dropout: float = 0.0
@@ -46,6 +60,23 @@ class AdapterConfig:
         if self.init not in self._inits():
             known = ", ".join(map(repr, self._inits()))
             raise AdapterError(f"init is {self.init!r}; {type(self).__name__} knows {known}")
+        if not self.target_modules and self._needs_targets:
+            raise AdapterError('target_modules is missing: name the layers to adapt, or pass "all-linear"')
+        for block in self.block_numbers or ():
+            refuse_unless_whole("layers_to_transform", block, least=0)
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise AdapterError("layers_pattern has no effect without layers_to_transform")
+
+    @property
+    def block_numbers(self) -> tuple[int, ...] | None:
+        """The numbers in `layers_to_transform`."""
+        numbers = self.layers_to_transform
+        return numbers if numbers is None else tuple(numbers) if isinstance(numbers, Sequence) else (numbers,)
+
+    @property
+    def _needs_targets(self) -> bool:
+        """Whether `target_modules` has to name a layer."""
+        return not self.target_parameters
 
     def _inits(self) -> tuple[bool | str, ...]:
         return (True, False)
@@ -65,6 +96,35 @@ class AdapterConfig:
 
     def refuse_idle(self, specs: Mapping[str, LayerSpec]) -> None:
         """Raise `AdapterError` if a setting has no effect on any of the layers, given as path -> spec."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizedConfig(AdapterConfig):
+    """Settings of adapter types with a rank, and without an alpha.
+
+    Attributes:
+        rank: the rank of the factors, at least 1.
+        rank_pattern: the ranks of layers that differ from `rank`, with keys as in `RankedConfig`.
+    """
+
+    rank: int
+    rank_pattern: Mapping[str, int] = field(default_factory=dict[str, int])
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for rank in (self.rank, *self.rank_pattern.values()):
+            refuse_unless_whole("rank", rank)
+
+    def at(self, path: str) -> "SizedConfig":
+        """Return the settings of the layer at `path`, with the rank that a pattern gives it."""
+        rank = patterns.value(self.rank_pattern, path)
+        return self if rank is None else replace(self, rank=rank, rank_pattern={})
+
+    def refuse_idle(self, specs: Mapping[str, LayerSpec]) -> None:
+        """Raise `AdapterError` if a pattern names no layer."""
+        for pattern in self.rank_pattern:
+            if not any(patterns.matches(pattern, path) for path in specs):
+                raise AdapterError(f"rank_pattern: {pattern!r} names none of the {len(specs)} adapted layers")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,9 @@
 
 Autograd treats the norm as a constant (section 4.3 of the paper). With strength m, the weight is `W + m (W' - W)`, so
 the norm does not depend on the strength.
+
+A file may have several layers of the model as one (query, key and value). The norm of a column then runs over the rows
+of all of them, so each part contributes the squares of its own rows (`AdapterType.joint_term`).
 """
 
 from collections.abc import Callable, Sequence
@@ -35,7 +38,11 @@ def dora(base: AdapterType) -> AdapterType:
 
     def fit(tensors: Tensors, spec: LayerSpec) -> dict[str, Tensor]:
         rest = {name: tensor for name, tensor in tensors.items() if name not in (_NAME, _PEFT_NAME)}
-        return {**base.fit(rest, spec), _NAME: _fit_magnitude(tensors, spec)}
+        fitted = base.fit(rest, spec)
+        if spec.groups > 1:
+            # Refuse factors that are no change of the weight.
+            base.delta_weight({name: tensor.to("meta") for name, tensor in fitted.items()}, spec)
+        return {**fitted, _NAME: _fit_magnitude(tensors, spec)}
 
     def init(
         spec: LayerSpec, config: Any, *, generator: torch.Generator, weight: Callable[[], Tensor]
@@ -48,12 +55,21 @@ def dora(base: AdapterType) -> AdapterType:
             magnitude = magnitude * (1 + 0.1 * torch.randn(magnitude.shape, generator=generator).to(magnitude))
         return {**base.init(spec, config, generator=generator, weight=weight), _NAME: magnitude}
 
+    def direction(tensors: Tensors, spec: LayerSpec, surroundings: Surroundings) -> Tensor:
+        weight = surroundings.weight().to(tensors[_NAME].device)
+        converted = {name: tensor.to(weight.dtype) for name, tensor in tensors.items()}
+        return weight + surroundings.scale * base.delta_weight(converted, spec)
+
+    def joint_term(tensors: Tensors, spec: LayerSpec, surroundings: Surroundings) -> Tensor:
+        with torch.no_grad():
+            return _norm(direction(tensors, spec, surroundings), 1).square()
+
     def prepare(tensors: Tensors, spec: LayerSpec, surroundings: Surroundings) -> Tensors:
         magnitude = tensors[_NAME]
         with torch.no_grad():
-            weight = surroundings.weight().to(magnitude.device)
-            converted = {name: tensor.to(weight.dtype) for name, tensor in tensors.items()}
-            norm = _norm(weight + surroundings.scale * base.delta_weight(converted, spec), _axis(magnitude, spec))
+            norm = _norm(direction(tensors, spec, surroundings), _axis(magnitude, spec))
+            if surroundings.others is not None:
+                norm = (norm.square() + surroundings.others().to(norm)).sqrt()
         factor = magnitude.to(norm.dtype) / norm.clamp_min(torch.finfo(norm.dtype).tiny)
         # The gate includes `alpha / rank`, which must not apply to the change of W itself.
         return {**tensors, _FACTOR: factor, _GAIN: (factor - 1) / surroundings.scale}
@@ -87,18 +103,15 @@ def dora(base: AdapterType) -> AdapterType:
 
     def rows(tensors: Tensors, spec: LayerSpec, rows: Sequence[range]) -> dict[str, Tensor] | None:
         cut = base.rows(tensors, spec, rows)
-        if _axis(tensors[_NAME], spec) == 0:
-            return None if cut is None else {**cut, _NAME: take_rows(tensors[_NAME], rows)}
-        if sum(map(len, rows)) < spec.out_features:
-            raise AdapterError(
-                f"its {_NAME} has a length for every input, over outputs that are in different layers of the model"
-            )
-        return cut
+        if cut is None or _axis(tensors[_NAME], spec):
+            return cut
+        return {**cut, _NAME: take_rows(tensors[_NAME], rows)}
 
     return replace(
         base,
         name="dora" if base is LORA else f"dora-{base.name}",
         tensors=(*base.tensors, _NAME, _PEFT_NAME),
+        additive=base,
         claims=lambda tensors: _NAME in tensors or _PEFT_NAME in tensors,
         selects=lambda config: config.use_dora,
         fit=fit,
@@ -107,6 +120,8 @@ def dora(base: AdapterType) -> AdapterType:
         stages=_stages,
         prepare=prepare,
         reads_weight=lambda tensors: True,
+        joint=lambda tensors: shape_of(tensors[_NAME])[0] == 1,
+        joint_term=joint_term,
         delta_weight=delta_weight,
         delta_output=delta_output,
         as_low_rank=as_low_rank,

@@ -49,6 +49,8 @@ def fit(tensors: Tensors, spec: LayerSpec) -> dict[str, Tensor]:
     A weight without a kernel may be 2-d or, with a 1 x 1 kernel, 4-d.
     """
     fitted: dict[str, Tensor] = {}
+    if spec.kind == "parameter" and set(tensors) != {"diff"}:
+        raise AdapterError(f"{', '.join(sorted(tensors))} found, expected diff alone for a bare parameter")
     for name in sorted(tensors.keys() & _WEIGHTS):
         shape, expected = shape_of(tensors[name]), _stored_shape(spec)
         same_kernel = shape[2:] == expected[2:] or {1}.issuperset(shape[2:] + expected[2:])
@@ -59,9 +61,10 @@ def fit(tensors: Tensors, spec: LayerSpec) -> dict[str, Tensor]:
         raise AdapterError("a new weight and a change of the weight found, expected one of diff and set_weight")
     if "diff_b" in tensors:
         _refuse_bias(spec)
-        if shape_of(tensors["diff_b"]) != (spec.out_features,):
+        # PEFT's BEFT has it as a row.
+        if shape_of(tensors["diff_b"]) not in ((spec.out_features,), (1, spec.out_features)):
             raise AdapterError(f"diff_b has shape {shape_of(tensors['diff_b'])}, expected ({spec.out_features},)")
-        fitted["diff_b"] = tensors["diff_b"]
+        fitted["diff_b"] = tensors["diff_b"].reshape(spec.out_features)
     return fitted
 
 
@@ -87,7 +90,12 @@ def init(
 
 
 def stages(tensors: Tensors, spec: LayerSpec) -> tuple[Stage, ...]:
-    """Return "add" and, for a new weight, "output": replacing a weight takes an output map to zero."""
+    """Return "add" and, for a new weight, "output": replacing a weight takes an output map to zero.
+
+    A bare parameter has a stage of its own.
+    """
+    if spec.kind == "parameter":
+        return ("parameter",)
     return ("output", "add") if "set_weight" in tensors else ("add",)
 
 
@@ -165,10 +173,11 @@ FULL = AdapterType(
     geometry=geometry,
     stages=stages,
     apply_map=apply_map,
+    is_stored=True,
     delta_weight=delta_weight,
     delta_bias=delta_bias,
     delta_output=delta_output,
     rows=rows,
     columns={"diff": 1},
-    layers=frozenset({"linear", "conv", "embedding", "norm"}),
+    layers=frozenset({"linear", "conv", "embedding", "norm", "parameter"}),
 )

@@ -17,14 +17,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from diffadapt.errors import AdapterError
 from diffadapt.types.adapter_type import AdapterType, Tensors
 from diffadapt.types.config import RankedConfig
 from diffadapt.types.layer_spec import LayerSpec, plain_spec
-from diffadapt.types.tensor_ops import scaled, shape_of, take_rows
+from diffadapt.types.tensor_ops import along, scaled, shape_of, take_rows
 
 _NAMES = ("glora_a1", "glora_a2", "glora_b1", "glora_b2")
 _OLD_NAMES = ("glora_a2", "glora_a1", "glora_b2", "glora_b1")
@@ -118,17 +117,8 @@ def apply_map(
     up, down = tensors["glora_a1"], tensors["glora_a2"]
     if transposed:
         up, down = down.t(), up.t()
-    product = _along(scaled(_along(vectors, down, axis), gate), up, axis)
+    product = along(scaled(along(vectors, down, axis), gate), up, axis)
     return product if onto is None else onto + product
-
-
-def _along(vectors: Tensor, matrix: Tensor, axis: int) -> Tensor:
-    """Return the product of `matrix` and every vector along the axis."""
-    axis %= vectors.ndim
-    if axis == vectors.ndim - 1:
-        return F.linear(vectors, matrix)
-    columns = torch.matmul(matrix, vectors.flatten(axis + 1))
-    return columns.unflatten(-1, vectors.shape[axis + 1 :])
 
 
 def _shapes(spec: LayerSpec, rank: int) -> dict[str, tuple[int, ...]]:

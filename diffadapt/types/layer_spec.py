@@ -1,4 +1,4 @@
-"""The geometry of a layer that an adapter can sit on: linear, 1-d to 3-d convolution, embedding or norm.
+"""The geometry of a layer that an adapter can sit on: linear, 1-d to 3-d convolution, embedding, norm or batch norm.
 
 Each adapter type writes its formula once, against `LayerSpec`, for all kinds of layers. Weights are *canonical* here:
 they have the shape `(out, in / groups, *kernel)`. Some layers store the transpose (`nn.Embedding`, transformers'
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from diffadapt.types.tensor_ops import add, can_accumulate, scaled
 
-LayerKind: TypeAlias = Literal["linear", "conv", "embedding", "norm"]
+LayerKind: TypeAlias = Literal["linear", "conv", "embedding", "norm", "batch_norm", "parameter"]
 
 _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -27,7 +27,8 @@ class LayerSpec:
     """The geometry of one layer, with the operations that formulas are built from.
 
     Attributes:
-        kind: "linear", "conv", "embedding" or "norm" (a layer, group or RMS norm with a weight).
+        kind: "linear", "conv", "embedding", "norm" (a layer, group or RMS norm with a weight), "batch_norm", or
+            "parameter" for a bare parameter of a module.
         out_features: rows of the canonical weight: the output channels, or the embedding dimension.
         in_features: columns of the canonical weight before grouping: the input channels, or the number of embeddings.
         kernel: spatial kernel size of a convolution; empty for other layers.
@@ -40,6 +41,8 @@ class LayerSpec:
         output_scale: constant by which the layer multiplies its own output (scaled word embeddings).
         norm_groups: number of groups of a group norm; 0 for a layer norm, -1 for an RMS norm.
         eps: the constant a norm adds to the variance or mean square.
+        experts: number of matrices that a bare parameter has; 0 if it is one matrix.
+        inputs_first: whether a bare parameter has the inputs of an expert before its outputs.
     """
 
     kind: LayerKind
@@ -55,6 +58,8 @@ class LayerSpec:
     output_scale: float = 1.0
     norm_groups: int = 0
     eps: float = 0.0
+    experts: int = 0
+    inputs_first: bool = False
 
     @classmethod
     def of(cls, module: nn.Module) -> "LayerSpec | None":
@@ -82,6 +87,9 @@ class LayerSpec:
                 module.groups,
                 module.padding_mode,
             )
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            size = module.num_features
+            return None if module.running_mean is None else cls("batch_norm", size, size, norm_groups=1, eps=module.eps)
         norm = _norm(module)
         if norm is not None:
             size, groups, eps = norm
@@ -97,8 +105,10 @@ class LayerSpec:
     @property
     def weight_shape(self) -> tuple[int, ...]:
         """The canonical shape `(out, in / groups, *kernel)`, or `(out,)` for a norm."""
-        if self.kind == "norm":
+        if self.kind in ("norm", "batch_norm"):
             return (self.out_features,)
+        if self.kind == "parameter":
+            return (*([self.experts] if self.experts else []), self.out_features, self.in_features)
         return (self.out_features, self.in_features // self.groups, *self.kernel)
 
     @property

@@ -33,7 +33,10 @@ class LayerState:
         settings: numbers that are not tensors; see `AdapterType.settings`.
         inputs: the number of inputs that one output depends on (`LayerSpec.fan_in`). Without a model, as far as the
             tensors show it.
+        outputs: the number of outputs of the layer (`LayerSpec.out_features`), known as far as `inputs` is.
         widens: whether the tensors have more inputs than the model's layer has by itself; see `input_width.py`.
+        group: identifies the parts of a layer that files have as one, if they need one another
+            (`AdapterType.joint`): a number for each part. Empty for any other layer.
     """
 
     type: str
@@ -44,7 +47,9 @@ class LayerState:
     is_embedding: bool = False
     settings: Mapping[str, float] = field(default_factory=dict[str, float])
     inputs: int = 0
+    outputs: int = 0
     widens: bool = False
+    group: frozenset[int] = frozenset()
 
     @property
     def scale(self) -> float:

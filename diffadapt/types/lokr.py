@@ -231,8 +231,11 @@ def as_low_rank(tensors: Tensors, spec: LayerSpec) -> tuple[Tensor, Tensor] | No
 def rows(tensors: Tensors, spec: LayerSpec, rows: Sequence[range]) -> dict[str, Tensor] | None:
     """Return the tensors with the rows of `w1` that make up the given rows of the product.
 
-    Every row of `w1` makes o2 rows of the product. Return `None` if a range does not start and end at multiples of o2.
+    Every row of `w1` makes o2 rows of the product. Return `None` if a range does not start and end at multiples of o2,
+    unless `w1` is a single number and `w2` whole, so that their rows are the same.
     """
+    if spec.groups == 1 and "lokr_w2" in tensors and "lokr_w1" in tensors and tensors["lokr_w1"].numel() == 1:
+        return {**tensors, "lokr_w2": take_rows(tensors["lokr_w2"], rows)}
     if "lokr_w2" in tensors:
         size = tensors["lokr_w2"].shape[0]
     else:

@@ -221,13 +221,13 @@ def prepare(tensors: Tensors, spec: LayerSpec, surroundings: Surroundings) -> Te
         rotation = promoted(tensors["oft_diag"])
         return {_ROTATION: rotation - torch.eye(rotation.shape[-1]).to(rotation)}
     if "oft_R" in tensors:
-        skew = _skew(promoted(tensors["oft_R"]))
+        skew = skew_symmetric(promoted(tensors["oft_R"]))
         if settings["scaled_oft"]:
             skew = skew / scaled_oft_divisor(skew.shape[-1])
         if settings["coft_eps"]:
             skew = _within(skew, settings["coft_eps"] / math.sqrt(skew.shape[0]), (1, 2))
         terms = int(settings["neumann_terms"])
-        rotation = _neumann(skew, terms) if terms else cayley(-skew)
+        rotation = neumann(skew, terms) if terms else cayley(-skew)
         size = skew.shape[-1]
         channels = _rotated_channels("oft_R", spec)
         prepared = {_ROTATION: rotation.expand(channels // size, size, size)}
@@ -324,7 +324,7 @@ def rescaled(rotation: Tensor, rescale: Tensor | None) -> Tensor:
     return rotation * factors + torch.diag_embed(factors.squeeze(1) - 1)
 
 
-def _neumann(skew: Tensor, terms: int) -> Tensor:
+def neumann(skew: Tensor, terms: int) -> Tensor:
     """Return the Neumann series without its first term I.
 
     As in PEFT, the last power has no factor 2, and 3 terms result in as many as 4.
@@ -346,7 +346,7 @@ def _within(skew: Tensor, radius: float, axes: tuple[int, ...] | None) -> Tensor
     return torch.where(norm > radius, skew * (radius / norm), skew)
 
 
-def _skew(triangle: Tensor) -> Tensor:
+def skew_symmetric(triangle: Tensor) -> Tensor:
     """Return the skew-symmetric blocks (blocks, b, b) with the given upper triangles (blocks, b (b - 1) / 2)."""
     size = block_size(triangle)
     rows, columns = torch.triu_indices(size, size, 1, device=triangle.device)

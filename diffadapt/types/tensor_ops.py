@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 FLOAT8: frozenset[torch.dtype] = frozenset(
@@ -24,12 +25,17 @@ def promoted(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def converted(tensor: Tensor, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Tensor:
+    """Return the tensor in `dtype` and on `device`; integers, which are positions, keep their dtype."""
+    return tensor.to(device, dtype if tensor.is_floating_point() else None)
+
+
 def narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the tensor in `dtype`, or unchanged if that would lose more than rounding does.
 
     Below the smallest normal number, rounding errors are no longer relative: products of small numbers vanish.
     """
-    if tensor.dtype == dtype:
+    if tensor.dtype == dtype or not tensor.is_floating_point():
         return tensor
     result = tensor.to(dtype)
     lost = torch.linalg.vector_norm(result.to(tensor.dtype) - tensor)
@@ -64,6 +70,15 @@ def can_accumulate(onto: Tensor, hidden: Tensor, weight: Tensor) -> bool:
         and onto.device == hidden.device
         and onto.is_contiguous()
     )
+
+
+def along(vectors: Tensor, matrix: Tensor, axis: int) -> Tensor:
+    """Return the product of `matrix` and every vector along an axis of `vectors`."""
+    axis %= vectors.ndim
+    if axis == vectors.ndim - 1:
+        return F.linear(vectors, matrix)
+    columns = torch.matmul(matrix, vectors.flatten(axis + 1))
+    return columns.unflatten(-1, vectors.shape[axis + 1 :])
 
 
 def apply_blocks(vectors: Tensor, blocks: Tensor, axis: int, onto: Tensor | None = None) -> Tensor:
@@ -132,3 +147,9 @@ def _row_chunks(blocks: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]
     by_block = [tensor.reshape(-1, *blocks.shape[:2]).transpose(0, 1) for tensor in tensors]
     rows = 512 if blocks.device.type == "cpu" else max(by_block[0].shape[1], 1)
     return zip(*(tensor.split(rows, 1) for tensor in by_block), strict=True)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return all of a tensor that FSDP2 has spread over processes, which must all call this; others as they are."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()

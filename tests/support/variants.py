@@ -14,8 +14,9 @@ from diffadapt.runtime.adapter import Adapter
 from diffadapt.runtime.adapter_layer import AdapterLayer
 from diffadapt.runtime.attach import attach_, refresh_
 from diffadapt.types import TYPES
-from diffadapt.types.adapter_type import AdapterType
+from diffadapt.types.adapter_type import AdapterType, Unfinished
 from diffadapt.types.layer_spec import LayerSpec
+from diffadapt.types.tensor_ops import converted
 from tests.support.cases import Test, for_each
 
 RANK = 4
@@ -23,6 +24,7 @@ Variant: TypeAlias = tuple[AdapterType, dict[str, Any]]
 
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "lora": [{"rank": RANK, "bias": True}, {"rank": RANK, "use_tucker": True}],
+    "started_lora": [{"rank": 2, "init": "pissa"}, {"rank": 2, "init": "olora", "alpha": 3.0, "bias": True}],
     "dora": [{"rank": RANK, "use_dora": True}, {"rank": RANK, "use_dora": True, "dora_axis": "input"}],
     "loha": [{"rank": 2}, {"rank": RANK, "use_tucker": True}],
     "dora-loha": [{"rank": 2, "use_dora": True}, {"rank": RANK, "use_dora": True, "dora_axis": "input"}],
@@ -45,9 +47,47 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "ia3": [{"scale_bias": True}],
     "ia3-lycoris": [{"side": "output"}, {"side": "input"}],
     "glora": [{"rank": 2}],
+    "miss": [{"rank": 4}, {"rank": 3, "variant": "mini", "mini_rank": 2}, {"rank": 2, "variant": "bat"}],
+    "gralora": [{"rank": 4, "hybrid_rank": 1}],
+    "delora": [{"rank": 2}],
+    "hira": [{"rank": 2}],
+    "deft": [{"rank": 2, "alpha": 3.0}, {"rank": 2, "alpha": 3.0, "projection": "qr"}],
+    "road": [{"variant": 1, "group_size": 2}, {"variant": 4, "group_size": 2}],
+    "hra": [{"rank": 2}, {"rank": 3, "gram_schmidt": True, "init": "peft"}],
+    "psoft": [
+        {"rank": 2, "orthogonal": False, "split": "pissa"},
+        {"rank": 3, "neumann_terms": 4, "neumann_limit": 0.9},
+    ],
+    "c3a": [{"block_size": 2}],
+    "fourierft": [{"frequencies": 9, "scaling": 30.0}],
+    "waveft": [
+        {"frequencies": 12, "scaling": 2.0, "moments": 2},
+        {"frequencies": 12, "scaling": 2.0, "moments": 0},
+    ],
+    "shira": [{"rank": 1}],
+    "vera": [{"rank": 3}],
+    "pvera": [{"rank": 3}],
+    "randlora": [{"rank": 2}],
+    "vblora": [{"rank": 2, "vectors": 6, "length": 1}],
+    "adalora": [{"rank": 3, "target_rank": 2, "alpha": 3.0}],
+    "peanut": [{"rank": 2, "depth": 1, "activation": "tanh"}],
+    "supertuning": [{"sparsity": 0.8, "rank": 2}],
+    "glora-peft": [{"weight": "vector", "bias_by_input": "lora", "bias_by_output": "vector"}],
+    "unilora": [{"rank": 2, "length": 8}],
     "full": [{"bias": False}, {"bias": True}],
+    "tokens": [{"token_indices": [4, 1]}],
+    "lora-parameter": [{"rank": 2}],
 }
 """Settings that each adapter type is tested with; a type that is not listed is tested with its defaults."""
+
+OF_PEFT_ALONE = frozenset(
+    "adalora c3a deft delora fourierft glora-peft gralora hira hra miss peanut psoft pvera randlora road shira "
+    "supertuning unilora vblora vera waveft".split()
+)
+"""Types that only PEFT trains elsewhere. Their files and training are tested in `test_parity_peft_methods.py`."""
+
+TESTED_APART = OF_PEFT_ALONE | {"batch-norm", "lora-parameter", "started_lora", "tokens"}
+"""These, and types that are on particular layers or, like started LoRAs, in no file. They have tests of their own."""
 
 VARIANTS: list[Variant] = [
     (adapter_type, options) for adapter_type in TYPES for options in OPTIONS.get(adapter_type.name, [{}])
@@ -132,8 +172,20 @@ def refuses(adapter_type: AdapterType, options: dict[str, Any], layer: str) -> b
         return has_groups or on_ids or channels % butterfly != 0
     if adapter_type.name == "glora":
         return has_groups or on_ids
+    if adapter_type.name == "started_lora" and has_groups:
+        return True
     if adapter_type.name == "ia3-lycoris":
         return on_ids
+    if adapter_type.name in ("deft", "road", "psoft"):
+        # They act on outputs of all groups.
+        return has_groups
+    if adapter_type.name == "tokens":
+        # Rows of a transposed weight are no tokens.
+        return layer == "transformers-conv1d"
+    if adapter_type.name == "hra":
+        return has_groups or on_ids
+    if adapter_type.name == "gralora" or options.get("variant") == "bat" or options.get("block_size") == 2:
+        return spec.fan_in % 2 != 0
     if layer.startswith("embedding"):
         return options.get("dora_axis") == "input" or bool(options.get("bias"))
     return has_groups and bool(options.get("use_tucker")) and adapter_type.name == "lora"
@@ -175,12 +227,14 @@ class Case:
     def __init__(self, variant: Variant, layer: str) -> None:
         self.generator = torch.Generator().manual_seed(7)
         make, draw = LAYERS[layer]
-        self.root = nn.Sequential(make()).double()
+        self.root = nn.Sequential(make()).double().eval()
         for parameter in self.root.parameters():
             parameter.data.copy_(torch.randn(parameter.shape, generator=self.generator, dtype=torch.float64))
         self.adapter_type, options = variant
         if layer in WITHOUT_BIAS and options.get("bias"):
             options = {**options, "bias": False}
+        if layer in WITHOUT_BIAS and "bias_by_output" in options:
+            options = {**options, "bias_by_input": "none", "bias_by_output": "none"}
         self.config = self.adapter_type.config(target_modules=["0"], **options)
         self.spec = LayerSpec.of(self.root[0]) or pytest.fail("no adapter can sit here")
         self.input = draw(self.generator)
@@ -190,12 +244,16 @@ class Case:
         """Return the tensors of a new adapter."""
         weight = self.spec.to_stored(self.root[0].weight.detach().clone())
         tensors = self.adapter_type.init(self.spec, self.config, generator=self.generator, weight=lambda: weight)
-        return {name: tensor.double() for name, tensor in tensors.items()}
+        settings = {**self.adapter_type.settings, **self.config.settings}
+        complete = self.adapter_type.complete({"0": Unfinished(tensors, self.spec, settings, lambda: weight)})["0"]
+        return {name: converted(tensor, torch.float64) for name, tensor in complete.items()}
 
     def random(self) -> dict[str, Tensor]:
         """Return random tensors, different ones for every call."""
         return {
             name: torch.randn(tensor.shape, generator=self.generator, dtype=torch.float64)
+            if tensor.is_floating_point()
+            else tensor
             for name, tensor in self.initial().items()
         }
 

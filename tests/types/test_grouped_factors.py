@@ -1,0 +1,54 @@
+"""LoRAs of grouped convolutions whose first factor has no groups, as PEFT and OneTrainer write them."""
+
+import copy
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import diffadapt
+from diffadapt import AdapterError
+from tests.support.compare import assert_differs, assert_same
+
+
+def grouped(groups: int) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(6, 6, 3, padding=1, groups=groups))
+
+
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd")
+def test_the_layout_of_peft_runs_and_is_not_merged(tmp_path: Path) -> None:
+    model, picture = grouped(2), torch.randn(2, 6, 5, 5)
+    base, weight = model(picture), model[0].weight.clone()
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["0"], init_lora_weights=False)
+    theirs = peft.get_peft_model(copy.deepcopy(model), config)
+    theirs.save_pretrained(tmp_path)
+    diffadapt.load_adapter(model, tmp_path, name="a")
+    assert_differs(model(picture), base)
+    assert_same(model(picture), theirs(picture))
+    adapters = diffadapt.adapters(model)
+    for change in (adapters.merge, lambda: adapters.to_lora("a", "lora")):
+        with pytest.raises(AdapterError, match="its LoRA reads all inputs"):
+            change()
+    assert torch.equal(model[0].weight, weight)
+    adapters.prepare_hotswap(slots=1)
+    assert_same(model(picture), theirs(picture))
+
+
+def test_the_layout_of_onetrainer_adds_one_output_to_all_channels() -> None:
+    model, picture = grouped(6), torch.randn(2, 6, 5, 5)
+    down, up = torch.randn(4, 6, 3, 3), torch.randn(1, 4, 1, 1)
+    expected = model(picture) + 0.5 * F.conv2d(F.conv2d(picture, down, padding=1), up)
+    tensors = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(2.0)}
+    diffadapt.load_adapter(model, {f"lora_unet_0.{name}": tensor for name, tensor in tensors.items()}, name="a")
+    assert_same(model(picture), expected)
+
+
+def test_a_dora_of_such_factors_is_refused_at_load() -> None:
+    tensors = {"lora_A.weight": torch.ones(4, 6, 3, 3), "lora_B.weight": torch.ones(6, 2, 1, 1)}
+    file = {f"0.{name}": tensor for name, tensor in {**tensors, "dora_scale": torch.ones(6, 1, 1, 1)}.items()}
+    with pytest.raises(AdapterError, match="this is no change of its weight"):
+        diffadapt.load_adapter(grouped(2), file)
