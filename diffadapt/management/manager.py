@@ -15,12 +15,15 @@ from diffadapt.loading.report import Report
 from diffadapt.management.activation import activate_, restoring, scheduled
 from diffadapt.management.call_forms import Names, Strengths, chosen_of, name_and_scale, names_of
 from diffadapt.management.collection import AdapterCollection
+from diffadapt.management.continuing import install_trainable_
 from diffadapt.management.deriving import derive_adapter_
 from diffadapt.management.installation import install_adapter_, remove_adapters_
 from diffadapt.management.owner import exclusive_method
 from diffadapt.management.per_sample import mixed_per_sample
 from diffadapt.management.reserving import Requests, Reserved, prepare_hotswap_, release_slots_
 from diffadapt.management.saving import save_adapter
+from diffadapt.management.shared_components import may_be_shared, without_shared
+from diffadapt.management.showing import reported
 from diffadapt.management.snapshot import Chosen
 from diffadapt.management.sources import located, plan_source, prefetch_source
 from diffadapt.management.weights import merge_adapters_, unmerge_adapters_, unmerged
@@ -53,6 +56,7 @@ class Adapters(AdapterCollection):
         activate: bool = True,
         allow_recompile: bool = False,
         format: str | None = None,
+        trainable: bool = False,
     ) -> Report:
         """Load an adapter. `pipe.load_adapter` calls this method and documents the arguments.
 
@@ -61,17 +65,19 @@ class Adapters(AdapterCollection):
         """
         snapshot = self._owner.snapshot()
         name, scale = name_and_scale(name, adapter_name, scale)
-        if name is not None:
+        if name is not None and not may_be_shared(snapshot, name):
             snapshot.refuse_name(name)
+        dtype = torch.float32 if trainable and dtype is None and not isinstance(source, Plan) else dtype
         planned = plan_source(
             self._owner, source, where=where, components=components, dtype=dtype, name=name, format=format
         )
         if name is None:
             name = planned.checkpoint.name or snapshot.free_name()
-            snapshot.refuse_name(name)
         planned.refuse_faults(strict)
-        install_adapter_(self._owner, name, planned, scale, activate=activate, allow_recompile=allow_recompile)
-        return planned.report(name)
+        new = without_shared(snapshot, name, planned)
+        install = install_trainable_ if trainable else install_adapter_
+        install(self._owner, name, new, scale, activate=activate, allow_recompile=allow_recompile)
+        return reported(planned, name)
 
     @exclusive_method
     def prepare_hotswap(
@@ -156,7 +162,7 @@ class Adapters(AdapterCollection):
         install_adapter_(
             self._owner, name, planned, scale, activate=old.active, allow_recompile=allow_recompile, old=old
         )
-        return planned.report(name)
+        return reported(planned, name)
 
     def prefetch(
         self,
@@ -207,16 +213,6 @@ class Adapters(AdapterCollection):
                 scheduler to follow. Nothing has changed then.
         """
         activate_(self._owner, chosen_of("activate", adapters, strengths), self._owner.follow)
-
-    @exclusive_method
-    def deactivate(self, *names: Names) -> None:
-        """Make adapters inactive. Without names, make all inactive. They stay loaded.
-
-        Raises:
-            AdapterError: no such adapter, or a merged adapter. Nothing has changed then.
-        """
-        leaving = names_of("deactivate", names) if names else self.names
-        activate_(self._owner, self._owner.snapshot().active_without(leaving), self._owner.follow)
 
     def scheduled(self, adapters: Chosen, scheduler: Any = None) -> AbstractContextManager[None]:
         """Make exactly these adapters active inside the `with` block; restore the state before on leaving.
@@ -275,8 +271,7 @@ class Adapters(AdapterCollection):
             raise AdapterError("remove: no name; clear() removes all adapters")
         remove_adapters_(self._owner, names_of("remove", names))
 
-    def __delitem__(self, name: str) -> None:
-        self.remove(name)
+    __delitem__ = remove
 
     @exclusive_method
     def clear(self) -> None:
@@ -307,7 +302,8 @@ class Adapters(AdapterCollection):
                 are unchanged then.
 
         Warns:
-            UserWarning: quantised weights lost much of the change to rounding; see `requantisation_errors`.
+            UserWarning: quantising merged weights again made an error of more than half of the adapters' change in
+                some layers; the warning names the worst. See `requantisation_errors`.
         """
         chosen = tuple(names_of("merge", names))
         if names and not chosen:
@@ -389,7 +385,7 @@ class Adapters(AdapterCollection):
             format: "diffusers", "kohya", "peft", "comfy" or "onetrainer".
 
         Returns:
-            The path of the file, which appears complete or not at all.
+            The path of the file, or of the folder if PEFT has several components. It appears complete or not at all.
 
         Raises:
             AdapterError: no such adapter, or the format cannot express it. Nothing has been written then.

@@ -36,13 +36,15 @@ def mixed_per_sample(owner: Owner, mixes: Sequence[Chosen], images: int | None) 
                 samples = [mix[name][component] if name in mix else 0.0 for mix in resolved]
                 count = len(adapter.layers)
                 adapter.set_strengths([[s] * count if isinstance(s, (int, float)) else s for s in samples])
+        concerned = {component for name in names for component in snapshot[name].components}
         for component, bank in snapshot.banks.items():
             # A text encoder runs every prompt once, however many images are drawn of it.
             once = is_text_encoder(component)
-            bank.call.samples, bank.call.images = len(mixes), 1 if once else images or 1
+            bank.call.samples = len(mixes) if component in concerned else 0
+            bank.call.images = 1 if once else images or 1
             bank.call.asks_images = images is None and not once
-            bank.call.knows_images = True
-            bank.call.counted = once or not owner.counts_prompts
+            bank.call.by_rows = not owner.counts_prompts
+            bank.call.counted = bank.call.by_rows or component not in concerned
         snapshot.set_active_(names)
         yield
 

@@ -28,6 +28,7 @@ from diffadapt.runtime.slots.slot import Needs
 from diffadapt.runtime.targets import Targets, refuse_peft
 from diffadapt.types.config import AdapterConfig
 from diffadapt.types.layer_spec import LayerSpec
+from diffadapt.types.tensor_ops import converted
 
 Request: TypeAlias = Source | AdapterConfig | Mapping[str, AdapterConfig]
 """An adapter that slots have to fit: a file or state dict, or settings, for the denoisers or by component."""
@@ -70,6 +71,7 @@ def prepare_hotswap_(
     reserved = reserve_all_(models, needs_of(models, wanted), count, rank=rank, samples=samples)
     snapshot = owner.snapshot()
     for component, bank in snapshot.banks.items():
+        bank.call.by_rows = not owner.counts_prompts
         for adapter in bank.adapters.values():
             # An adapter in training stays outside the slots, which are copies of its parameters.
             is_trained = any(parameter.requires_grad for parameter in adapter.parameters())
@@ -204,7 +206,7 @@ def _meta_weight(spec: LayerSpec, dtype: torch.dtype) -> Tensor:
 
 def _on_meta(layer: AdapterLayer, dtype: torch.dtype) -> AdapterLayer:
     """Return a copy of an adapter layer without values, in `dtype`."""
-    tensors = {name: tensor.detach().to("meta", dtype) for name, tensor in layer.tensors.items()}
+    tensors = {name: converted(tensor.detach(), dtype, "meta") for name, tensor in layer.tensors.items()}
     return AdapterLayer(
         layer.adapter_type, layer.spec, tensors, layer.alpha, settings=layer.settings, widens=layer.widens
     )

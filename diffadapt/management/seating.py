@@ -6,10 +6,10 @@ This module decides which adapters get a seat and which may lose theirs. The sea
 
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffadapt.errors import AdapterError
 from diffadapt.management.snapshot import AdapterSnapshot
@@ -125,6 +125,12 @@ def _lowered(layers: Mapping[str, AdapterLayer], bank: Bank, reservation: Reserv
         AdapterError: a layer has no slots, or its slots are for another number of inputs.
     """
     forms: dict[str, list[Form]] = {}
+    paths = {layer: path for path, layer in layers.items()}
+
+    @cache
+    def term_of(sibling: AdapterLayer) -> Tensor:
+        return sibling.joint_term(original_weight(bank, paths[sibling], sibling.spec))
+
     with torch.inference_mode(False), torch.no_grad():
         for path, layer in layers.items():
             if path not in reservation.slots:
@@ -134,8 +140,10 @@ def _lowered(layers: Mapping[str, AdapterLayer], bank: Bank, reservation: Reserv
                 raise AdapterError(
                     f"{path}: {layer.spec.in_features} inputs expected, slots for {inputs} are reserved there"
                 )
+            # A layer that is not attached yet may read the bias.
+            layer.__dict__.setdefault("host", bank.hosts[path])
             # The original weight: adapters that are merged now may not be when this adapter runs.
-            forms[path] = lower(layer, partial(original_weight, bank, path, layer.spec), reservation.device)
+            forms[path] = lower(layer, partial(original_weight, bank, path, layer.spec), reservation.device, term_of)
     return forms
 
 

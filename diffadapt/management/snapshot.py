@@ -1,6 +1,6 @@
 """The adapters that are loaded into some models at one moment, and names and strengths resolved against them."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -35,11 +35,29 @@ class LoadedAdapter:
         name: name of the adapter.
         components: component -> the `Adapter` module on that model, which owns the parameters.
         rescale: gives the adapter another strength; `None` if it was not taken from `pipe.adapters`.
+        retrain: makes its parameters trainable; `None` likewise.
     """
 
     name: str
     components: Mapping[str, Adapter]
     rescale: Callable[[Strength], None] | None = field(default=None, repr=False, compare=False)
+    retrain: Callable[[], None] | None = field(default=None, repr=False, compare=False)
+
+    def train_(self) -> "LoadedAdapter":
+        """Make the parameters trainable: float32 tensors that require gradients. Return the adapter.
+
+        Raises:
+            AdapterError: it is merged, or a quantised layer passes no right gradient on.
+        """
+        if self.retrain is None:
+            raise AdapterError(f"train_() of adapter {self.name!r}: call it on pipe.adapters[{self.name!r}]")
+        self.retrain()
+        return self
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the parameters of all components."""
+        for adapter in self.components.values():
+            yield from adapter.parameters()
 
     @property
     def learned(self) -> tuple[LearnedTokens, ...]:
@@ -245,7 +263,8 @@ class AdapterSnapshot:
         matched: set[str] = set()
         for component, adapter in components.items():
             paths = [f"{component}.{path}" for path in adapter.layers] if self._qualified else list(adapter.layers)
-            strengths[component], hits = resolve_prefixes(numbers, paths)
+            found, hits = resolve_prefixes(numbers, paths)
+            strengths[component] = _by_embedding(adapter, paths, numbers, found)
             matched |= hits
         missed = sorted(set(numbers) - matched - {""})
         if missed and strict and not (isinstance(strength, SharedStrengths) and self._suits(strength, matched)):
@@ -296,6 +315,27 @@ class AdapterSnapshot:
             state,
             _short(adapter.strength),
         )
+
+
+def _by_embedding(adapter: Adapter, paths: Sequence[str], prefixes: Iterable[str], found: list[float]) -> list[float]:
+    """Return the strengths of layers, with one for all names of an embedding: that of the longest prefix of any name.
+
+    Args:
+        paths: the layers' paths, as `prefixes` have them.
+        found: the strengths by path.
+    """
+    layers = list(adapter.layers.items())
+    if all(layer.twin_of is None for _, layer in layers):
+        return found
+    numbers = {path: number for number, (path, _) in enumerate(layers)}
+    lengths = [max((len(p) for p in prefixes if not p or f"{path}.".startswith(f"{p}.")), default=-1) for path in paths]
+    best = dict(numbers)
+    for path, layer in layers:
+        primary = layer.twin_of
+        if primary is not None and layer.spec.kind == adapter.layers[primary].spec.kind == "embedding":
+            best[primary] = max(best[primary], numbers[path], key=lambda number: lengths[number])
+            best[path] = best[primary]
+    return [found[best[path]] for path, _ in layers]
 
 
 def _short(strength: Strength) -> str:

@@ -51,6 +51,18 @@ def component_for(written: str, vectors: Tensor, encoders: Mapping[str, nn.Modul
     return component
 
 
+def names_in_files(encoders: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Return component -> what files call the text encoder, such that `component_for` finds it again."""
+    found: dict[str, str] = {}
+    for component, model in encoders.items():
+        model_type = _model_type(model)
+        known = next((written for written, part in _MODEL_TYPES.items() if part in model_type), model_type or component)
+        if known == "clip":
+            known = "clip_g" if "clip_l" in found.values() else "clip_l"
+        found[component] = known
+    return found
+
+
 def token_embedding(model: nn.Module) -> nn.Embedding:
     """Return the token embedding of a text encoder. Raise `AdapterError` if it has none that can be extended."""
     try:

@@ -96,6 +96,9 @@ def refresh_tokens_(model: nn.Module) -> None:
             extend_(module, ())
     for host in hosts:
         extend_(host, learned)
+    if bank is not None:
+        paths = {id(host): path for path, host in model.named_modules()} if hosts else {}
+        bank.set_embeddings({paths[id(host)]: host for host in hosts})
 
 
 def is_extended(model: nn.Module) -> bool:

@@ -3,7 +3,6 @@
 As with layers, shapes come first: `resolve_vectors` needs only names and shapes, `plan_tokens` reads values.
 """
 
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,16 +13,13 @@ from torch import Tensor, nn
 
 from diffadapt.errors import AdapterError, Fault
 from diffadapt.files.checkpoint import Checkpoint
-from diffadapt.formats.embeddings import OUTPUT
+from diffadapt.formats.embeddings import OUTPUT, PIVOTAL_FILE
 from diffadapt.formats.verdicts import Vectors
 from diffadapt.runtime.components import is_text_encoder
 from diffadapt.tokens import vocabulary
 from diffadapt.tokens.encoders import NoTextEncoder, component_for, text_encoders, token_embedding
 from diffadapt.tokens.learned_tokens import LearnedTokens, Token, tokens_by_adapter
 from diffadapt.types.layer_spec import LayerSpec
-
-_PIVOTAL_FILE = re.compile(r"embeddings|.*_emb")
-"""Names of the file that diffusers' pivotal tuning writes next to the LoRA. Its tokens are `<s0>`, `<s1>` and so on."""
 
 _MOST_VECTORS = 4096
 """Vectors for one text encoder; most prompts have no more than 77 or 512 tokens."""
@@ -150,7 +146,7 @@ def plan_tokens(
         leaving: the name of an adapter that is about to be removed, along with its tokens.
     """
     encoders = text_encoders(models)
-    drafts: dict[str, _Draft] = {}
+    drafts: dict[str, Draft] = {}
     faults: list[Fault] = []
     used = 0
     for inputs, outputs in _paired(resolved.found):
@@ -161,7 +157,7 @@ def plan_tokens(
                 raise AdapterError("holds NaN or infinite values")
             if component not in drafts:
                 encoder = None if encoders is None else encoders[component]
-                drafts[component] = _Draft.of(component, encoder, tokenizers, leaving)
+                drafts[component] = Draft.of(component, encoder, tokenizers, leaving)
             tokens = _named(pair[0], checkpoint)
             if outputs is not None:
                 written = "" if inputs is None else inputs.verdict.written
@@ -177,7 +173,7 @@ def plan_tokens(
 
 
 @dataclass
-class _Draft:
+class Draft:
     """The tokens that one text encoder gets from a file, and what its tokenizer knows already.
 
     Attributes:
@@ -204,7 +200,7 @@ class _Draft:
     @classmethod
     def of(
         cls, component: str, model: nn.Module | None, tokenizers: Mapping[str, Any] | None, leaving: str | None
-    ) -> "_Draft":
+    ) -> "Draft":
         """Return a draft without tokens for a text encoder; see `plan_tokens`."""
         if model is None or tokenizers is None:
             return cls(component, None, (), set(), {})
@@ -328,7 +324,7 @@ def _matrix(tensor: Tensor) -> Tensor:
 def _named(found: _Found, checkpoint: Checkpoint) -> list[Token]:
     """Return the tokens of a tensor of vectors: one, or one for each vector in a file of diffusers' pivotal tuning."""
     verdict, count = found.verdict, len(found.vectors)
-    in_pivotal_file = verdict.token is None and _PIVOTAL_FILE.fullmatch(Path(checkpoint.origin).stem)
+    in_pivotal_file = verdict.token is None and PIVOTAL_FILE.fullmatch(Path(checkpoint.origin).stem)
     if verdict.apart or in_pivotal_file:
         return [Token(f"<s{row}>", verdict.written, 1) for row in range(count)]
     name = verdict.token or checkpoint.name

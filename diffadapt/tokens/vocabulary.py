@@ -70,6 +70,38 @@ class _SpellsOut(Mixin):
         return segments
 
 
+class Numbering:
+    """What stands in for the tokenizer of a model alone: new words have the ids after the rows of its embedding."""
+
+    model_max_length = 1 << 30
+
+    def __init__(self, rows: int) -> None:
+        """
+        Args:
+            rows: the number of rows of the embedding.
+        """
+        self._rows = rows
+        self.added_tokens_encoder: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return self._rows + len(self.added_tokens_encoder)
+
+    def get_vocab(self) -> dict[str, int]:
+        """Return the words that were added, the only ones that it knows."""
+        return self.added_tokens_encoder
+
+    def add_tokens(self, names: Iterable[str]) -> None:
+        """Add words after all others."""
+        for name in names:
+            self.added_tokens_encoder.setdefault(name, len(self))
+
+    def remove_tokens(self, names: Collection[str]) -> None:
+        """Remove words; those after them move up."""
+        kept = [name for name in self.added_tokens_encoder if name not in names]
+        self.added_tokens_encoder = {}
+        self.add_tokens(kept)
+
+
 def names_of(token: str, count: int) -> tuple[str, ...]:
     """Return the names of a token's vectors, as diffusers spells out the token: `token`, `token_1`, `token_2`, ..."""
     return (token, *(f"{token}_{index}" for index in range(1, count)))
@@ -91,7 +123,7 @@ def spell_out_(tokenizer: Any, rest: Mapping[str, tuple[str, ...]]) -> None:
     Args:
         rest: token -> its further names, which follow it wherever it occurs in a text.
     """
-    if rest:
+    if rest and not isinstance(tokenizer, Numbering):
         tokenizer.__dict__[_FURTHER_NAMES] = {**tokenizer.__dict__.get(_FURTHER_NAMES, {}), **rest}
         mix_(tokenizer, _SpellsOut)
 
@@ -107,6 +139,9 @@ def remove_(tokenizer: Any, names: Collection[str]) -> None:
         if not left:
             del tokenizer.__dict__[_FURTHER_NAMES]
             unmix_(tokenizer)
+    if isinstance(tokenizer, Numbering):
+        tokenizer.remove_tokens(names)
+        return
     removed = sorted(index for name, index in added(tokenizer).items() if name in names)
 
     def moved(index: int) -> int:

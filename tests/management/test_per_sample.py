@@ -172,6 +172,8 @@ def test_a_pipeline_that_has_not_encoded_prompts_is_refused_and_a_model_takes_ro
     inputs = torch.randn(2, 4, 8, 8), torch.tensor(1), torch.randn(2, 16, pipe.unet.config.cross_attention_dim)
     with pipe.adapters.per_sample(MIXES[:2]), pytest.raises(diffadapt.AdapterError, match="not encoded its prompts"):
         pipe.unet(*inputs)
+    with pipe.adapters.per_sample(MIXES[:2]), pytest.raises(diffadapt.AdapterError, match="not encoded its prompts"):
+        pipe.text_encoder(torch.zeros(2, 16, dtype=torch.long))
     with torch.no_grad():
         with diffadapt.adapters(pipe.unet).per_sample(MIXES[:2]):
             together = pipe.unet(*inputs).sample
@@ -179,6 +181,54 @@ def test_a_pipeline_that_has_not_encoded_prompts_is_refused_and_a_model_takes_ro
             pipe.adapters.activate(mix)
             alone = pipe.unet(inputs[0][row : row + 1], inputs[1], inputs[2][row : row + 1]).sample
             assert_same(together[row : row + 1], alone, 2e-5)
+
+
+def test_the_rows_of_a_model_without_a_pipeline_are_the_samples() -> None:
+    """A batch of two rows for each mix may be guidance or other prompts, so only as many rows as mixes are taken."""
+    pipe = loaded("sd15")
+    unet = pipe.unet
+    latents, text = torch.randn(6, 4, 8, 8), torch.randn(6, 16, unet.config.cross_attention_dim)
+
+    def run(rows: slice | list[int]) -> Tensor:
+        with torch.no_grad():
+            return unet(latents[rows], torch.tensor(1), text[rows]).sample
+
+    alone: dict[tuple[int, int], Tensor] = {}
+    for number, mix in enumerate(MIXES[:2]):
+        pipe.adapters.activate(mix)
+        alone.update({(row, number): run([row]) for row in range(6)})
+    adapters = diffadapt.adapters(unet)
+    for rows in (1, 3, 4, 6):
+        with (
+            adapters.per_sample(MIXES[:2]),
+            pytest.raises(diffadapt.AdapterError, match=rf"2 mixes .* has {rows} rows"),
+        ):
+            run(slice(rows))
+    with adapters.per_sample(MIXES[:2] * 2):
+        assert_same(run(slice(4)), torch.cat([alone[row, row % 2] for row in range(4)]), 2e-5)
+    with adapters.per_sample(MIXES[:2], images=3):
+        assert_same(run(slice(6)), torch.cat([alone[row, row // 3] for row in range(6)]), 2e-5)
+    with adapters.per_sample(MIXES[:1]), pytest.raises(diffadapt.AdapterError, match="has 2 rows"):
+        run(slice(2))
+    # Run by its pipeline, the model learns the number of prompts there.
+    pipe.adapters.deactivate()
+    with adapters.per_sample(MIXES[:2]):
+        together = drawn(pipe, PROMPTS[:2], 0, 1)
+    for number, mix in enumerate(MIXES[:2]):
+        adapters.activate(mix)
+        assert_same(together[number : number + 1], drawn(pipe, PROMPTS[number : number + 1], number, 1), 2e-5)
+
+
+def test_rows_that_are_not_counted_are_refused_in_a_whole_compiled_model() -> None:
+    pipe = models.sd15()
+    pipe.unet = bare = unet()
+    pipe.load_adapter(spellings.peft_names(loras.parts_for(pipe, ("unet",), "to_q")), "a")
+    model = torch.compile(bare, backend="eager")
+    inputs = torch.randn(4, 4, 8, 8), torch.tensor(1), torch.randn(4, 16, bare.config.cross_attention_dim)
+    for owner, problem in ((pipe, "not encoded its prompts"), (bare, "has 4 rows")):
+        with torch.no_grad(), diffadapt.adapters(owner).per_sample([{"a": 1.0}, {}]):
+            with pytest.raises(diffadapt.AdapterError, match=problem):
+                model(*inputs)
 
 
 def test_the_number_of_images_of_a_pipeline_and_of_per_sample_must_agree() -> None:

@@ -14,7 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.hooks import apply_layerwise_casting
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import ByT5Tokenizer
 
 import diffadapt
@@ -806,3 +806,37 @@ def test_tokenizers_expand_tokens_of_several_vectors(build: Callable[[], Any], t
     assert tokenizer.get_vocab() == build().get_vocab()
     assert tokenizer("a <p> b").input_ids == build()("a <p> b").input_ids
     assert tokenizer.__dict__.keys() == build().__dict__.keys()
+
+
+@torch.no_grad()
+def test_tokens_follow_a_text_encoder_whose_embedding_is_replaced() -> None:
+    class Other(nn.Embedding):
+        """An embedding as a library for quantising makes it, here with the same values."""
+
+    def replaced(change: int = 0) -> nn.Embedding:
+        new = Other(old.num_embeddings, old.embedding_dim + change)
+        new.weight.data = torch.cat([old.weight, old.weight[:, :change]], 1)
+        return new
+
+    pipe = models.sd15()
+    encoder: Any = pipe.text_encoder
+    old = encoder.get_input_embeddings()
+    before = snapshot(encoder)
+    pipe.load_adapter(bundle({"pix": {"clip_l": vectors(1)}}), "tokens")
+    ids = pipe.tokenizer("a pix", return_tensors="pt").input_ids
+    assert ids.max() >= old.num_embeddings
+    expected = encoder(ids).last_hidden_state
+    new = replaced()
+    encoder.set_input_embeddings(new)
+    assert torch.equal(encoder(ids).last_hidden_state, expected)
+    assert "_diffadapt_tokens" not in vars(old)
+    encoder.set_input_embeddings(replaced(change=2))
+    for _ in range(2):
+        with pytest.raises(AdapterError, match=r"replaced after adapter 'tokens'.*expected an embedding of \d+ x \d+"):
+            encoder(ids)
+    encoder.set_input_embeddings(new)
+    assert torch.equal(encoder(ids).last_hidden_state, expected)
+    pipe.adapters.clear()
+    assert type(new) is Other
+    encoder.set_input_embeddings(old)
+    assert_unchanged(encoder, before)
