@@ -1,9 +1,12 @@
 """Write `docs/compatibility.md`: which files of every family, dialect and type load, here and in diffusers.
 
 Every cell is the result of a run; nothing is written by hand. `tests/support/matrix.py` makes the files, and
-`tests/support/judge.py` judges them. Run it from the root of the repository:
+`tests/support/judge.py` judges them; `tests/support/base_judge.py` judges adapters on quantised weights. Run it from
+the root of the repository:
 
     python -m scripts.compat_matrix                    # everything, one process per core
+    python -m scripts.compat_matrix --bases            # quantised and cast weights only: their section is replaced
+    python -m scripts.compat_matrix --bases gguf hqq   # these bases, printed and not written
     python -m scripts.compat_matrix --family flux      # one family, printed and not written
     python -m scripts.compat_matrix --keys <folder>    # key lists of real files from elsewhere
 """
@@ -22,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+from scripts import base_table
 from tests.support.denoisers import SMALL
 from tests.support.dialects import DIALECTS
 from tests.support.judge import WRITERS, Outcome, judge
@@ -67,7 +71,11 @@ def main() -> int:
     parser.add_argument("--keys", type=Path, default=KEYS, help="folder of key lists (default: tests/fixtures/keys)")
     parser.add_argument("--output", type=Path, default=PAGE, help="page to write (default: docs/compatibility.md)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one per CPU core)")
+    text = "rewrite the section about quantised weights only; with names, print the part for these bases"
+    parser.add_argument("--bases", nargs="*", metavar="NAME", help=text)
     options = parser.parse_args()
+    if options.bases is not None:
+        return _bases(options.bases, options.output, options.jobs)
     start = time.perf_counter()
     parts = [(family, options.dialect) for family in options.family or SMALL]
     # Every family gets a process of its own, which frees what peft leaves in memory when it ends.
@@ -77,12 +85,24 @@ def main() -> int:
             outcomes += found
             print(f"{family}: {len(found)} files, {time.perf_counter() - start:.0f} s", file=sys.stderr)
     partial = options.family is not None or options.dialect is not None
+    bases = [] if partial else base_table.outcomes(options.jobs)
     lists = [] if partial else [listed(file) for file in sorted(options.keys.glob("*.json"))]
-    page = "\n".join(_page(outcomes, lists))
+    page = "\n".join([*_page(outcomes, lists), *(base_table.section(bases) if bases else ())])
     if partial:
         print(page)
     else:
         options.output.write_text(page)
+    return 0
+
+
+def _bases(names: Sequence[str], page: Path, jobs: int) -> int:
+    """Judge adapters on quantised weights, and replace the section about them, which is the last of the page."""
+    section = "\n".join(base_table.section(base_table.outcomes(jobs, names)))
+    if names:
+        print(section)
+    else:
+        before, _, _ = page.read_text().partition(base_table.HEADING)
+        page.write_text(f"{before.rstrip()}\n\n{section}")
     return 0
 
 

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from diffadapt.errors import AdapterError
 from diffadapt.merging.keeping import Keeping
-from diffadapt.merging.moves import ByName, Moves
+from diffadapt.merging.merged_layers import ByName
+from diffadapt.merging.moves import Moves
 from diffadapt.merging.undo_by_correction import UndoByCorrection
 from diffadapt.merging.undo_by_parts import restore_, warn_of_losses
 from diffadapt.merging.weight_update import merge_dtype
@@ -32,6 +33,7 @@ from diffadapt.runtime.adapter import Adapter
 from diffadapt.runtime.attach import refresh_
 from diffadapt.runtime.bank import Bank, bank_of
 from diffadapt.runtime.base_weight import weight_of
+from diffadapt.runtime.ties import Owners
 from diffadapt.runtime.undo import UndoByCopy
 from diffadapt.types.layer_spec import LayerSpec
 from diffadapt.weights.resting import resting_tensor
@@ -88,8 +90,9 @@ def remerged(
         bank = bank_of(models[component])
         if bank is not None:
             bank.refuse_lost_merges(models[component], (path for each in adapters.values() for path in each.layers))
+    owners = Owners(models)
     moves_by_model = [
-        Moves(models[component], component, adapters, (hosts or {}).get(component, {}), keeping)
+        Moves(models[component], component, adapters, (hosts or {}).get(component, {}), keeping, owners)
         for component, adapters in wanted.items()
     ]
     try:

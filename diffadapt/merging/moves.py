@@ -1,7 +1,6 @@
 """The writes that take one model's weights from the adapters merged now to those wanted, layer by layer."""
 
 import math
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,39 +11,19 @@ from diffadapt.errors import AdapterError
 from diffadapt.merging.corrections import Corrections
 from diffadapt.merging.keeping import Keeping
 from diffadapt.merging.memory import Arena, Scratch
+from diffadapt.merging.merged_layers import ByName, MergedLayer, merged_layers
 from diffadapt.merging.stored import Stored
 from diffadapt.merging.undo_by_correction import UndoByCorrection
 from diffadapt.merging.undo_by_parts import UndoByParts, restore_
 from diffadapt.merging.undo_from_file import UndoFromFile
-from diffadapt.merging.weight_update import AnyUpdate, Layers, LowRankUpdate, Updates, merge_dtype, weight_updates
+from diffadapt.merging.weight_update import AnyUpdate, LowRankUpdate, Updates, merge_dtype, weight_updates
+from diffadapt.progress import with_progress
 from diffadapt.runtime import compose
-from diffadapt.runtime.adapter import Adapter
-from diffadapt.runtime.adapter_layer import AdapterLayer
+from diffadapt.runtime.adapter_layer import AdapterLayer, TermOf
 from diffadapt.runtime.bank import bank_of
+from diffadapt.runtime.ties import Owners
 from diffadapt.runtime.undo import Undo, UndoByCopy
 from diffadapt.types.tensor_ops import FLOAT8
-
-ByName = Mapping[str, Adapter]
-"""The adapters merged into one model, always in the order of attachment, because the order decides the last bits."""
-
-
-@dataclass(frozen=True)
-class _MergedLayer:
-    """A layer of the model and the adapter layers to merge into it.
-
-    Attributes:
-        where: component and module path, for messages.
-        name: name of the weight in its model.
-        weight: the weight, or `None` if the adapters change the bias alone.
-        bias: the bias, or `None` if the adapters do not change it.
-    """
-
-    host: nn.Module
-    where: str
-    name: str
-    layers: Layers
-    weight: Stored | None
-    bias: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -62,8 +41,8 @@ class _Task:
     """
 
     weight: Stored
-    old: _MergedLayer | None
-    new: _MergedLayer | None
+    old: MergedLayer | None
+    new: MergedLayer | None
     updates: Updates | None
     original: Tensor
     way: Undo
@@ -84,7 +63,7 @@ class _Step:
 
     weight: Stored | None
     bias: Tensor | None
-    old: _MergedLayer | None
+    old: MergedLayer | None
     ways: Mapping[int, Undo]
 
 
@@ -92,12 +71,19 @@ class Moves:
     """The writes that take one model's weights from the adapters merged now to those wanted."""
 
     def __init__(
-        self, model: nn.Module, component: str, wanted: ByName, hosts: Mapping[str, nn.Module], keeping: Keeping
+        self,
+        model: nn.Module,
+        component: str,
+        wanted: ByName,
+        hosts: Mapping[str, nn.Module],
+        keeping: Keeping,
+        owners: Owners,
     ) -> None:
         """
         Args:
             component: name of the model, for messages.
             hosts: module path -> layer, for layers that carry no adapter yet.
+            owners: the layers of all models by their parameters.
 
         Raises:
             AdapterError: a weight cannot be written.
@@ -107,15 +93,20 @@ class Moves:
         hosts = hosts if bank is None else {**hosts, **bank.hosts}
         self._model, self._compact = model, keeping.compact
         self._files = keeping.files.get(component, ())
-        users = Counter(id(own) for module in model.modules() for own in module._parameters.values() if own is not None)
-        self._old, self._new = (_merged_layers(component, adapters, hosts, users) for adapters in (merged, wanted))
+        self._old, self._new = (merged_layers(component, adapters, hosts, owners) for adapters in (merged, wanted))
         self._undo: dict[int, Undo] = {} if bank is None else bank.ways
+        self._hosts = {
+            layer: (hosts[path], f"{component}.{path}")
+            for adapter in (*merged.values(), *wanted.values())
+            for path, layer in adapter.layers.items()
+        }
         self._done: list[_Step] = []
         self._arena, self._scratch = Arena(), Scratch()
 
     def carry_out(self) -> None:
         """Write all weights. If this raises, call `take_back`."""
-        for key in (*self._old, *(key for key in self._new if key not in self._old)):
+        keys = (*self._old, *(key for key in self._new if key not in self._old))
+        for key in with_progress(keys, "merging"):
             old, new = self._old.get(key), self._new.get(key)
             if old is None or new is None or old.layers != new.layers:
                 self._rewrite_(old, new)
@@ -132,7 +123,7 @@ class Moves:
                 self._undo.pop(id(step.bias), None)
             if original is not None and step.old is not None and step.old.weight is not None:
                 known = step.ways[id(step.old.weight.tensor)]
-                _merge_(step.old, weight_updates(step.old.layers, original), original, known)
+                _merge_(step.old, weight_updates(step.old.layers, original, self._term_of), original, known)
             elif way is not None:
                 restore_(way)
             self._undo.update(step.ways)
@@ -143,7 +134,7 @@ class Moves:
         if bank is not None:
             bank.undo[:] = self._undo.values()
 
-    def _rewrite_(self, old: _MergedLayer | None, new: _MergedLayer | None) -> None:
+    def _rewrite_(self, old: MergedLayer | None, new: MergedLayer | None) -> None:
         """Take one layer from `old` to `new`."""
         each = [layer for layer in (old, new) if layer is not None]
         weight = next((layer.weight for layer in each if layer.weight is not None), None)
@@ -155,13 +146,13 @@ class Moves:
         if task is not None:
             self._settle(task, self._write_(task))
 
-    def _planned(self, weight: Stored, old: _MergedLayer | None, new: _MergedLayer | None) -> _Task:
+    def _planned(self, weight: Stored, old: MergedLayer | None, new: MergedLayer | None) -> _Task:
         """Read the original content of a weight, and decide how to keep it. Change nothing."""
         new = None if new is None or new.weight is None else new
         known = self._undo.get(id(weight.tensor))
         way = known or self._without_copy(weight, old or new)
         original = (weight.values() if known is None else known.restored()).contiguous()
-        updates = None if new is None else weight_updates(new.layers, original)
+        updates = None if new is None else weight_updates(new.layers, original, self._term_of)
         compact = updates is not None and self._keeps_corrections(way, updates, original)
         if way is None:
             # A temporary copy goes to scratch memory, where it overwrites that of the previous weight.
@@ -171,7 +162,7 @@ class Moves:
             way = UndoByCopy(weight.tensor, original)
         return _Task(weight, old, new, updates, original, way, known is None, compact)
 
-    def _without_copy(self, weight: Stored, layer: _MergedLayer | None) -> Undo | None:
+    def _without_copy(self, weight: Stored, layer: MergedLayer | None) -> Undo | None:
         """Return a way back from an unmerged weight that needs no copy of its values, if there is one."""
         assert layer is not None
         if weight.codec is not None:
@@ -191,7 +182,7 @@ class Moves:
             return self._compact
         return isinstance(updates.back, LowRankUpdate) and original.element_size() < 4
 
-    def _remember(self, old: _MergedLayer | None, weight: Stored | None, bias: Tensor | None, way: Undo | None) -> None:
+    def _remember(self, old: MergedLayer | None, weight: Stored | None, bias: Tensor | None, way: Undo | None) -> None:
         """Register ways back from everything that is about to be written; `way` is that of the weight."""
         tensors = [bias] if weight is None else [weight.tensor, bias]
         ways = {id(own): self._undo[id(own)] for own in tensors if id(own) in self._undo}
@@ -210,7 +201,11 @@ class Moves:
                 task.weight.tensor.copy_(task.original)
             return None
         scratch = self._scratch if task.keeps_corrections else None
-        return _merge_(task.new, task.updates, task.original, task.way, is_fresh=task.is_fresh, scratch=scratch)
+        try:
+            return _merge_(task.new, task.updates, task.original, task.way, is_fresh=task.is_fresh, scratch=scratch)
+        except AdapterError as error:
+            where = task.new.where
+            raise error if where in str(error) else AdapterError(f"{where}: {error}") from error
 
     def _settle(self, task: _Task, correction: UndoByCorrection | None) -> None:
         """Replace the way back that was valid while writing with the one to keep."""
@@ -223,7 +218,7 @@ class Moves:
             # The corrections turned out too large, and the copy is still in scratch memory.
             self._undo[key] = UndoByCopy(task.weight.tensor, self._copy(task.original))
 
-    def _write_bias_(self, bias: Tensor, target: _MergedLayer | None, weight: Tensor | None) -> None:
+    def _write_bias_(self, bias: Tensor, target: MergedLayer | None, weight: Tensor | None) -> None:
         """Write the bias that belongs to `target`, or the original bias if `target` is `None` or does not change it.
 
         Args:
@@ -232,51 +227,25 @@ class Moves:
         way = self._undo.get(id(bias))
         original = bias.detach() if way is None else way.restored()
         if target is not None and target.bias is not None:
-            bias.copy_(_merged_bias(target, weight, original))
+            bias.copy_(_merged_bias(target, weight, original, self._term_of))
         else:
             bias.copy_(original)
             self._undo.pop(id(bias), None)
+
+    def _term_of(self, layer: AdapterLayer) -> Tensor:
+        """Return the `joint_term` of a layer for the weight that its host has without any merging."""
+        host, where = self._hosts[layer]
+        weight = Stored.of(host, where, "weight")
+        way = self._undo.get(id(weight.tensor))
+        original = weight.values() if way is None else way.restored()
+        return layer.joint_term(layer.spec.to_stored(original.to(merge_dtype(original))))
 
     def _copy(self, tensor: Tensor) -> Tensor:
         return self._arena.copy(tensor) if tensor.device.type == "cpu" else tensor.clone()
 
 
-def _merged_layers(
-    component: str, adapters: ByName, hosts: Mapping[str, nn.Module], users: Mapping[int, int]
-) -> dict[str, _MergedLayer]:
-    """Return what `adapters` merge into every layer, by module path.
-
-    Args:
-        users: `id` of a parameter -> number of modules that have it.
-
-    Raises:
-        AdapterError: a weight cannot be written, or several layers share it.
-    """
-    found: dict[str, _MergedLayer] = {}
-    for path in dict.fromkeys(path for adapter in adapters.values() for path in adapter.layers):
-        host, where = hosts[path], f"{component}.{path}"
-        layers = tuple(adapter.layers[path] for adapter in adapters.values() if path in adapter.layers)
-        weight = None if all(map(_is_bias_alone, layers)) else Stored.of(host, where, "weight")
-        bias = None
-        if compose.changes_bias(((layer, layer.tensors) for layer in layers), getattr(host, "bias", None) is not None):
-            stored = Stored.of(host, where, "bias")
-            if stored.codec is not None:
-                raise AdapterError(f"{where}: its bias is quantised ({stored.codec.name}); keep it unmerged")
-            bias = stored.tensor
-        tensors = (bias,) if weight is None else (weight.tensor, bias)
-        if any(users.get(id(tensor), 1) > 1 for tensor in tensors if tensor is not None):
-            raise AdapterError(f"{where}: another layer has the same weight and would change too; keep it unmerged")
-        found[path] = _MergedLayer(host, where, f"{path}.weight", layers, weight, bias)
-    return found
-
-
-def _is_bias_alone(layer: AdapterLayer) -> bool:
-    """Return whether a change of the bias is all that an adapter layer has."""
-    return layer.is_additive and len(layer.tensors) == 1 and layer.adapter_type.delta_bias(layer.tensors) is not None
-
-
 def _merge_(
-    target: _MergedLayer,
+    target: MergedLayer,
     updates: Updates,
     original: Tensor,
     way: Undo,
@@ -303,8 +272,8 @@ def _merge_(
         merged = torch.empty_like(original)
         for rows in updates.back.chunks():
             updates.forth.merge(original[rows], rows, merged[rows])
-        _refuse_non_finite(target.where, merged)
-        way.lost = target.weight.encode_(merged, original)
+        refuse_non_finite(target.where, merged)
+        way.rounding = target.weight.encode_(merged, original)
         return None
     weight, (forth, back) = target.weight.tensor.detach(), updates
     in_place = weight.is_contiguous() and weight.dtype == original.dtype
@@ -316,13 +285,13 @@ def _merge_(
         if chunk.dtype in FLOAT8:
             exact = torch.empty_like(chunk, dtype=torch.float32)
             forth.merge(source[rows], rows, exact)
-            chunk.copy_(_within_range(target.where, exact, chunk.dtype))
+            chunk.copy_(within_range(target.where, exact, chunk.dtype))
         else:
             forth.merge(source[rows], rows, chunk)
         compact = compact and back.record(original[rows], chunk)
         if compact and scratch is not None:
             corrections.append(Corrections.between(original[rows], back.bounds(chunk, rows, scratch)))
-    _refuse_non_finite(target.where, out)
+    refuse_non_finite(target.where, out)
     if not in_place:
         weight.copy_(out)
     if not compact:
@@ -334,25 +303,26 @@ def _merge_(
     return undo if undo.nbytes < original.nbytes else None
 
 
-def _merged_bias(target: _MergedLayer, weight: Tensor | None, original: Tensor) -> Tensor:
+def _merged_bias(target: MergedLayer, weight: Tensor | None, original: Tensor, term_of: TermOf) -> Tensor:
     """Return the bias with the changes that belong to the merged weight.
 
     Args:
         weight: the layer's weight before any merging; `None` if nothing changes it.
         original: the bias before any merging.
+        term_of: see `AdapterLayer.prepare`.
     """
     dtype = merge_dtype(original)
     base = torch.zeros((), dtype=dtype, device=original.device).expand(target.layers[0].spec.weight_shape)
     if weight is not None:
         base = target.layers[0].spec.to_stored(weight.to(merge_dtype(weight)))
-    prepared = [compose.prepare_for_weight(layer, base) for layer in target.layers]
+    prepared = [compose.prepare_for_weight(layer, base, term_of) for layer in target.layers]
     exact = compose.bias(prepared, original.to(dtype))
-    rounded = _within_range(target.where, exact, original.dtype).to(original.dtype)
-    _refuse_non_finite(target.where, rounded)
+    rounded = within_range(target.where, exact, original.dtype).to(original.dtype)
+    refuse_non_finite(target.where, rounded)
     return rounded
 
 
-def _within_range(where: str, values: Tensor, dtype: torch.dtype) -> Tensor:
+def within_range(where: str, values: Tensor, dtype: torch.dtype) -> Tensor:
     """Return values that are about to be rounded to `dtype`. Raise `AdapterError` if float8 cannot hold them.
 
     Rounding to other dtypes makes such values infinite, which is found later; rounding to float8 may clip them.
@@ -365,7 +335,7 @@ def _within_range(where: str, values: Tensor, dtype: torch.dtype) -> Tensor:
     return values
 
 
-def _refuse_non_finite(where: str, rounded: Tensor) -> None:
+def refuse_non_finite(where: str, rounded: Tensor) -> None:
     # float8 has no comparison and no sum; float32 keeps its NaNs.
     values = rounded.float() if rounded.dtype in FLOAT8 else rounded
     # A sum is fast, and is finite only if all of its terms are; a large sum may overflow although they are.

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,21 @@ from diffadapt.weights.by_forward import BY_FORWARD
 from diffadapt.weights.codec import WeightCodec, class_names
 from diffadapt.weights.plain import PLAIN
 from diffadapt.weights.resting import resting_tensor
+
+
+class Rounding(NamedTuple):
+    """What rounding to quantised storage made of the change of merged adapters.
+
+    Attributes:
+        error: the norm of the difference that rounding made, as a share of the norm of the change.
+        left: the part of the change that is left: the component of the rounded change along it, as a share.
+    """
+
+    error: float
+    left: float
+
+
+NO_ROUNDING = Rounding(error=0.0, left=1.0)
 
 
 @dataclass(frozen=True)
@@ -61,14 +77,11 @@ class Stored:
         """Return the present values: the tensor of a plain parameter itself, or decoded ones."""
         return self.tensor.detach() if self.codec is None else decoded(self.host, self.name)
 
-    def encode_(self, values: Tensor, original: Tensor) -> float:
+    def encode_(self, values: Tensor, original: Tensor) -> Rounding:
         """Write values into a quantised parameter with the quantiser of its backend.
 
         Args:
             original: the values before any merging.
-
-        Returns:
-            The norm of what rounding to the storage changed, as a share of the norm of `values - original`.
 
         Raises:
             AdapterError: the backend cannot hold the values; they may have been written all the same.
@@ -82,11 +95,13 @@ class Stored:
             raise self._refusal(f"cannot be quantised again ({error})") from error
         self._refuse_contents(parts, contents)
         write(parts, contents)
-        lost = torch.linalg.vector_norm(decoded(self.host, self.name) - values)
+        found, change = decoded(self.host, self.name), values - original
+        lost, size = torch.linalg.vector_norm(found - values), torch.linalg.vector_norm(change)
         if not lost.isfinite():
             raise self._refusal("would have values that its storage cannot hold")
-        change = torch.linalg.vector_norm(values - original)
-        return float(lost / change) if change else 0.0
+        if not size:
+            return NO_ROUNDING
+        return Rounding(float(lost / size), float(torch.sum((found - original) * (change / size)) / size))
 
     def _refuse_contents(self, parts: Mapping[str, Tensor], contents: Mapping[str, Tensor]) -> None:
         """Raise `AdapterError` if the contents do not suit the parts, which `Tensor.copy_` would not notice."""

@@ -7,13 +7,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from diffadapt.merging.stored import NO_ROUNDING, Rounding
 from diffadapt.runtime.bank import bank_of
 from diffadapt.runtime.undo import Undo
 from diffadapt.weights import codec_of, decoded, write
 from diffadapt.weights.resting import resting_tensor
 
 _LARGE = 0.5
-"""The share of a change that rounding may lose without a warning."""
+"""The error, as a share of the change, that rounding may make without a warning."""
+
+_NAMED = 3
+"""So many layers are named in a warning."""
 
 
 @dataclass
@@ -26,7 +30,7 @@ class UndoByParts:
         contents: part -> its original content.
         layout: the layout of the parts; see `WeightCodec.layout`.
         where: path of the layer, for messages.
-        lost: what rounding changed of the merged weight, as a share of the norm of the adapters' change.
+        rounding: what rounding the merged weight made of the adapters' change.
     """
 
     host: nn.Module
@@ -34,7 +38,7 @@ class UndoByParts:
     where: str
     contents: Mapping[str, Tensor]
     layout: Any
-    lost: float = 0.0
+    rounding: Rounding = NO_ROUNDING
 
     @classmethod
     def of(cls, host: nn.Module, name: str, where: str) -> "UndoByParts":
@@ -71,23 +75,29 @@ class UndoByParts:
 
 
 def lost_by_rounding(models: Iterable[nn.Module]) -> dict[str, float]:
-    """Return `UndoByParts.lost` of every quantised layer that adapters are merged into, by path."""
-    ways = [way for model in models if (bank := bank_of(model)) is not None for way in bank.undo]
-    return {way.where: way.lost for way in ways if isinstance(way, UndoByParts)}
+    """Return `Rounding.error` of every quantised layer that adapters are merged into, by path."""
+    return {where: rounding.error for where, rounding in _roundings(models).items()}
 
 
 def warn_of_losses(models: Iterable[nn.Module]) -> None:
-    """Warn if rounding lost most of the change of merged adapters in any layer."""
-    losses = lost_by_rounding(models)
-    large = {where: lost for where, lost in losses.items() if lost > _LARGE}
+    """Warn of the layers where the error of rounding is more than half of the change of the merged adapters."""
+    roundings = _roundings(models)
+    large = sorted((r for r in roundings.items() if r[1].error > _LARGE), key=lambda r: r[1].error, reverse=True)
     if large:
-        worst = max(large, key=lambda where: large[where])
+        named = [f"{where} (error {r.error:.0%}, {max(r.left, 0.0):.0%} of the change left)" for where, r in large]
+        more = f", and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
         warnings.warn(
-            f"rounding lost much of the merged adapters in {len(large)} of {len(losses)} quantised layers, where their "
-            f"change is smaller than the steps of the storage (most in {worst}: an error of {large[worst]:.0%} of the "
-            "change); see `requantisation_errors`, and keep the adapters unmerged",
+            f"quantising again lost much of the merged adapters in {len(large)} of {len(roundings)} quantised layers, "
+            f"where its error is more than {_LARGE:.0%} of their change, which is small against the steps of the "
+            f"storage: {', '.join(named[:_NAMED])}{more}; call unmerge() and keep the adapters unmerged, or merge them "
+            "before the model is quantised; `requantisation_errors` has the error in every layer",
             stacklevel=2,
         )
+
+
+def _roundings(models: Iterable[nn.Module]) -> dict[str, Rounding]:
+    ways = [way for model in models if (bank := bank_of(model)) is not None for way in bank.undo]
+    return {way.where: way.rounding for way in ways if isinstance(way, UndoByParts)}
 
 
 def restore_(way: Undo) -> None:

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from diffadapt.merging.memory import Scratch
 from diffadapt.runtime import compose
-from diffadapt.runtime.adapter_layer import AdapterLayer, PreparedLayer
-from diffadapt.types.adapter_type import Surroundings, Tensors
+from diffadapt.runtime.adapter_layer import AdapterLayer, PreparedLayer, TermOf
+from diffadapt.types.adapter_type import Tensors
+from diffadapt.types.tensor_ops import converted
 
 Layers: TypeAlias = tuple[AdapterLayer, ...]
 """The adapter layers that are merged into the weight of one layer."""
@@ -163,13 +164,22 @@ class LowRankUpdate:
 class AnyUpdate:
     """The update by adapter layers of any type, computed with `compose.weight`."""
 
-    def __init__(self, layers: Layers, recorded: Recorded | None = None, iterations: int = 0) -> None:
+    def __init__(
+        self,
+        layers: Layers,
+        recorded: Recorded | None = None,
+        iterations: int = 0,
+        *,
+        term_of: TermOf | None = None,
+    ) -> None:
         """
         Args:
             recorded, iterations: what `record` found when the weight was merged: tensors, and the number of iterations
                 that `predict_` takes.
+            term_of: see `AdapterLayer.prepare`; needed only to merge and to record.
         """
         self.layers = layers
+        self._term_of = term_of
         self.recorded: dict[int, Tensors] = dict(recorded or {})
         self.iterations = iterations
         self._solution: Tensor | None = None
@@ -179,7 +189,7 @@ class AnyUpdate:
 
     def merge(self, original: Tensor, rows: slice, out: Tensor) -> None:
         base = self._to_canonical(original.to(merge_dtype(original)))
-        prepared = [compose.prepare_for_weight(layer, base) for layer in self.layers]
+        prepared = [compose.prepare_for_weight(layer, base, self._term_of) for layer in self.layers]
         is_copy = base.data_ptr() != original.data_ptr()
         out.copy_(self._to_stored(compose.weight(prepared, base, overwrite=is_copy)))
 
@@ -238,7 +248,7 @@ class AnyUpdate:
             if index in self.recorded:
                 tensors = {**tensors, **{n: t.to(weight.device) for n, t in self.recorded[index].items()}}
             else:
-                prepared, reads_weight = _prepared_tensors(layer, tensors, weight)
+                prepared, reads_weight = _prepared_tensors(layer, tensors, weight, self._term_of)
                 if recording and reads_weight:
                     self.recorded[index] = {n: t for n, t in prepared.items() if n not in tensors}
                 tensors = prepared
@@ -265,11 +275,15 @@ class Updates(NamedTuple):
     back: WeightUpdate
 
 
-def weight_updates(layers: Layers, like: Tensor) -> Updates:
-    """Return the update by `layers` of a base tensor with the shape, dtype and device of `like`."""
+def weight_updates(layers: Layers, like: Tensor, term_of: TermOf | None = None) -> Updates:
+    """Return the update by `layers` of a base tensor with the shape, dtype and device of `like`.
+
+    Args:
+        term_of: see `AdapterLayer.prepare`.
+    """
     forth = LowRankUpdate.of(layers, like)
     if forth is None:
-        update = AnyUpdate(layers)
+        update = AnyUpdate(layers, term_of=term_of)
         return Updates(update, update)
     back = LowRankUpdate.of(layers, like, back=True) if like.dtype == torch.float32 else forth
     return Updates(forth, back or forth)
@@ -287,10 +301,12 @@ def _stored_factors(layer: AdapterLayer, down: Tensor, up: Tensor) -> tuple[Tens
 
 
 def _cast(layer: AdapterLayer, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    return {name: tensor.detach().to(device, dtype) for name, tensor in layer.tensors.items()}
+    return {name: converted(tensor.detach(), dtype, device) for name, tensor in layer.tensors.items()}
 
 
-def _prepared_tensors(layer: AdapterLayer, tensors: Tensors, weight: Tensor) -> tuple[Tensors, bool]:
+def _prepared_tensors(
+    layer: AdapterLayer, tensors: Tensors, weight: Tensor, term_of: TermOf | None
+) -> tuple[Tensors, bool]:
     """Return the prepared tensors, and whether they depend on the weight, which is in the layout the model stores."""
     reads: list[Tensor] = []
 
@@ -298,7 +314,7 @@ def _prepared_tensors(layer: AdapterLayer, tensors: Tensors, weight: Tensor) -> 
         reads.append(layer.spec.to_stored(weight))
         return reads[-1]
 
-    prepared = layer.adapter_type.prepare(tensors, layer.spec, Surroundings(layer.settings, layer.scale, read))
+    prepared = layer.adapter_type.prepare(tensors, layer.spec, layer.surroundings(read, term_of))
     return prepared, bool(reads)
 
 

@@ -7,19 +7,20 @@ back. `compose.py` combines prepared layers into the output or the weight of the
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffadapt.runtime.base_weight import weight_of
+from diffadapt.runtime.base_weight import BaseWeight, bias_of
+from diffadapt.runtime.cached import Cached, sum_of_terms
 from diffadapt.runtime.call_state import CallState
 from diffadapt.types.adapter_type import AdapterType, Stage, Surroundings, Tensors
 from diffadapt.types.layer_spec import LayerSpec
 from diffadapt.types.layer_state import LayerState, scale_of
-from diffadapt.types.tensor_ops import add
-from diffadapt.weights.resting import resting_tensor, rests_on_disk
+from diffadapt.types.tensor_ops import add, converted, whole
 
 BANK = "diffadapt"
 """Name of the child module that holds a model's adapters."""
@@ -44,6 +45,9 @@ class Dropout:
 
 
 _NO_DROPOUT = Dropout()
+
+TermOf: TypeAlias = Callable[["AdapterLayer"], Tensor]
+"""Returns `AdapterLayer.joint_term` of an adapter layer."""
 
 
 class PreparedLayer(NamedTuple):
@@ -140,12 +144,17 @@ class AdapterLayer(nn.Module):
             while another adapter needs more inputs.
         widens: whether `inputs` is more than the host has without adapters.
         gates_ranks: whether the gate has one element per rank; true for some slots only.
+        parameter: the parameter of the host that the layer changes.
+        twin_of: the path of the layer whose tensors this one has, because both share a weight; see `ties.py`.
         gate: scale x strength, 0-d or (samples,): a view of the adapter's float32 tensor, which the adapter sets.
         call: the state of the current call of the model; set when the adapter is attached.
         host: the layer of the model; set when the adapter is attached.
+        siblings: the other parts of the same layer of a file, if the type is `joint`; empty by default.
     """
 
     gates_ranks = False
+    twin_of: str | None = None
+    parameter: str = "weight"
     adapter_type: AdapterType
     spec: LayerSpec
     alpha: float | None
@@ -157,7 +166,9 @@ class AdapterLayer(nn.Module):
     gate: Tensor
     call: CallState
     host: nn.Module
-    _cache: "_PreparedCache | None"
+    siblings: tuple["AdapterLayer", ...]
+    _cache: Cached[Tensors] | None
+    _term: Cached[Tensor] | None
 
     def __init__(
         self,
@@ -175,7 +186,8 @@ class AdapterLayer(nn.Module):
         """Make an adapter layer for a host of geometry `spec`.
 
         Args:
-            tensors: the tensors that the type's `fit` or `init` returned. They become parameters without a copy.
+            tensors: the tensors that the type's `fit` or `init` returned. They become parameters without a copy; a
+                parameter, which other layers share, stays the same.
             alpha: `None` makes the scale 1.
             settings: the numbers of the type that are not tensors; those left out have the type's defaults.
             trainable: whether the parameters require gradients.
@@ -194,15 +206,24 @@ class AdapterLayer(nn.Module):
             stages=adapter_type.stages(tensors, spec) if stages is None else stages,
             inputs=spec.in_features,
             widens=widens,
+            siblings=(),
             _cache=None,
+            _term=None,
         )
         for name, tensor in tensors.items():
-            self._parameters[name] = nn.Parameter(tensor, requires_grad=trainable)
+            if not tensor.is_floating_point():
+                # Positions are no parameters, which optimisers and counts of parameters go by.
+                self._buffers[name] = tensor
+                continue
+            if not isinstance(tensor, nn.Parameter):
+                tensor = nn.Parameter(tensor, requires_grad=trainable and name not in adapter_type.fixed)
+            self._parameters[name] = tensor
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """The parameters, by the names that the type uses."""
-        return {name: tensor for name, tensor in self._parameters.items() if tensor is not None}
+        """The parameters and positions, by the names that the type uses."""
+        found = {name: tensor for name, tensor in self._parameters.items() if tensor is not None}
+        return {**found, **self._buffers} if self._buffers else found  # type: ignore[dict-item]
 
     @property
     def own_tensors(self) -> dict[str, Tensor]:
@@ -225,7 +246,7 @@ class AdapterLayer(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that the layer computes in."""
-        return next(iter(self._parameters.values())).dtype  # type: ignore[union-attr]
+        return next(tensor.dtype for tensor in self.tensors.values() if tensor.is_floating_point())
 
     @property
     def reads_weight(self) -> bool:
@@ -240,17 +261,20 @@ class AdapterLayer(nn.Module):
     @property
     def state(self) -> LayerState:
         """The content that a file stores for this layer."""
-        return LayerState(
+        state = LayerState(
             type=self.adapter_type.name,
-            tensors=self.own_tensors,
+            tensors={name: whole(tensor) for name, tensor in self.own_tensors.items()},
             alpha=self.alpha,
             rank=self.rank,
             kernel=self.spec.kernel,
             is_embedding=self.spec.kind == "embedding",
             settings=self.settings,
             inputs=self.spec.fan_in,
+            outputs=self.spec.out_features,
             widens=self.widens,
+            group=frozenset(map(id, (self, *self.siblings))) if self.siblings else frozenset(),
         )
+        return self.adapter_type.stored_as(state)
 
     def prepare_for_call(self, device: torch.device, rows: int) -> PreparedLayer:
         """Return the layer prepared for a call of its host on `device`, with an input of `rows` rows."""
@@ -269,7 +293,12 @@ class AdapterLayer(nn.Module):
         return PreparedLayer(self, tensors, gate, self.dtype)
 
     def prepare(
-        self, weight: Callable[[], Tensor], dtype: torch.dtype | None = None, device: torch.device | None = None
+        self,
+        weight: Callable[[], Tensor],
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        *,
+        term_of: TermOf | None = None,
     ) -> Tensors:
         """Return the prepared tensors for a host with the given weight.
 
@@ -277,38 +306,60 @@ class AdapterLayer(nn.Module):
             weight: returns the canonical base weight; called only if the type needs it.
             dtype: the dtype to convert the parameters to first; defaults to their own.
             device: the device to move the parameters to first; defaults to their own.
+            term_of: returns the `joint_term` of a sibling; defaults to that for the weight of its host.
         """
         tensors: Tensors = self.tensors
         if dtype is not None or device is not None:
-            tensors = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
-        prepared = self.adapter_type.prepare(tensors, self.spec, Surroundings(self.settings, self.scale, weight))
+            tensors = {name: converted(tensor, dtype, device) for name, tensor in tensors.items()}
+        prepared = self.adapter_type.prepare(tensors, self.spec, self.surroundings(weight, term_of))
         if "patch" not in self.stages:
             return prepared
         # Patches overlap, so the input cannot be mapped before the convolution: map the weight instead.
-        rows = weight().to(next(iter(tensors.values()))).flatten(1)
+        rows = weight().to(next(t for t in tensors.values() if t.is_floating_point())).flatten(1)
         one = _one(rows)
         delta = self.adapter_type.apply_map(prepared, self.spec, vectors=rows, axis=1, gate=one, transposed=True)
         return {**prepared, PATCH_DELTA: delta.view(self.spec.weight_shape)}
 
-    def base_weight(self) -> Tensor:
-        """Return the host's own weight, canonical and decoded."""
-        return weight_of(self.host, self.spec)
+    def surroundings(self, weight: Callable[[], Tensor], term_of: TermOf | None = None) -> Surroundings:
+        """Return what `AdapterType.prepare` may use besides tensors; see `prepare` for the arguments."""
+        find = term_of or (lambda sibling: sibling.joint_term(sibling.base_weight()))
+        others = (lambda: sum_of_terms(map(find, self.siblings))) if self.siblings else None
+        return Surroundings(self.settings, self.scale, weight, others, partial(bias_of, self.__dict__.get("host")))
+
+    def joint_term(self, weight: Tensor) -> Tensor:
+        """Return what this part of a layer contributes to `prepare` of the others, for the canonical base `weight`."""
+        tensors = {name: converted(tensor, weight.dtype, weight.device) for name, tensor in self.tensors.items()}
+        return self.adapter_type.joint_term(tensors, self.spec, self.surroundings(lambda: weight))
+
+    @property
+    def base_weight(self) -> BaseWeight:
+        """The host's own weight, canonical and decoded when it is called."""
+        return BaseWeight(self.host, self.spec, self.__dict__.setdefault("_rows", {}))
 
     def _prepared_tensors(self) -> Tensors:
         if not self.adapter_type.is_prepared and "patch" not in self.stages:
             return self.tensors
         # In training, tensors may be written without a new autograd version (`.data` of an averaged model), and in a
         # compiled graph there are no versions to compare. So neither uses the cache.
-        if torch.compiler.is_compiling() or any(t.requires_grad or t.is_inference() for t in self.tensors.values()):
+        tensors = (tensor for layer in (self, *self.siblings) for tensor in layer.tensors.values())
+        if torch.compiler.is_compiling() or any(t.requires_grad or t.is_inference() for t in tensors):
             return self.prepare(self.base_weight)
-        if self._cache is None or not self._cache.is_current(self):
-            with torch.inference_mode(False), torch.no_grad():
-                self.__dict__["_cache"] = _PreparedCache.of(self)
+        if self._cache is None or not self._cache.is_current():
+            self.__dict__["_cache"] = Cached.of((self, *self.siblings), self._prepared_beside_siblings)
         assert self._cache is not None
-        return self._cache.tensors
+        return self._cache.value
+
+    def _prepared_beside_siblings(self) -> Tensors:
+        return self.prepare(self.base_weight, term_of=AdapterLayer._cached_term)
+
+    def _cached_term(self) -> Tensor:
+        if self._term is None or not self._term.is_current():
+            self.__dict__["_term"] = Cached.of((self,), lambda: self.joint_term(self.base_weight()))
+        assert self._term is not None
+        return self._term.value
 
     def _apply_dropout(self, tensors: Tensors, gate: Tensor) -> tuple[Tensors, Tensor]:
-        dropout, changed = self.dropout, dict(tensors)
+        dropout, changed = self.dropout, dict(self.adapter_type.in_training(tensors))
         if dropout.rank:
             for name, axis in self.adapter_type.masked.items():
                 if name in changed:
@@ -331,52 +382,6 @@ class AdapterLayer(nn.Module):
         """Return the type, shapes and scale for `repr`."""
         shapes = ", ".join(f"{name}={tuple(tensor.shape)}" for name, tensor in self.tensors.items())
         return f"{self.adapter_type.name}, {shapes}, scale={self.scale:g}"
-
-
-@dataclass(frozen=True)
-class _PreparedCache:
-    """The prepared tensors of an adapter layer, and what they were computed from.
-
-    Attributes:
-        sources: each source tensor, with its version, storage and dtype at that time.
-        used_weight: whether the host's weight is one of the sources.
-    """
-
-    tensors: Tensors
-    sources: tuple[tuple[Tensor, Any], ...]
-    used_weight: bool
-
-    @classmethod
-    def of(cls, layer: AdapterLayer) -> "_PreparedCache":
-        """Prepare the tensors of `layer` and return them with their sources."""
-        read: list[Tensor] = []
-
-        def weight() -> Tensor:
-            read.append(layer.base_weight())
-            return read[0]
-
-        tensors = layer.prepare(weight)
-        return cls(tensors, cls._sources(layer, bool(read)), bool(read))
-
-    def is_current(self, layer: AdapterLayer) -> bool:
-        """Return whether the sources of `layer` are unchanged."""
-        now = self._sources(layer, self.used_weight)
-        return len(now) == len(self.sources) and all(
-            tensor is source and state == was for (tensor, state), (source, was) in zip(now, self.sources, strict=True)
-        )
-
-    @staticmethod
-    def _sources(layer: AdapterLayer, with_weight: bool) -> tuple[tuple[Tensor, Any], ...]:
-        sources: list[tuple[Tensor, Any]] = [
-            (tensor, (tensor._version, tensor.data_ptr(), tensor.dtype)) for tensor in layer.tensors.values()
-        ]
-        if with_weight:
-            on_disk = rests_on_disk(layer.host, "weight")
-            weight = layer.host._parameters.get("weight") if on_disk else resting_tensor(layer.host, "weight")
-            # Without its storage, since casting and offloading hooks give the weight a new one in every forward.
-            if weight is not None:
-                sources.append((weight, None if weight.is_inference() else (weight._version, weight.dtype)))
-        return tuple(sources)
 
 
 def _one(like: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 Attaching changes the following, and detaching puts it back:
 
-* The model gets one child, the bank, which owns all its adapters, and two forward hooks of the bank.
+* The model gets one child, the bank, which owns all its adapters, and three forward hooks of the bank.
 * The class of an adapted layer becomes a cached subclass `(Adapted, type(layer))`. The layer keeps its identity:
   `isinstance`, `.weight`, its path and its state-dict keys are unchanged.
 * The layer's `__dict__` gets one tuple, the adapter layers that are active on it.
@@ -21,10 +21,11 @@ place each:
 | groups of diffusers' group offloading to disk | the adapters in them | `disk_offload` |
 | modules with gradient checkpointing | the checkpointing function in their `__dict__`, during a call | `bank` |
 | weights and biases | their content, in place | `merging/` |
+| modules that own adapted bare parameters | the changed parameters in their `__dict__`, during a call | `compose` |
 | tokenizers | their added tokens and their class | `tokens/vocabulary` |
 | schedulers | stand-ins for methods, in their `__dict__` | `strengths/scheduler_clock` |
 | pipelines | stand-ins for `encode_prompt` and `progress_bar`, in their `__dict__` | `pipelines/call_hooks` |
-| pipelines | stand-ins for diffusers' adapter methods, in their `__dict__` | `pipelines/diffusers_methods` |
+| pipeline classes | stand-ins for diffusers' adapter methods | `pipelines/diffusers_methods` |
 | pipeline classes | `load_adapter` and `adapters` | `pipelines/installation` |
 """
 
@@ -36,11 +37,13 @@ from diffadapt.errors import AdapterError
 from diffadapt.runtime.adapted_layers import ACTIVE, TOKENS, Extended, carry_, release_
 from diffadapt.runtime.adapter import Adapter
 from diffadapt.runtime.adapter_layer import BANK, AdapterLayer
-from diffadapt.runtime.bank import RESERVED, Bank, bank_of, child_name, fusible_attentions
+from diffadapt.runtime.bank import RESERVED, Bank, bank_of, check_call, child_name, fusible_attentions
 from diffadapt.runtime.class_mixing import unmix_
+from diffadapt.runtime.foreign_hooks import layer_devices
 from diffadapt.runtime.input_width import fit_input_width_
 from diffadapt.runtime.replaced_layers import present_hosts, refuse_problems
 from diffadapt.runtime.slots.reservation import Reservation
+from diffadapt.runtime.text_cache import forget_text_
 
 
 def attach_(
@@ -72,6 +75,9 @@ def attach_(
     for path, layer in adapter.layers.items():
         layer.__dict__["call"] = bank.call
         layer.__dict__["host"] = hosts[path]
+    devices = layer_devices(model, hosts)
+    if devices:
+        adapter.place_(devices)
     if adapter.training != model.training:
         adapter.train(model.training)
     bank._modules[child_name(name)] = adapter
@@ -114,6 +120,9 @@ def reserve_(model: nn.Module, reservation: Reservation, hosts: Mapping[str, nn.
         for slot in slots:
             slot.__dict__["call"] = bank.call
             slot.__dict__["host"] = hosts[path]
+    devices = layer_devices(model, hosts)
+    if devices:
+        reservation.place_(devices)
     bank._modules[RESERVED] = reservation.train(model.training)
     bank._outside = None
     refresh_(model)
@@ -155,10 +164,15 @@ def refresh_(model: nn.Module) -> None:
     for adapter in outside:
         for path, layer in adapter.layers.items():
             active[path] = (*active[path], layer)
+    running: dict[int, tuple[AdapterLayer, ...]] = {}
     for path, layers in active.items():
+        # A module that owns several adapted parameters is the host at several paths.
+        key = id(bank.hosts[path])
+        running[key] = (*running[key], *layers) if key in running else layers
+    for path in active:
         host = bank.hosts[path]
-        if host.__dict__[ACTIVE] != layers:
-            host.__dict__[ACTIVE] = layers
+        if host.__dict__[ACTIVE] != running[id(host)]:
+            host.__dict__[ACTIVE] = running[id(host)]
     bank._outside = outside
 
 
@@ -209,6 +223,7 @@ def _adapt_(model: nn.Module, hosts: Mapping[str, nn.Module]) -> Bank:
         bank = Bank()
         bank.train(model.training)
         model._modules[BANK] = bank
+        model.register_forward_pre_hook(check_call, with_kwargs=True)  # type: ignore[arg-type]
         model.register_forward_pre_hook(bank.before_call, with_kwargs=True)
         model.register_forward_hook(bank.after_call, with_kwargs=True)
     if new:
@@ -226,21 +241,36 @@ def _fit_input_width_(
     fit_input_width_(model, [*(adapter.layers for adapter in adapters), slots], [] if bank is None else bank.undo)
 
 
+def _hosts_of_parameters(bank: Bank) -> list[nn.Module]:
+    """Return the modules that carry adapter layers of bare parameters, which may be the hosts of several."""
+    return [
+        layer.host
+        for adapter in bank.adapters.values()
+        for layer in adapter.layers.values()
+        if layer.parameter != "weight"
+    ]
+
+
 def _release_unused_(model: nn.Module, bank: Bank) -> None:
     """Restore layers that carry nothing any more, and remove the bank and its hooks if it is empty."""
     unused = set(bank.hosts) if bank.reservation is None else bank.hosts.keys() - bank.reservation.slots.keys()
     for adapter in bank.adapters.values() if unused else ():
         unused.difference_update(adapter.layers)
+    shared = {id(host) for host in _hosts_of_parameters(bank)} if unused else set[int]()
     for path in unused:
-        release_(bank.hosts.pop(path))
+        host = bank.hosts.pop(path)
+        if id(host) not in shared:
+            release_(host)
         bank.attentions.pop(path, None)
         bank.lost.discard(path)
     if unused:
         bank._watch = None
     if not bank._modules:
         del model._modules[BANK]
+        forget_text_(model)
         for hooks in (model._forward_pre_hooks, model._forward_hooks):
-            for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is bank]:
+            own = [key for key, hook in hooks.items() if hook is check_call or getattr(hook, "__self__", None) is bank]
+            for key in own:
                 del hooks[key]
                 model._forward_pre_hooks_with_kwargs.pop(key, None)
                 model._forward_hooks_with_kwargs.pop(key, None)

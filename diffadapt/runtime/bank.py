@@ -10,22 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from diffadapt.errors import AdapterError
-from diffadapt.runtime.adapted_layers import ACTIVE
-from diffadapt.runtime.adapter import Adapter
+from diffadapt.runtime.adapted_layers import ACTIVE, TOKENS
+from diffadapt.runtime.adapter import Adapter, LayerTree
 from diffadapt.runtime.adapter_layer import BANK, AdapterLayer
-from diffadapt.runtime.call_state import CallState
+from diffadapt.runtime.call_state import SCALE_KWARGS, CallState, scale_of_call
 from diffadapt.runtime.disk_offload import keep_in_memory_, note_groups_, why_not_writable
-from diffadapt.runtime.foreign_hooks import diffusers_scales_with_peft, is_bypassed
+from diffadapt.runtime.foreign_hooks import diffusers_scales_with_peft, is_bypassed, layer_devices
+from diffadapt.runtime.gradient_flow import GradientFlow
 from diffadapt.runtime.locks import refuse_other_threads
-from diffadapt.runtime.replaced_layers import Watch, described, find_again_, module_at, refuse_problems, reseat_
+from diffadapt.runtime.replaced_layers import Watch, find_again_, module_at, refuse_problems, reseat_
 from diffadapt.runtime.slots.reservation import Reservation
+from diffadapt.runtime.text_cache import AdapterState, caches_text, forget_text_
 from diffadapt.runtime.undo import Undo
 
 RESERVED = "reserved.slots"
 """Name of the bank's child that holds the slots. It has a dot, which no child of an adapter has; see `child_name`."""
 
 _INPUT_NAMES = ("sample", "hidden_states", "x", "input_ids", "inputs_embeds")
-_SCALE_KWARGS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
 
 
 class Bank(nn.Module):
@@ -36,6 +37,7 @@ class Bank(nn.Module):
     Attributes:
         call: the per-call state, which all adapter layers of the model share.
         hosts: module path -> layer of the model that carries adapter layers.
+        embeddings: module path -> token embedding that looks up learned tokens; it need not be a host.
         attentions: module path of a host -> its parent, if diffusers can fuse the parent's projections and then no
             longer calls the host.
         merged: the names of the adapters that are merged into the weights.
@@ -48,6 +50,7 @@ class Bank(nn.Module):
         super().__init__()
         self.call = CallState()
         self.hosts: dict[str, nn.Module] = {}
+        self.embeddings: dict[str, nn.Module] = {}
         self.attentions: dict[str, nn.Module] = {}
         self.merged: tuple[str, ...] = ()
         self.lost: set[str] = set()
@@ -55,14 +58,24 @@ class Bank(nn.Module):
         self.replacing: tuple[nn.Module, ...] = ()
         # `None` makes the next call of the model look for its layers.
         self._watch: Watch | None = None
+        # What has to be asked of the model's layers when adapters are trained; `None` makes the next such call find it.
+        self._gradient_flow: GradientFlow | None = None
+        # The adapters of the last call, on models that keep the keys and values of their text.
+        self._cached_with: AdapterState | None = None
+        # The `device_map` of accelerate that adapters and slots were placed for.
+        self._device_map: Any = None
         # Modules whose checkpointing function is replaced during this call, with their own function.
         self._checkpointed: list[tuple[nn.Module, Any]] = []
         # The adapters outside the slots that the last `refresh_` made active; `None` makes the next one set all layers.
         self._outside: tuple[Adapter, ...] | None = ()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a plain attribute, also if an adapter has its name. Children are only set in `_modules`."""
+        self.__dict__[name] = value
+
     def __getstate__(self) -> dict[str, Any]:
         """Return what is copied and pickled. A copy looks for its own layers."""
-        return {**self.__dict__, "_watch": None}
+        return {**self.__dict__, "_watch": None, "_gradient_flow": None, "_cached_with": None}
 
     @property
     def reservation(self) -> Reservation | None:
@@ -89,25 +102,52 @@ class Bank(nn.Module):
         """
         keep_in_memory_(model, self.children())
         note_groups_(model, self.hosts)
+        self._follow_devices(model)
         if self._watch is not None and self._watch.is_current():
             return {}
-        carried: dict[str, tuple[list[str], list[AdapterLayer]]] = {path: ([], []) for path in self.hosts}
+        watched = {**self.embeddings, **self.hosts}
+        carried: dict[str, tuple[list[str], list[AdapterLayer]]] = {path: ([], []) for path in watched}
         for name, adapter in self.adapters.items():
             for path, layer in adapter.layers.items():
                 carried[path][0].append(name)
                 carried[path][1].append(layer)
         for path, slots in self.reservation.slots.items() if self.reservation is not None else ():
             carried[path][1].extend(slots)
-        moved, problems = find_again_(model, self.hosts, carried)
+        # An adapter has its learned tokens next to its layers.
+        having = [name for name, own in self.adapters.items() if len(own._modules) > len(own.layers)]
+        for path in self.embeddings:
+            carried[path][0].extend(name for name in having if name not in carried[path][0])
+        moved, problems = find_again_(model, watched, carried)
+        for own in (self.hosts, self.embeddings):
+            own.update((path, watched[path]) for path in own)
         if moved:
             self.attentions = dict(fusible_attentions(model, self.hosts))
             merged = {path for name in self.merged for path in self.adapters[name].layers}
             self.lost.update(path for path in moved if path in merged and not self._can_unmerge(self.hosts[path]))
             if self.reservation is not None:
                 reseat_(self.reservation, moved, {name: adapter.layers for name, adapter in self.adapters.items()})
+            self._follow_devices(model, always=True)
         # With a problem, every call looks again, and is refused.
-        self._watch = None if problems else Watch(model, self.hosts)
+        self._watch = None if problems else Watch(model, watched)
+        self._gradient_flow = None
         return problems
+
+    def set_embeddings(self, embeddings: Mapping[str, nn.Module]) -> None:
+        """Let learned tokens follow these token embeddings, by module path, when they are replaced."""
+        if self.embeddings != embeddings:
+            self.embeddings = dict(embeddings)
+            self._watch = None
+
+    def _follow_devices(self, model: nn.Module, *, always: bool = False) -> None:
+        """Move adapters and slots to the devices of their layers, if accelerate has spread the model since."""
+        device_map = model.__dict__.get("hf_device_map")
+        if device_map is self._device_map and not always:
+            return
+        self._device_map = device_map
+        devices = layer_devices(model, self.hosts)
+        for tree in self.children() if devices else ():
+            if isinstance(tree, LayerTree):
+                tree.place_(devices)
 
     def refuse_lost_merges(self, model: nn.Module, paths: Iterable[str] = ()) -> None:
         """Raise `AdapterError` if a layer was replaced after an adapter was merged into its weight.
@@ -130,16 +170,40 @@ class Bank(nn.Module):
                 "model again, or unmerge before the layers are replaced"
             )
 
-    def _problem(self, model: nn.Module) -> str | None:
-        """Find layers that were replaced. Return why an adapter that acts on one cannot act, or `None`."""
+    def refuse_replaced(self, model: nn.Module) -> None:
+        """Find layers that were replaced. Raise `AdapterError` if an adapter that acts on one cannot act."""
         problems = self.find_layers(model)
-        active = {path: text for path, text in problems.items() if self.hosts[path].__dict__.get(ACTIVE)}
-        return described(active) if active else None
+        layers = {**self.embeddings, **self.hosts}
+        acting = (path for path in problems if any(layers[path].__dict__.get(name) for name in (ACTIVE, TOKENS)))
+        refuse_problems({path: problems[path] for path in acting})
 
     @torch.compiler.assume_constant_result
-    def _traced_problem(self, model: nn.Module) -> str | None:
-        """Return what `_problem` returns. This runs while a graph is traced and leaves nothing in the graph."""
-        return self._problem(model)
+    def refuse_replaced_traced(self, model: nn.Module) -> None:
+        """Do what `refuse_replaced` does, while a graph is traced. This leaves nothing in the graph."""
+        self.refuse_replaced(model)
+
+    def follow_in_text_cache(self, model: nn.Module, kwargs: Mapping[str, Any]) -> None:
+        """Make a model whose text is cached compute it again if its adapters have changed since the last call."""
+        state = AdapterState(self.children(), self.merged, scale_of_call(kwargs))
+        if state != self._cached_with:
+            forget_text_(model)
+            self._cached_with = state
+
+    def refuse_wrong_gradients(self, model: nn.Module) -> None:
+        """Raise `AdapterError` if this call would train adapters with wrong gradients, or without any.
+
+        `add_adapter` has asked already, but layers may have been quantised or rewritten since.
+        """
+        if self._gradient_flow is None:
+            self._gradient_flow = GradientFlow(model)
+        if not self._gradient_flow.layers:
+            return
+        trained: dict[str, AdapterLayer] = {}
+        for adapter in self.adapters.values():
+            for path, layer in adapter.layers.items() if adapter.active else ():
+                if any(tensor.requires_grad for tensor in layer.tensors.values()):
+                    trained[path] = layer
+        self._gradient_flow.refuse_wrong(trained)
 
     def _can_unmerge(self, host: nn.Module) -> bool:
         """Return whether there is a way back for a tensor of `host`."""
@@ -175,12 +239,8 @@ class Bank(nn.Module):
 
         Raises:
             AdapterError: a layer with an adapter would not be called because its projections were fused after loading,
-                another thread holds the model, or rows of the batch cannot be assigned to the mixes of `per_sample`.
+                or rows of the batch cannot be assigned to the mixes of `per_sample`.
         """
-        refuse_other_threads(model)
-        problem = self._traced_problem(model) if torch.compiler.is_compiling() else self._problem(model)
-        if problem is not None:
-            raise AdapterError(problem)
         for path, attention in self.attentions.items():
             fused = attention.fused_projections and is_bypassed(attention, path.rpartition(".")[2])
             if fused and self.hosts[path].__dict__[ACTIVE]:
@@ -189,13 +249,12 @@ class Bank(nn.Module):
                     "call unfuse_qkv_projections(), or merge the adapter before fusing"
                 )
         self._restore_checkpointing()
-        value = self.call.outer
-        for name in _SCALE_KWARGS:
+        scale = scale_of_call(kwargs)
+        value = self.call.outer if scale is None else torch.as_tensor(scale, dtype=torch.float32)
+        for name in SCALE_KWARGS if scale is not None and not diffusers_scales_with_peft() else ():
             options = kwargs.get(name)
-            if isinstance(options, dict) and options.get("scale") is not None:
-                value = torch.as_tensor(options["scale"], dtype=torch.float32)
-                if not diffusers_scales_with_peft():
-                    kwargs[name] = {key: option for key, option in options.items() if key != "scale"}
+            if isinstance(options, dict):
+                kwargs[name] = {key: option for key, option in options.items() if key != "scale"}
         self.call.value = value
         self.call.batch = _batch_of(args, kwargs)
         if not torch.compiler.is_compiling():
@@ -235,6 +294,36 @@ class Bank(nn.Module):
         while self._checkpointed:
             module, checkpoint = self._checkpointed.pop()
             module.__dict__["_gradient_checkpointing_func"] = checkpoint
+
+
+@torch.compiler.disable
+def check_call(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+    """Let adapters follow layers that were replaced before a call. This is a forward pre-hook of the model.
+
+    A compiled model runs its hooks before its graph, and would freeze the answer if it compiled this one. Where the
+    call is itself part of a graph, `_check_traced_call` stands in.
+
+    Raises:
+        AdapterError: another thread holds the model, an adapter cannot follow its layer, or adapters would be trained
+            with wrong gradients.
+    """
+    bank = bank_of(model)
+    if bank is None:
+        return
+    refuse_other_threads(model)
+    bank.refuse_replaced(model)
+    if caches_text(model):
+        bank.follow_in_text_cache(model, kwargs)
+    if torch.is_grad_enabled():
+        bank.refuse_wrong_gradients(model)
+
+
+@torch.compiler.substitute_in_graph(check_call, skip_signature_check=True)  # type: ignore[arg-type]
+def _check_traced_call(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+    """Do what `check_call` does while a graph is traced that contains the call."""
+    bank = bank_of(model)
+    if bank is not None:
+        bank.refuse_replaced_traced(model)
 
 
 def child_name(adapter: str) -> str:

@@ -5,8 +5,8 @@ With a strength m per adapter, additive changes D, input maps R, output maps Q a
     W' = [1 + sum m (s - 1)] [I + sum m (Q - I)] (W + sum m W (R - I)) + sum m D
 
 This does not depend on the order of the adapters. For one adapter of any type at m = 1 it is exactly the merged weight
-of that adapter. D applies to the input before any R. The bias is added once and is not scaled, except by types with
-`gains_bias`.
+of that adapter. D applies to the input before any R. The bias is added once and is neither mapped nor scaled, except by
+types with `gains_bias`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -15,9 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffadapt.runtime.adapter_layer import AdapterLayer, PreparedLayer
+from diffadapt.errors import AdapterError
+from diffadapt.runtime.adapter_layer import BANK, AdapterLayer, PreparedLayer, TermOf
+from diffadapt.runtime.call_state import scale_of_call
+from diffadapt.runtime.foreign_hooks import input_device
 from diffadapt.types.adapter_type import Tensors
 from diffadapt.types.layer_spec import LayerSpec
+from diffadapt.types.tensor_ops import FLOAT8
 from diffadapt.weights.resting import resting_tensor
 
 
@@ -31,14 +35,20 @@ def run(layers: Sequence[AdapterLayer], host: nn.Module, call: Callable[..., Any
         kwargs: keyword arguments of the call.
     """
     input: Tensor = args[0] if args else next(iter(kwargs.values()))
+    device = input_device(host) if hasattr(host, "_hf_hook") else None
+    if device is not None and device != input.device:
+        input = input.to(device)
+        args, kwargs = _with_input(input, args, kwargs)
     if all(layer.is_additive for layer in layers):
         output = _overwritable(host, call(*args, **kwargs))
         return _add_changes([layer.prepare_for_call(output.device, len(input)) for layer in layers], output, input)
+    if any("parameter" in layer.stages for layer in layers):
+        return _with_parameters(layers, host, call, args, kwargs, input)
     spec = layers[0].spec
     prepared = [layer.prepare_for_call(input.device, len(input)) for layer in layers]
     mapped = _apply_maps(prepared, "input", input, spec.channel_axis)
     if mapped is not input:
-        args, kwargs = ((mapped, *args[1:]), kwargs) if args else ((), {**kwargs, next(iter(kwargs)): mapped})
+        args, kwargs = _with_input(mapped, args, kwargs)
     output = _overwritable(host, call(*args, **kwargs))
     output = _add_changes([p for p in prepared if "patch" in p.layer.stages], output, input)
     if any("output" in layer.stages or "gain" in layer.stages for layer in layers):
@@ -46,9 +56,53 @@ def run(layers: Sequence[AdapterLayer], host: nn.Module, call: Callable[..., Any
     return _add_changes([p for p in prepared if "add" in p.layer.stages], output, input)
 
 
-def prepare_for_weight(layer: AdapterLayer, base: Tensor) -> PreparedLayer:
-    """Return `layer` prepared for a canonical weight `base`: in its dtype, on its device, at the current strength."""
-    tensors = layer.prepare(lambda: base, base.dtype)
+def _with_parameters(
+    layers: Sequence[AdapterLayer],
+    host: nn.Module,
+    call: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    input: Any,
+) -> Any:
+    """Return the output of `host` with changed parameters, which it sees in the place of its own during the call."""
+    changed: dict[str, Tensor] = {}
+    others = tuple(layer for layer in layers if "parameter" not in layer.stages)
+    scale = scale_of_call(kwargs) if BANK in host._modules else None
+    if scale is not None:
+        # The model itself reads the scale of its call only later.
+        layers[0].call.value = torch.as_tensor(scale, dtype=torch.float32)
+    for layer in layers:
+        if layer in others:
+            continue
+        own = changed.get(layer.parameter)
+        if own is None:
+            own = resting_tensor(host, layer.parameter)
+            assert own is not None
+            own = own.to(input.device) if isinstance(input, Tensor) else own
+        if layer.gate.ndim:
+            raise AdapterError(
+                f"per_sample: {layer.parameter} of a {type(host).__name__} is one parameter for the whole batch; run "
+                "the samples one by one"
+            )
+        prepared = layer.prepare_for_call(own.device, 1)
+        change = layer.adapter_type.delta_weight(prepared.tensors, layer.spec) * prepared.gate.to(prepared.dtype)
+        dtype = prepared.dtype if own.dtype in FLOAT8 else own.dtype
+        changed[layer.parameter] = (own.to(torch.promote_types(dtype, change.dtype)) + change).to(dtype)
+    host.__dict__.update(changed)
+    try:
+        return run(others, host, call, args, kwargs) if others else call(*args, **kwargs)
+    finally:
+        for name in changed:
+            host.__dict__.pop(name, None)
+
+
+def prepare_for_weight(layer: AdapterLayer, base: Tensor, term_of: TermOf | None = None) -> PreparedLayer:
+    """Return `layer` prepared for a canonical weight `base`: in its dtype, on its device, at the current strength.
+
+    Args:
+        term_of: see `AdapterLayer.prepare`.
+    """
+    tensors = layer.prepare(lambda: base, base.dtype, term_of=term_of)
     on_device = {name: tensor.to(base.device) for name, tensor in tensors.items()}
     return PreparedLayer(layer, on_device, layer.gate.to(base), base.dtype)
 
@@ -71,7 +125,7 @@ def weight(prepared: Sequence[PreparedLayer], base: Tensor, *, overwrite: bool =
     if factor is not None:
         total = total * factor.view(-1, *(1,) * (base.ndim - 1))
     for p in prepared:
-        if "add" in p.layer.stages:
+        if "add" in p.layer.stages or "parameter" in p.layer.stages:
             spec = p.layer.spec
             factors = p.layer.adapter_type.as_low_rank(p.tensors, spec) if spec.groups == 1 else None
             if factors is not None:
@@ -115,14 +169,21 @@ def base_change(prepared: Sequence[PreparedLayer], change: Tensor) -> Tensor:
 
 def bias(prepared: Sequence[PreparedLayer], base: Tensor) -> Tensor:
     """Return the bias that goes with `weight`, for the host's own bias `base`."""
-    total = base
+    total = mapped = _mapped_bias(prepared, base, 1)
     for p in prepared:
         if p.layer.adapter_type.gains_bias and "gain" in p.layer.stages:
-            total = total + base * p.gated_gain()
+            total = total + mapped * p.gated_gain()
         change = p.layer.adapter_type.delta_bias(p.tensors)
         if change is not None:
             total = total + change * p.gate
     return total
+
+
+def _mapped_bias(prepared: Sequence[PreparedLayer], bias: Tensor, rows: int) -> Tensor:
+    """Return the bias after the output maps that apply to it: (out,), or (rows, out) if rows have their own gates."""
+    maps = [p for p in prepared if p.layer.adapter_type.gains_bias and "output" in p.layer.stages]
+    has_row_gates = any(p.gate.ndim for p in maps)
+    return _apply_maps(maps, "output", bias.expand(rows, -1) if has_row_gates else bias, -1)
 
 
 def changes_bias(layers: Iterable[tuple[AdapterLayer, Tensors]], has_bias: bool) -> bool:
@@ -130,13 +191,23 @@ def changes_bias(layers: Iterable[tuple[AdapterLayer, Tensors]], has_bias: bool)
 
     Args:
         layers: each adapter layer with its tensors.
-        has_bias: whether the host has a bias. A scale needs one to act on; a change of the bias does not.
+        has_bias: whether the host has a bias. A scale needs one to act on; a change of the bias does not, but one of
+            zeros changes nothing. Formats that know only "all layers have a bias" store it.
     """
     return any(
-        layer.adapter_type.delta_bias(tensors) is not None
-        or (has_bias and layer.adapter_type.gains_bias and "gain" in layer.stages)
+        _adds_bias(layer.adapter_type.delta_bias(tensors), has_bias)
+        or (has_bias and layer.adapter_type.gains_bias and not layer.is_additive)
         for layer, tensors in layers
     )
+
+
+def _adds_bias(change: Tensor | None, has_bias: bool) -> bool:
+    return change is not None and (has_bias or bool(change.any()))
+
+
+def _with_input(input: Tensor, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Return the arguments of a call with another input."""
+    return ((input, *args[1:]), kwargs) if args else ((), {**kwargs, next(iter(kwargs)): input})
 
 
 def _overwritable(host: nn.Module, output: Tensor) -> Tensor:
@@ -160,15 +231,18 @@ def _map_and_scale(
     if any("output" in p.layer.stages for p in prepared):
         # The maps are linear and have acted on the bias too: subtract what they changed of it.
         mapped = _apply_maps(prepared, "output", output, spec.channel_axis)
-        if host_bias is not None:
-            has_row_gates = any(p.gate.ndim for p in prepared if "output" in p.layer.stages)
+        unmapped = [p for p in prepared if not p.layer.adapter_type.gains_bias]
+        if host_bias is not None and any("output" in p.layer.stages for p in unmapped):
+            has_row_gates = any(p.gate.ndim for p in unmapped if "output" in p.layer.stages)
             biases = host_bias.expand(len(output), -1) if has_row_gates else host_bias
-            change = spec.along_channels(_apply_maps(prepared, "output", biases, -1) - biases, output.ndim)
+            change = spec.along_channels(_apply_maps(unmapped, "output", biases, -1) - biases, output.ndim)
             mapped = mapped - change if torch.is_grad_enabled() else mapped.sub_(change)
         output = mapped
     gains = [(p.gated_gain(), p.layer.adapter_type.gains_bias) for p in prepared if "gain" in p.layer.stages]
     if not gains:
         return output
+    if host_bias is not None:
+        host_bias = _mapped_bias(prepared, host_bias, len(output))
     total = _sum([values for values, _ in gains])
     unscaled = [values for values, gains_bias in gains if not gains_bias]
     back = _sum(unscaled) * -host_bias if host_bias is not None and unscaled else torch.zeros_like(total)

@@ -4,7 +4,8 @@ Nothing here installs or removes a hook. Both libraries keep their hooks as attr
 to be imported to read them.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,11 +45,12 @@ def compute_dtype(modules: Sequence[nn.Module]) -> torch.dtype:
 
 def _matrix(module: nn.Module) -> tuple[int, torch.dtype | None]:
     """Return the size of a layer's weight and the dtype that the layer computes in; `None` if it does not say."""
-    own = module.__dict__.get("compute_dtype")
+    is_embedding = isinstance(module, nn.Embedding)
+    own = module.__dict__.get("dtype" if is_embedding else "compute_dtype")
     if isinstance(own, torch.dtype):
         # A quantised layer, whose packed weight may be floating-point, too (`quant_storage` of bitsandbytes).
-        features: Any = getattr(module, "out_features", 1), getattr(module, "in_features", 1)
-        return features[0] * features[1], own
+        names = ("num_embeddings", "embedding_dim") if is_embedding else ("out_features", "in_features")
+        return math.prod(getattr(module, name, 1) for name in names), own
     weight = module._parameters.get("weight")
     if weight is None or weight.ndim < 2 or not weight.is_floating_point() or weight.dtype in FLOAT8:
         return 0, None
@@ -65,18 +67,42 @@ def execution_device(modules: Sequence[nn.Module]) -> torch.device:
         modules: all modules of the model.
     """
     for module in _hooked(modules):
-        for name in ("group_offloading", "lazy_prefetch_group_offloading"):
-            offloading = _diffusers_hook(module, name)
-            config = getattr(offloading, "config", None)
-            if config is not None:
-                return torch.device(config.onload_device)
-        for hook in accelerate_hooks(module):
-            if getattr(hook, "offload", False) and hook.execution_device is not None:
-                return _device(hook.execution_device)
+        device = _onload_device(module) or _offload_device(module)
+        if device is not None:
+            return device
     for parameter in _parameters(modules):
         if parameter.device.type != "meta":
             return parameter.device
     return torch.device("cpu")
+
+
+def layer_devices(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, torch.device]:
+    """Return the device on which each of some layers computes, if a model is spread over several; else nothing.
+
+    Args:
+        model: the model.
+        layers: module path -> layer of the model.
+    """
+    found: dict[str, torch.device] = {}
+    for path, layer in layers.items():
+        device = _offload_device(layer)
+        if device is None:
+            device = next((p.device for p in layer._parameters.values() if p is not None), torch.device("meta"))
+        if device.type != "meta":
+            found[path] = device
+    if len(set(found.values())) < 2:
+        return {}
+    # Group offloading moves weights between devices, and computes on one.
+    return {} if any(_onload_device(module) is not None for module in model.modules()) else found
+
+
+def input_device(layer: nn.Module) -> torch.device | None:
+    """Return the device to which a hook of accelerate moves a layer's input for good; `None` if none does."""
+    for hook in accelerate_hooks(layer):
+        device = getattr(hook, "execution_device", None)
+        if device is not None and not getattr(hook, "io_same_device", False):
+            return torch.device(device)
+    return None
 
 
 def is_bypassed(attention: nn.Module, name: str) -> bool:
@@ -123,6 +149,19 @@ def _diffusers_hook(module: nn.Module, name: str) -> Any:
     return None if registry is None else registry.hooks.get(name)
 
 
-def _device(device: Any) -> torch.device:
-    # accelerate may store a bare index, which means the accelerator of that number, as in torch.
-    return torch.device(device)
+def _onload_device(module: nn.Module) -> torch.device | None:
+    """Return the device to which diffusers' group offloading brings the weights of a module."""
+    for name in ("group_offloading", "lazy_prefetch_group_offloading"):
+        config = getattr(_diffusers_hook(module, name), "config", None)
+        if config is not None:
+            return torch.device(config.onload_device)
+    return None
+
+
+def _offload_device(module: nn.Module) -> torch.device | None:
+    """Return the device to which accelerate brings the weights of a module for its call, if it offloads them."""
+    for hook in accelerate_hooks(module):
+        if getattr(hook, "offload", False) and hook.execution_device is not None:
+            # It may be a bare index, which means the accelerator of that number, as in torch.
+            return torch.device(hook.execution_device)
+    return None

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from diffadapt.errors import AdapterError
-from diffadapt.runtime.adapted_layers import ACTIVE, TOKENS, Adapted, Extended, carry_, release_
+from diffadapt.runtime.adapted_layers import ACTIVE, TOKENS, Adapted, Extended, carry_
 from diffadapt.runtime.adapter_layer import AdapterLayer
+from diffadapt.runtime.class_mixing import unmix_
 from diffadapt.runtime.input_width import move_original_
 from diffadapt.runtime.slots.forms import lower
 from diffadapt.runtime.slots.reservation import Reservation
@@ -104,12 +105,12 @@ def find_again_(model: nn.Module, hosts: dict[str, nn.Module], carried: Carried)
         found = module_at(model, path)
         if found is host or _holds(found, host):
             # Does nothing unless someone else has given the layer a class that is not derived from the mixed one.
-            carry_(host, Extended if TOKENS in host.__dict__ else Adapted)
+            _carry_as_(host, host)
             continue
         if left is None:
             left = {id(module) for module in model.modules()}
         names, layers = carried[path]
-        problem = _misfit(found, layers)
+        problem = _misfit(found, layers) or _misfit_of_tokens(host, found)
         if problem is None and id(host) in left:
             problem = "the model still has the old layer at another path"
         if found is not None and problem is None:
@@ -129,16 +130,11 @@ def find_again_(model: nn.Module, hosts: dict[str, nn.Module], carried: Carried)
     return moved, problems
 
 
-def described(problems: Mapping[str, str]) -> str:
-    """Return one message for the problems that `find_again_` returned, of which there is at least one."""
-    first, *more = problems.values()
-    return first + (f" ({len(more)} more layers likewise)" if more else "")
-
-
 def refuse_problems(problems: Mapping[str, str]) -> None:
-    """Raise `AdapterError` if there are any problems; see `described`."""
+    """Raise `AdapterError` if there are any problems of those that `find_again_` returned."""
     if problems:
-        raise AdapterError(described(problems))
+        first, *more = problems.values()
+        raise AdapterError(first + (f" ({len(more)} more layers likewise)" if more else ""))
 
 
 def reseat_(reservation: Reservation, moved: Iterable[str], adapters: Mapping[str, Mapping[str, AdapterLayer]]) -> None:
@@ -158,6 +154,7 @@ def reseat_(reservation: Reservation, moved: Iterable[str], adapters: Mapping[st
                 reservation.write(forms, seat)
     with torch.no_grad():
         reservation._gates.copy_(gates)
+        reservation._update_copies()
 
 
 def _steps(model: nn.Module, path: str) -> Iterator[tuple[nn.Module, str, nn.Module | None]]:
@@ -173,6 +170,9 @@ def _steps(model: nn.Module, path: str) -> Iterator[tuple[nn.Module, str, nn.Mod
             yield parent, inner, wrapped
             parent = wrapped
         child = parent._modules.get(name)
+        if child is None and name in parent._parameters:
+            # The path of a bare parameter means the module that owns it.
+            child = parent
         yield parent, name, child
         if child is None:
             return
@@ -198,7 +198,9 @@ class _Siblings:
             self._path, self.parent = above, self._model
             for part in above.split(".") if above else ():
                 self.parent = None if self.parent is None else self.parent._modules.get(part)
-        return None if self.parent is None else self.parent._modules.get(name)
+        if self.parent is None:
+            return None
+        return self.parent if name in self.parent._parameters else self.parent._modules.get(name)
 
 
 def _holds(found: nn.Module | None, host: nn.Module) -> bool:
@@ -225,12 +227,36 @@ def _move_(host: nn.Module, found: nn.Module, layers: Iterable[AdapterLayer]) ->
     Raises:
         TypeError: the class of `found` cannot be changed. Nothing is changed then.
     """
-    tokens = host.__dict__.get(TOKENS, ())
-    carry_(found, Extended if tokens else Adapted)
-    found.__dict__[ACTIVE] = host.__dict__.get(ACTIVE, ())
-    if tokens:
-        found.__dict__[TOKENS] = tokens
+    _carry_as_(found, host)
+    for name in (ACTIVE, TOKENS):
+        if name in host.__dict__:
+            found.__dict__[name] = host.__dict__[name]
     for layer in layers:
-        layer.__dict__.update(host=found, _cache=None)
+        layer.__dict__.update(host=found, _cache=None, _term=None)
     move_original_(host, found)
-    release_(host)
+    host.__dict__.pop(TOKENS, None)
+    host.__dict__.pop(ACTIVE, None)
+    unmix_(host)
+
+
+def _carry_as_(found: nn.Module, host: nn.Module) -> None:
+    """Make `found` able to carry what `host` carries: adapter layers, learned tokens or both."""
+    adapted = ACTIVE in host.__dict__
+    carry_(found, Extended if TOKENS in host.__dict__ else Adapted)
+    if not adapted:
+        del found.__dict__[ACTIVE]
+
+
+def _misfit_of_tokens(host: nn.Module, found: nn.Module | None) -> str | None:
+    """Return why learned tokens of `host` cannot be on the module `found`, or `None` if they can or there are none."""
+    if TOKENS not in host.__dict__:
+        return None
+    sizes = [
+        tuple(getattr(module, name, None) for name in ("num_embeddings", "embedding_dim")) for module in (host, found)
+    ]
+    if sizes[0] == sizes[1]:
+        return None
+    return (
+        f"the {type(found).__name__} there now cannot look up its learned tokens (expected an embedding of "
+        f"{sizes[0][0]} x {sizes[0][1]})"
+    )

@@ -19,7 +19,7 @@ from diffadapt.weights.modelopt import MODELOPT
 from diffadapt.weights.nvfp4 import NVFP4
 from diffadapt.weights.plain import PLAIN
 from diffadapt.weights.probe import disagreement
-from diffadapt.weights.resting import resting_tensor
+from diffadapt.weights.resting import is_brought_for_calls, resting_tensor
 from diffadapt.weights.scaled import SCALED
 from diffadapt.weights.sdnq import SDNQ
 from diffadapt.weights.tensor_subclass import TENSOR_SUBCLASS
@@ -43,6 +43,10 @@ _PROBED: dict[Hashable, str | None] = {}
 """What the probe said, by class of layer, codec and storage."""
 
 
+_BROUGHT: set[Hashable] = set()
+"""Classes of layers, codecs and storages that were read from the layer's own forward, because it is offloaded."""
+
+
 def codec_of(layer: nn.Module, name: str) -> WeightCodec:
     """Return the codec that reads parameter `name` of a layer.
 
@@ -64,11 +68,21 @@ def decoded(layer: nn.Module, name: str) -> Tensor:
         AdapterError: the numbers are out of reach (on the meta device, or quantised without a way back), or the layer
             does not compute with them.
     """
-    tensor = resting_tensor(layer, name)
-    if tensor is not None and tensor.device.type == "meta":
-        raise AdapterError(f"the {name} of the {_class(layer).__name__} is on the meta device; load the weights first")
-    codec = codec_of(layer, name)
-    values = _values(codec, layer, name)
+    tensor, codec = resting_tensor(layer, name), codec_of(layer, name)
+    away = AdapterError(f"the {name} of the {_class(layer).__name__} is on the meta device; load the weights first")
+    try:
+        if tensor is not None and tensor.device.type == "meta":
+            raise away
+        values = _values(codec, layer, name)
+        if values.device.type == "meta":
+            raise away
+    except AdapterError:
+        # Not all that such a layer consists of can be read between calls, but accelerate brings it for a call.
+        if not (is_brought_for_calls(layer) and BY_FORWARD.recognises(layer, name)):
+            raise
+        values = _values(BY_FORWARD, layer, name)
+        _BROUGHT.add(_storage(codec, layer, name))
+        return values
     problem = _probed(codec, layer, name, values)
     if problem is not None:
         raise AdapterError(problem)
@@ -81,6 +95,8 @@ def unreadable(layer: nn.Module, name: str) -> str | None:
     try:
         codec = codec_of(layer, name)
         key = _storage(codec, layer, name)
+        if key in _BROUGHT and is_brought_for_calls(layer):
+            return None
         if (tensor is not None and tensor.device.type == "meta") or key not in _PROBED:
             decoded(layer, name)
     except AdapterError as error:
@@ -105,8 +121,10 @@ def _probed(codec: WeightCodec, layer: nn.Module, name: str, values: Tensor) -> 
     key = _storage(codec, layer, name)
     if key not in _PROBED:
         known = codec.trusted or (codec is PLAIN and _class(layer).forward in _FORWARDS)
-        linear = name == "weight" and values.ndim == 2 and getattr(layer, "in_features", None) == values.shape[1]
-        _PROBED[key] = None if known or not linear else disagreement(layer, values)
+        linear = values.ndim == 2 and getattr(layer, "in_features", None) == values.shape[1]
+        # Subclasses of plain convolutions and embeddings do more than multiply: they pad, drop or scale.
+        other = codec is not PLAIN and isinstance(layer, (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        _PROBED[key] = disagreement(layer, values) if not known and name == "weight" and (linear or other) else None
     return _PROBED[key]
 
 

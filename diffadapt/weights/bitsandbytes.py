@@ -162,6 +162,10 @@ FOUR_BIT = WeightCodec(
     layout=_layout_4bit,
     lay_out=_lay_out_4bit,
     trusted=True,
+    remedy=(
+        "bitsandbytes has rewritten their weights for inference on this CPU (a call in eval() without gradients): load "
+        "the model again, and call train() before its first call"
+    ),
 )
 EIGHT_BIT = WeightCodec(
     name="bitsandbytes 8-bit",

@@ -28,6 +28,8 @@ class WeightCodec:
         lay_out: gives the weight a layout that `layout` returned, with the contents of the parts that belong to it.
         trusted: whether the backend is known to compute with the decoded values. Others are compared with what a layer
             of their class computes, once for each class and storage; see `probe`.
+        remedy: what to do about layers that pass no right gradient to their input, as the end of a message; "" if
+            nothing special is known.
     """
 
     name: str
@@ -38,6 +40,7 @@ class WeightCodec:
     layout: Callable[[nn.Module, str], Any] | None = None
     lay_out: Callable[[nn.Module, str, Any, Mapping[str, Tensor]], None] | None = None
     trusted: bool = False
+    remedy: str = ""
 
 
 def class_names(instance: Any) -> set[str]:

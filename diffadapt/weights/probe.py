@@ -39,21 +39,59 @@ def columns_of(layer: nn.Module, numbers: Sequence[int]) -> Tensor:
 
 
 def disagreement(layer: nn.Module, values: Tensor) -> str | None:
-    """Say how far values (out, in) are from what a linear layer computes; `None` if they agree, or nobody can tell."""
-    inputs = values.shape[1]
-    numbers = torch.linspace(0, inputs - 1, min(_COLUMNS, inputs), dtype=torch.float64).long().tolist()
+    """Say how far a decoded weight is from what a layer computes; `None` if they agree, or nobody can tell.
+
+    Args:
+        layer: a linear layer, an embedding, or a convolution of torch's classes.
+        values: its weight, in the orientation that the layer stores.
+    """
     try:
-        own = columns_of(layer, numbers)
+        own, decoded = _compared(layer, values)
     except AdapterError:
         return None
-    decoded = values[:, numbers].to(own)
-    error = float((decoded - own).norm() / own.norm().clamp_min(torch.finfo(own.dtype).tiny))
-    if error <= _TOLERANCE:
-        return None
+    if own.shape != decoded.shape:
+        found = f"outputs of shape {tuple(own.shape)}, expected {tuple(decoded.shape)}"
+    else:
+        error = float((decoded.to(own) - own).norm() / own.norm().clamp_min(torch.finfo(own.dtype).tiny))
+        if error <= _TOLERANCE:
+            return None
+        found = f"relative error {error:.2g}"
     return (
-        f"the weight of a {type(layer).__name__} reads as numbers that its own forward does not compute with (relative "
-        f"error {error:.2g} on {len(numbers)} columns)"
+        f"the weight of a {type(layer).__name__} reads as numbers that its own forward does not compute with ({found})"
     )
+
+
+@torch.no_grad()
+def _compared(layer: Any, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what a layer computes for a few inputs, and what it would with a decoded weight.
+
+    Raises:
+        AdapterError: the layer cannot be run by itself.
+    """
+    if isinstance(layer, nn.Embedding):
+        ids = torch.tensor(_spaced(len(values)), device=_device(layer))
+        own = _alone(layer, ids)
+        # Word embeddings may scale what they return.
+        return own / own.norm().clamp_min(1e-30), values[ids] / values[ids].norm().clamp_min(1e-30)
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        sizes = [2 * dilation * kernel for dilation, kernel in zip(layer.dilation, layer.kernel_size, strict=True)]
+        generator = torch.Generator().manual_seed(0)
+        input = torch.randn(1, layer.in_channels, *sizes, generator=generator).to(_device(layer))
+        own = _alone(layer, input) - _alone(layer, torch.zeros_like(input))
+        return own, layer._conv_forward(input, values.to(input), None)
+    numbers = _spaced(values.shape[1])
+    return columns_of(layer, numbers), values[:, numbers]
+
+
+def _alone(layer: nn.Module, input: Tensor) -> Tensor:
+    try:
+        return layer.forward(input).as_subclass(Tensor).float()
+    except Exception as error:  # which errors a foreign forward raises depends on the backend
+        raise AdapterError(f"a {type(layer).__name__} cannot be run by itself ({error})") from error
+
+
+def _spaced(count: int) -> list[int]:
+    return torch.linspace(0, count - 1, min(_COLUMNS, count), dtype=torch.float64).long().tolist()
 
 
 def _device(layer: nn.Module) -> torch.device:

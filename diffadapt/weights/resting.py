@@ -81,6 +81,11 @@ def _read(group: Any, parameter: Tensor) -> Tensor:
     return content
 
 
+def is_brought_for_calls(layer: nn.Module) -> bool:
+    """Return whether accelerate brings what a layer consists of for its calls only."""
+    return any(getattr(hook, "offload", False) for hook in accelerate_hooks(layer))
+
+
 def accelerate_hooks(module: nn.Module) -> Iterator[Any]:
     """Yield the hooks that accelerate has put on a module, if any."""
     hook = module.__dict__.get("_hf_hook")

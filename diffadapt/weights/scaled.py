@@ -16,12 +16,13 @@ from diffadapt.errors import AdapterError
 from diffadapt.weights.codec import WeightCodec
 from diffadapt.weights.resting import resting_tensor
 
-_NAMES = ("weight_scale", "scale_weight", "weight_scale_inv")
+SCALES = ("weight_scale", "scale_weight", "weight_scale_inv")
+"""Names of the scale in a layer, and in a file after the path of the layer."""
 
 
 def scale_beside(layer: nn.Module) -> tuple[str, Tensor] | None:
     """Return the name and the tensor of the scale beside a layer's weight; `None` if there is none."""
-    for name in _NAMES:
+    for name in SCALES:
         found = resting_tensor(layer, name)
         if isinstance(found, Tensor):
             return name, found
@@ -54,9 +55,17 @@ def _encode(layer: nn.Module, name: str, values: Tensor) -> dict[str, Tensor]:
     before, scale_name, scale = _stored(layer, name)
     largest = torch.finfo(before.dtype).max
     blocks = _largest_by_scale(values.float().abs(), scale)
-    new = (blocks / largest).clamp_min(1e-12).reshape(scale.shape)
-    stored = (values.float() / _spread(new.to(values.device), values)).clamp(-largest, largest).to(before.dtype)
-    return {name: stored, scale_name: new.to(scale.dtype)}
+    new = _rounded((blocks / largest).clamp_min(1e-12).reshape(scale.shape), scale.dtype)
+    spread = _spread(new.to(values.device, torch.float32), values)
+    stored = (values.float() / spread).clamp(-largest, largest).to(before.dtype)
+    return {name: stored, scale_name: new}
+
+
+def _rounded(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return scales in their dtype; powers of two are rounded up, since smaller ones would cut the largest values."""
+    if dtype == torch.float8_e8m0fnu:
+        scale = torch.exp2(torch.log2(scale).ceil())
+    return scale.to(dtype)
 
 
 def _spread(scale: Tensor, values: Tensor) -> Tensor:

@@ -26,4 +26,11 @@ def _parts(layer: Any, name: str) -> dict[str, Tensor]:
     raise AdapterError("SDNQ has no quantiser that keeps the shapes of what it wrote before")
 
 
-SDNQ = WeightCodec(name="SDNQ", recognises=_recognises, decode=_decode, parts=_parts, trusted=True)
+SDNQ = WeightCodec(
+    name="SDNQ",
+    recognises=_recognises,
+    decode=_decode,
+    parts=_parts,
+    trusted=True,
+    remedy="call sdnq.training.convert_sdnq_model_to_training(model) first",
+)

@@ -39,6 +39,8 @@ def _encode(layer: nn.Module, name: str, values: Tensor) -> dict[str, Tensor]:
 def _torchao(layer: nn.Module, tensor: Any, values: Tensor) -> Tensor:
     """Quantise with the block size and the dtype that the tensor has."""
     own = type(tensor)
+    if own.__name__ == "NVFP4Tensor":
+        return _nvfp4(tensor, values)
     blocks = list(tensor.block_size)
     if own.__name__ == "IntxUnpackedToInt8Tensor":
         return own.from_hp(values, tuple(blocks), tensor.target_dtype)
@@ -55,6 +57,20 @@ def _torchao(layer: nn.Module, tensor: Any, values: Tensor) -> Tensor:
     if own.__name__ == "Float8Tensor":
         return own.from_hp(values, tensor.qdata.dtype, granularity)
     raise NotImplementedError(f"torchao's {own.__name__} has no quantiser that is known here")
+
+
+def _nvfp4(tensor: Any, values: Tensor) -> Tensor:
+    from torchao.prototype.mx_formats.nvfp4_tensor import per_tensor_amax_to_scale
+
+    return type(tensor).to_nvfp4(
+        values,
+        tensor.block_size,
+        None if tensor.per_tensor_scale is None else per_tensor_amax_to_scale(values.abs().amax()),
+        tensor.act_per_tensor_scale,
+        tensor.is_swizzled_scales,
+        tensor.use_triton_kernel,
+        tensor.act_quant_kwargs,
+    )
 
 
 def _quanto(layer: Any, tensor: Any, values: Tensor) -> Tensor:

@@ -313,18 +313,38 @@ def test_a_repacked_weight_merges_to_the_same_bits(base: Base) -> None:
 
 def test_what_rounding_loses_of_a_small_change_is_said() -> None:
     """A change smaller than the steps of the storage is lost, whatever the quantiser."""
-    model = model_of(BY_NAME["bitsandbytes nf4"])
+    model = model_of(BY_NAME["bitsandbytes nf4"], 5)
     adapters = diffadapt.adapters(model)
     torch.manual_seed(0)
     change = torch.randn(OUT, 4) @ torch.randn(4, INPUTS) * 3e-4
-    adapters.load({"0.0.diff": change}, "a")
-    with pytest.warns(UserWarning, match=r"1 of 1 .*model\.0\.0.*keep .* unmerged"):
+    # The change of the first layer is large enough.
+    adapters.load({"0.0.diff": 300 * change, **{f"{number}.0.diff": change * number for number in range(1, 5)}}, "a")
+    with pytest.warns(UserWarning, match=r"quantising again") as caught:
         adapters.merge("a")
-    assert 0.5 < adapters.requantisation_errors["model.0.0"] < 1.5
-    before = weights.decoded(model[0][0], "weight")
+    (message,) = [str(warning.message) for warning in caught if "quantising again" in str(warning.message)]
+    assert "in 4 of 5 quantised layers" in message
+    assert "more than 50% of their change" in message
+    assert "model.0.0" not in message
+    assert message.count("model.") == 3
+    assert ", and 1 more; call unmerge() and keep the adapters unmerged" in message
+    errors = adapters.requantisation_errors
+    assert errors["model.0.0"] < 0.5
+    worst = max(errors, key=lambda where: errors[where])
+    merged = weights.decoded(model.get_submodule(worst.removeprefix("model.")), "weight")
     adapters.unmerge()
-    kept = ((before - weights.decoded(model[0][0], "weight")) * change).sum() / change.square().sum()
-    assert kept < 0.5
+    wanted = change * int(worst.split(".")[1])
+    rounded = merged - weights.decoded(model.get_submodule(worst.removeprefix("model.")), "weight")
+    assert errors[worst] == pytest.approx(relative_error(rounded, wanted), rel=1e-3)
+    left = float((rounded * wanted).sum() / wanted.square().sum())
+    assert 0 <= left < 0.5
+    assert f"{worst} (error {errors[worst]:.0%}, {left:.0%} of the change left)" in message
+
+
+def test_a_merge_that_keeps_most_of_the_change_does_not_warn(recwarn: pytest.WarningsRecorder) -> None:
+    model = model_of(BY_NAME["bitsandbytes nf4"])
+    load(model, "lora")
+    diffadapt.adapters(model).merge("a")
+    assert [warning for warning in recwarn if "quantising again" in str(warning.message)] == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16], ids=str)

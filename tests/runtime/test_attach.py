@@ -165,3 +165,24 @@ def test_fused_projections_are_refused_before_and_after_loading() -> None:
         models.draw(pipe)
     with pipe.adapters.disabled():
         models.draw(pipe)
+
+
+@torch.no_grad()
+def test_an_adapter_may_have_the_name_of_anything_in_the_bank() -> None:
+    model = nn.Sequential(nn.Linear(4, 4)).requires_grad_(False)
+    adapters, input = diffadapt.adapters(model), torch.ones(1, 4)
+    source = {"0.lora_A.weight": torch.ones(2, 4), "0.lora_B.weight": torch.ones(4, 2)}
+    base = model(input)
+    adapters.load(source, "first")
+    attributes = [name.lstrip("_") for name in vars(model.diffadapt)] + list(vars(model.diffadapt))
+    for name in dict.fromkeys([*attributes, "children", "before_call", "adapters", "reservation"]):
+        adapters.load(source, name, activate=False)
+        adapters.hotswap(name, source)
+        adapters.activate({name: 0.5})
+        assert torch.equal(model.eval()(input), base + 4)
+        adapters.merge(name)
+        torch.testing.assert_close(model(input), base + 4)
+        adapters.unmerge()
+        adapters.remove(name)
+    adapters.clear()
+    assert torch.equal(model(input), base)

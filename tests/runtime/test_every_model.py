@@ -21,10 +21,9 @@ pytestmark = pytest.mark.slow
 
 ROWS = 3
 EVERYWHERE: dict[str, Any] = {
-    "target_modules": ".*",
     # Rotations cannot mix groups, positions are not rows of a batch, and a weight of two layers is not merged.
-    "exclude_modules": r"(.*\.)?(depthwise|conv_depth|position_embeddings?|relative_attention_bias|lm_head|embed_tokens"
-    r"|shared)",
+    "target_modules": r"(?!(.*\.)?(depthwise|conv_depth|position_embeddings?|relative_attention_bias|lm_head"
+    r"|embed_tokens|shared)$).*",
     "init": False,
 }
 CONFIGS: dict[str, AdapterConfig] = {
@@ -38,6 +37,8 @@ ROUTED = {
     "hidream": "is an expert",
     # The rows of the batch are followed by one for the time of pictures to be edited.
     "qwen21": "gets 4 rows of a batch of 3",
+    # Its modulation reads the steps of a sequence, which all rows of the batch share.
+    "minimax-h3": "gets 2 rows of a batch of 3",
 }
 """Models with layers that do not get the rows of the batch -> the message for such layers."""
 

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import InternalTorchDynamoError
 
 import diffadapt
 from diffadapt.runtime.bank import bank_of
+from tests.support.cases import for_each
 from tests.support.compare import relative_error
 
 
@@ -277,15 +279,49 @@ def test_a_layer_is_replaced_in_a_compiled_block() -> None:
         assert torch.equal(target(INPUT), expected)
 
 
-def test_a_layer_is_replaced_in_a_compiled_model() -> None:
-    torch.manual_seed(0)
-    target = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).requires_grad_(False)
-    diffadapt.load_adapter(target, lora(layer="0"), "ink")
-    compiled = torch.compile(target, backend="eager", fullgraph=True)
+def compiled(target: nn.Module, how: str, **options: Any) -> nn.Module:
+    if how == "torch.compile":
+        return torch.compile(target, backend="eager", **options)  # type: ignore[return-value]
+    target.compile(backend="eager", **options)
+    return target
+
+
+@for_each(
+    case=(
+        ("torch.compile", "own model", True, replace_),
+        ("torch.compile", "own model", False, replace_child_),
+        ("torch.compile", "nn.Sequential", True, replace_),
+        ("model.compile", "own model", True, replace_parent_),
+        ("model.compile", "nn.Sequential", True, replace_),
+    )
+)
+def test_a_layer_is_replaced_in_a_compiled_model(case: tuple[str, str, bool, Callable[[Model], None]]) -> None:
+    how, kind, fullgraph, replace = case
+    # torch compiles the hooks of a model of its own classes with the model, and those of other models apart from it.
+    torch._dynamo.reset()
+    target = model() if kind == "own model" else nn.Sequential(model())
+    block = target if isinstance(target, Model) else target[0]
+    adapters = diffadapt.adapters(target)
+    adapters.load(lora(layer="block.first" if block is target else "0.block.first", dora=True), "ink")
+    call = compiled(target, how, fullgraph=fullgraph)
     with torch.no_grad():
-        expected = compiled(INPUT)
-        target[0] = successor(target[0])
-        assert torch.equal(compiled(INPUT), expected)
+        expected = call(INPUT)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            adapters.activate({"ink": 0.5})
+            assert relative_error(call(INPUT), expected) > 0.1
+            adapters.activate({"ink": 1.0})
+            assert torch.equal(call(INPUT), expected)
+        replace(block)
+        assert torch.equal(call(INPUT), expected)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            assert torch.equal(call(INPUT), expected)
+        block.block["first"] = nn.Identity()
+        # Where the check is part of the graph, torch reports the error in one of its own.
+        error = (
+            InternalTorchDynamoError if (how, kind) == ("torch.compile", "nn.Sequential") else diffadapt.AdapterError
+        )
+        with pytest.raises(error, match=r"block.first: this layer was replaced after adapter 'ink'"):
+            call(INPUT)
 
 
 @pytest.mark.filterwarnings("ignore")

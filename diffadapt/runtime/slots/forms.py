@@ -6,7 +6,8 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from diffadapt.runtime.adapter_layer import PATCH_DELTA, AdapterLayer
+from diffadapt.errors import AdapterError
+from diffadapt.runtime.adapter_layer import PATCH_DELTA, AdapterLayer, TermOf
 from diffadapt.types.adapter_type import AdapterType, Stage, Tensors
 from diffadapt.types.full import FULL
 from diffadapt.types.ia3 import IA3
@@ -47,20 +48,31 @@ Forms: TypeAlias = Mapping[str, Sequence[Form]]
 """Module path -> the forms of the adapter layer there."""
 
 
-def lower(layer: AdapterLayer, weight: Callable[[], Tensor], device: torch.device | None = None) -> list[Form]:
+def lower(
+    layer: AdapterLayer,
+    weight: Callable[[], Tensor],
+    device: torch.device | None = None,
+    term_of: TermOf | None = None,
+) -> list[Form]:
     """Return the forms that together compute what an adapter layer computes.
 
     Args:
         layer: the adapter layer. One on the meta device yields forms with meta tensors.
         weight: returns the canonical base weight, as in `adapter_type.Surroundings`.
         device: the device to prepare tensors on; defaults to the device of `layer`.
+        term_of: see `AdapterLayer.prepare`.
     """
     adapter_type, spec = layer.adapter_type, layer.spec
     if adapter_type is LORA and spec.groups == 1 and len(layer._parameters) == 2:
         # The most common case, kept fast: the two factors are the form.
         factors: Any = layer._parameters
         return [rows_form(factors["lora_down"], factors["lora_up"])]
-    tensors = layer.prepare(weight, device=device)
+    if layer.spec.kind == "parameter":
+        raise AdapterError(
+            f"a bare parameter ({layer.parameter}) has no slots: load the adapter with allow_recompile=True, or "
+            "merge it"
+        )
+    tensors = layer.prepare(weight, device=device, term_of=term_of)
     forms: list[Form] = []
     remaining: list[Stage] = [stage for stage in layer.stages if stage not in ("patch", "gain")]
     if "patch" in layer.stages:
@@ -90,4 +102,5 @@ def rows_form(down: Tensor, up: Tensor) -> Form:
 def _slot_form(adapter_type: AdapterType, stages: tuple[Stage, ...], tensors: Tensors) -> Form:
     """Return a form that takes a whole slot, which must have the same type, stages and shapes."""
     shapes = tuple(sorted((name, tuple(tensor.shape)) for name, tensor in tensors.items()))
-    return Form((adapter_type.name, adapter_type.gains_bias, stages, shapes), adapter_type, stages, tensors)
+    key = adapter_type.name, adapter_type.twin_of, adapter_type.gains_bias, stages, shapes
+    return Form(key, adapter_type, stages, tensors)

@@ -18,7 +18,7 @@ have zeros in their tensors and their gates.
 """
 
 import re
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from diffadapt.errors import AdapterError
 from diffadapt.runtime.adapter import LayerTree
+from diffadapt.runtime.adapter_layer import AdapterLayer
 from diffadapt.runtime.slots.forms import ROWS, Form, Forms, rows_form
 from diffadapt.runtime.slots.row_ranges import Rows, first_rows, joined_rows, without_rows
 from diffadapt.runtime.slots.slot import Needs, Seat, Slot
@@ -72,7 +73,7 @@ class Reservation(LayerTree):
 
     @property
     def device(self) -> torch.device:
-        """The device of the slots."""
+        """The device of the slots, or the first of several."""
         return self._gates.device
 
     @property
@@ -111,7 +112,7 @@ class Reservation(LayerTree):
     @torch.no_grad()
     def write(self, forms: Forms, seat: Seat) -> None:
         """Write an adapter into its seat. Its gates become zero."""
-        self._gates.index_fill_(-1, seat.cells, 0.0)
+        self._clear_gates(seat)
         targets: list[Tensor] = []
         sources: list[Tensor] = []
         in_order = (form for layer_forms in forms.values() for form in layer_forms)
@@ -132,7 +133,7 @@ class Reservation(LayerTree):
         """Free the seat of an adapter and return it, or `None` if it has none. The content remains; see `wipe`."""
         seat = self.seated.pop(name, None)
         if seat is not None:
-            self._gates.index_fill_(-1, seat.cells, 0.0)
+            self._clear_gates(seat)
             for slot, rows in seat.taken:
                 slot.__dict__["free"] = joined_rows(slot.free, rows)
         return seat
@@ -162,6 +163,15 @@ class Reservation(LayerTree):
             seat = self.seated[name]
             values = values.to(flat).index_select(-1, seat.layers)
             flat.index_copy_(-1, seat.cells, values.expand(*flat.shape[:-1], -1))
+        self._update_copies()
+
+    def leaves(self) -> Iterator[tuple[str, AdapterLayer]]:
+        """Yield every slot with the module path of its host."""
+        return ((path, slot) for path, slots in self.slots.items() for slot in slots)
+
+    def _clear_gates(self, seat: Seat) -> None:
+        self._gates.index_fill_(-1, seat.cells, 0.0)
+        self._update_copies()
 
     def _free_without(self, names: Iterable[str]) -> dict[Slot, Rows]:
         """Return the rows that are free once these adapters have left, by slot, where they differ from `Slot.free`."""
@@ -209,10 +219,10 @@ class Reservation(LayerTree):
         return Seat(taken, cells.to(device), torch.tensor(layers, dtype=torch.long).repeat_interleave(count).to(device))
 
     def _assign_gates(self, gates: Tensor) -> None:
-        self._gates = gates
+        self._gates, self._copies = gates, {}
         for slots in self.slots.values():
             for slot in slots:
-                cells = gates[..., slot.cells.start : slot.cells.stop]
+                cells = self._gates_for(slot)[..., slot.cells.start : slot.cells.stop]
                 slot.__dict__["gate"] = cells if slot.gates_ranks else cells[..., 0]
 
     def _no_room(self, path: str, form: Form, free: Mapping[Slot, Rows]) -> str:

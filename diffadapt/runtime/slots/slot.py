@@ -38,16 +38,17 @@ class Slot(AdapterLayer):
             form: an example of the forms that will fit; only its shapes and dtypes are used.
             spec: the geometry of the layer.
             rows: the number of rows; 1 unless the key of `form` is `ROWS`.
-            dtype: the dtype to compute in, which all tensors get except those that are float32 or wider in `form`.
+            dtype: the dtype to compute in, which all tensors get except those that are float32 or wider or integers in
+                `form`.
             device: the device of the tensors.
         """
         if form.key == ROWS:
             down, up = (rows, *spec.weight_shape[1:]), (spec.out_features, rows)
             shapes = {"lora_down": (down, dtype), "lora_up": (up, dtype)}
         else:
-            promoted = torch.float32, torch.float64
+            kept = torch.float32, torch.float64, torch.int32, torch.int64
             shapes = {
-                name: (tuple(tensor.shape), tensor.dtype if tensor.dtype in promoted else dtype)
+                name: (tuple(tensor.shape), tensor.dtype if tensor.dtype in kept else dtype)
                 for name, tensor in form.tensors.items()
             }
         tensors = {name: torch.zeros(shape, dtype=own, device=device) for name, (shape, own) in shapes.items()}
@@ -97,7 +98,7 @@ class Slot(AdapterLayer):
     def content(self, form: Form, rows: Rows) -> list[Tensor]:
         """Return the tensors of `form` that go into `views(rows)`, in the same order."""
         if form.key != ROWS:
-            return [form.tensors[name] for name in self._parameters]
+            return [form.tensors[name] for name in self.tensors]
         down, up = form.tensors["lora_down"], form.tensors["lora_up"]
         if len(rows) == 1:
             return [down, up]
