@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -84,7 +84,7 @@ class WeightedLayer:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the adapter's parameters."""
-        return next(iter(self.adapter_layer.parameters())).dtype
+        return self.adapter_layer.dtype
 
     @property
     def reads_base(self) -> bool:
@@ -100,8 +100,15 @@ class WeightedLayer:
 
     def prepare_for_weight(self, weight: Tensor) -> PreparedLayer:
         """Return the adapter layer as `compose.prepare_for_weight` does, but at this strength, not the current one."""
-        gate = torch.tensor(self.adapter_layer.scale * self.strength, dtype=torch.float64).to(weight)
-        return compose.prepare_for_weight(self.adapter_layer, weight)._replace(gate=gate)
+        # Gates are float32 everywhere, so that the LoRA has exactly the effect that the adapter has.
+        gate = torch.tensor(self.adapter_layer.scale * self.strength, dtype=torch.float32).to(weight)
+        return compose.prepare_for_weight(self.adapter_layer, weight, self._term_of)._replace(gate=gate)
+
+    def _term_of(self, sibling: AdapterLayer) -> Tensor:
+        """Return the `joint_term` of a sibling for its own weight without any adapter."""
+        weight = replace(self, adapter_layer=sibling).base("weight")
+        assert weight is not None
+        return sibling.joint_term(sibling.spec.to_stored(weight))
 
 
 Sources: TypeAlias = Mapping[str, Mapping[str, Sequence[WeightedLayer]]]

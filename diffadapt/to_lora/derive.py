@@ -21,9 +21,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffadapt.errors import AdapterError, naming
+from diffadapt.progress import with_progress
 from diffadapt.runtime.adapter import Adapter
 from diffadapt.runtime.adapter_layer import AdapterLayer
 from diffadapt.runtime.attach import attach_, detach_
@@ -88,7 +89,7 @@ def derive_(
     make = maker(sources)
     for component, paths in sources.items():
         loras: dict[str, AdapterLayer] = {}
-        for path, layers in paths.items():
+        for path, layers in with_progress(paths.items(), f"converting {component}"):
             where = f"{component}.{path}"
             with naming(where):
                 lora, row = _converted(where, layers, make)
@@ -139,8 +140,32 @@ def _converted(where: str, layers: Sequence[WeightedLayer], make: Maker) -> tupl
     Args:
         where: component and module path, for the report.
     """
-    change, (factors, exact) = make(layers)
-    spec, types = change.spec, tuple(sorted({layer.adapter_layer.adapter_type.name for layer in layers}))
+    change, approximation = make(layers)
+    types = tuple(sorted({layer.adapter_layer.adapter_type.name for layer in layers}))
+    stored, row = stored_lora(where, types, change, approximation)
+    if stored is None:
+        return None, row
+    return AdapterLayer(LORA, change.spec, stored, alpha=float(stored["lora_down"].shape[0])), row
+
+
+def stored_lora(
+    where: str, types: tuple[str, ...], change: Change, approximation: Approximation
+) -> tuple[dict[str, Tensor] | None, ConvertedLayer]:
+    """Return the tensors of a LoRA with the scale 1 in the dtype of the change, and the report on it.
+
+    Args:
+        where: component and module path, for the report.
+        types: the adapter types that the change comes from, for the report.
+        change: the change that is wanted.
+        approximation: the factors that stand for it.
+
+    Returns:
+        `None` for the tensors if the change is zero.
+
+    Raises:
+        AdapterError: a LoRA cannot hold the change, or its dtype cannot.
+    """
+    (factors, exact), spec = approximation, change.spec
     if change.bias is not None and spec.kind == "embedding":
         raise AdapterError("the bias changes, but a LoRA on an embedding has no bias")
     if not factors.rank and change.bias is None:
@@ -160,7 +185,6 @@ def _converted(where: str, layers: Sequence[WeightedLayer], make: Maker) -> tupl
     stored = {name: tensor.to(change.dtype).contiguous() for name, tensor in tensors.items()}
     if not all(tensor.isfinite().all() for tensor in stored.values()):
         raise AdapterError(f"the LoRA would have values that {change.dtype} cannot hold")
-    lora = AdapterLayer(LORA, spec, stored, alpha=float(stored["lora_down"].shape[0]))
     rounded = Factors(*(stored[n].to(f).view_as(f) for n, f in zip(("lora_up", "lora_down"), factors, strict=True)))
     error = change.distance(rounded) / (change.norm or 1.0)
-    return lora, ConvertedLayer(where, types, factors.rank, exact, error, change.norm)
+    return stored, ConvertedLayer(where, types, factors.rank, exact, error, change.norm)
