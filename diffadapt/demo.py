@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
+from PIL import Image
 
 from diffadapt.errors import AdapterError
+from diffadapt.picture_grid import labelled_grid
+from diffadapt.progress import with_progress
 from diffadapt.strengths.by_prefix import Strength
 
 PROMPTS = (
@@ -20,9 +21,6 @@ PROMPTS = (
     "a green triangle on a black background",
 )
 _STEPS = 20
-_ZOOM = 2
-_LABEL_WIDTH = 160
-_MARGIN = 6
 
 
 @dataclass(frozen=True)
@@ -76,18 +74,14 @@ def _draw(pipe: Any, names: Sequence[str]) -> list[Row]:
     plan: list[tuple[str, dict[str, Strength]]] = [("no adapter", {})]
     plan.extend((name, {name: 1.0}) for name in names)
     subject, style = ("critter", "ink") if {"critter", "ink"} <= set(names) else (names[0], names[-1])
-    plan.append((f"{subject} 1.0 + {style} 0.8", {subject: 1.0, style: 0.8}))
-    plan.extend((f"{style} at scale {scale:g}", {style: scale}) for scale in (0.0, 0.5, 1.0))
+    plan.append((f"{subject} 1.0\n+ {style} 0.8", {subject: 1.0, style: 0.8}))
+    plan.extend((f"{style}\nat scale {scale:g}", {style: scale}) for scale in (0.0, 0.5, 1.0))
     rows: list[Row] = []
-    with tqdm(total=len(plan) + 1, unit="row", desc="drawing") as progress:
-        for label, active in plan:
-            pipe.adapters.activate(active)
-            rows.append(Row(label, _generate(pipe)))
-            progress.update()
-        pipe.adapters.clear()
-        rows.append(Row("all removed", _generate(pipe)))
-        progress.update()
-    return rows
+    for label, active in with_progress(plan, "drawing", "row"):
+        pipe.adapters.activate(active)
+        rows.append(Row(label, _generate(pipe)))
+    pipe.adapters.clear()
+    return [*rows, Row("all removed", _generate(pipe))]
 
 
 def _generate(pipe: Any) -> np.ndarray[Any, Any]:
@@ -99,18 +93,6 @@ def _generate(pipe: Any) -> np.ndarray[Any, Any]:
 
 def grid(rows: Sequence[Row]) -> Image.Image:
     """Return a picture of all rows, each after its label, with the prompts above the columns."""
-    size = rows[0].pictures.shape[1] * _ZOOM
-    step = size + _MARGIN
-    grid = Image.new("RGB", (_LABEL_WIDTH + step * len(PROMPTS), 40 + step * len(rows)), "white")
-    draw = ImageDraw.Draw(grid)
-    font = ImageFont.load_default(size=13)
-    for column, prompt in enumerate(PROMPTS):
-        label = prompt.replace(" on a ", "\n")
-        draw.text((_LABEL_WIDTH + column * step, 6), label, fill="black", font=font)
-    for index, row in enumerate(rows):
-        top = 40 + index * step
-        draw.text((8, top + size // 2 - 6), row.label, fill="black", font=font)
-        for column, picture in enumerate(row.pictures):
-            image = Image.fromarray((picture * 255).round().astype(np.uint8))
-            grid.paste(image.resize((size, size), Image.Resampling.NEAREST), (_LABEL_WIDTH + column * step, top))
-    return grid
+    pictures = [[Image.fromarray((each * 255).round().astype(np.uint8)) for each in row.pictures] for row in rows]
+    prompts = [prompt.replace(" on a ", "\non a ") for prompt in PROMPTS]
+    return labelled_grid(pictures, [row.label for row in rows], prompts)

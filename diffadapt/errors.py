@@ -43,6 +43,14 @@ class LoadError(AdapterError):
         self.faults = faults or []
 
 
+class UsageError(AdapterError):
+    """A mistake in an option of a training run, a folder or a caption. The message says what to change."""
+
+
+class Diverged(AdapterError):
+    """The loss of a training run is not finite. The message says in which step, and what to change."""
+
+
 @contextmanager
 def naming(where: str) -> Generator[None, None, None]:
     """Prefix the message of an `AdapterError` raised in the `with` block with `where`, the path of a layer."""

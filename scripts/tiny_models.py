@@ -4,7 +4,9 @@ A CLIP tokenizer and text encoder (0.15 M parameters), a UNet (4.2 M) over 16 x 
 64 x 64 pictures. In half precision they take 11 MB together.
 """
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -30,6 +32,14 @@ def build_tokenizer() -> CLIPTokenizer:
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     numbered = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
     return CLIPTokenizer(vocab=numbered, merges=list(merges), model_max_length=77)
+
+
+def write_vocabulary(folder: Path) -> None:
+    """Write the vocabulary and the merges of the tokenizer in `folder`, which transformers 4 reads, next to it."""
+    model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
+    merges = (merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"])
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
 
 
 def _byte_symbols() -> list[str]:

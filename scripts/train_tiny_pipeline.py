@@ -31,6 +31,7 @@ from tiny_models import (
     build_unet,
     build_vae,
     seeded,
+    write_vocabulary,
 )
 from tiny_training import Run, train
 from tiny_world import (
@@ -257,6 +258,7 @@ def export(run: Run, output: Path) -> None:
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(output)
+    write_vocabulary(output / "tokenizer")
 
 
 # --- command line -----------------------------------------------------------------------------------------

@@ -69,9 +69,10 @@ class EncodePromptHook:
                 banks.append(bank)
             if bank.call.samples:
                 _count_prompts(bank.call, bound)
+            bank.call.by_rows = False
             if not is_text_encoder(name):
                 _count_images(bank.call, bound)
-                if bank.call.samples and not bank.call.knows_images and _is_compiled(self.pipe.components[name]):
+                if bank.call.samples and not bank.call.images and _is_compiled(self.pipe.components[name]):
                     raise AdapterError(
                         "per_sample: this pipeline does not say how many images it draws of each prompt; pass images="
                     )
@@ -132,7 +133,7 @@ def _count_images(call: CallState, bound: inspect.BoundArguments) -> None:
     given = [bound.arguments.get(name, parameters[name].default) for name in _IMAGES if name in parameters]
     images = given[0] if given and isinstance(given[0], int) else 1
     if call.asks_images:
-        call.images, call.knows_images = images, bool(given)
+        call.images = images if given or not call.samples else 0
     elif given and images != call.images:
         raise AdapterError(
             f"per_sample: images is {call.images}, but the pipeline draws {images} images of each prompt; leave images "

@@ -1,21 +1,61 @@
 """diffusers' own methods for adapters, such as `set_adapters` and `unload_lora_weights`, on a pipeline with adapters.
 
-diffusers knows only the adapters that peft put into the models. While a pipeline carries adapters of this library, its
-methods also serve those where they mean the same, and say what to call where they do not. A name that is not one of
-ours is left to diffusers.
+diffusers knows only the adapters that peft put into the models. On a pipeline whose models carry adapters of this
+library, its methods also serve those where they mean the same, and say what to call where they do not. A name that is
+not one of ours is left to diffusers.
 """
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from diffadapt.errors import AdapterError
 from diffadapt.management.manager import Adapters
+from diffadapt.pipelines.base_classes import PIPELINE_CLASSES
 from diffadapt.pipelines.components import components_of
 from diffadapt.runtime.bank import bank_of
 from diffadapt.strengths.by_prefix import Strength
+
+_DISABLED: WeakKeyDictionary[Any, dict[str, Strength]] = WeakKeyDictionary()
+"""Pipeline -> the adapters that `disable_lora` switched off, for `enable_lora`."""
+
+
+def serve_diffusers_methods(adapters_of: Callable[[Any], Adapters]) -> None:
+    """Make diffusers' adapter methods serve the adapters of this library, in all pipelines that are imported.
+
+    A pipeline may share models with one that carries adapters, so this is done for the classes.
+
+    Args:
+        adapters_of: returns the adapters of a pipeline.
+    """
+    # In the classes derived from these, they come before those that have the methods of diffusers.
+    for module, name in PIPELINE_CLASSES.items():
+        base = getattr(sys.modules.get(module), name, None)
+        if base is None:
+            # Not imported yet.
+            continue
+        for method in _METHODS:
+            if method not in vars(base):
+                setattr(base, method, _Served(base, method, adapters_of))
+
+
+class _Served:
+    """The attribute `name` of pipelines: diffusers' own method, or ours if a model of the pipeline has adapters."""
+
+    def __init__(self, base: type, name: str, adapters_of: Callable[[Any], Adapters]) -> None:
+        self.base = base
+        self.name = name
+        self.adapters_of = adapters_of
+
+    def __get__(self, pipe: Any, owner: type) -> Any:
+        theirs = getattr(super(self.base, owner if pipe is None else pipe), self.name)
+        if pipe is None or all(bank_of(model) is None for model in components_of(pipe).values()):
+            return theirs
+        return _Method(DiffusersMethods(pipe, partial(self.adapters_of, pipe)), self.name, theirs)
 
 
 class DiffusersMethods:
@@ -23,25 +63,11 @@ class DiffusersMethods:
 
     Attributes:
         adapters: returns the adapters of this library.
-        disabled: the adapters that `disable_lora` switched off, for `enable_lora`.
     """
 
     def __init__(self, pipe: Any, adapters: Callable[[], Adapters]) -> None:
         self.pipe = pipe
         self.adapters = adapters
-        self.disabled: dict[str, Strength] = {}
-
-    @classmethod
-    def install(cls, pipe: Any, adapters: Callable[[], Adapters]) -> None:
-        """Replace the methods while a model of `pipe` carries adapters, else restore them."""
-        adapted = any(bank_of(model) is not None for model in components_of(pipe).values())
-        methods = cls(pipe, adapters) if adapted else None
-        for name in _METHODS:
-            present = pipe.__dict__.get(name)
-            if methods is None and isinstance(present, _Method):
-                del pipe.__dict__[name]
-            elif methods is not None and present is None and hasattr(type(pipe), name):
-                pipe.__dict__[name] = _Method(methods, name)
 
     def theirs(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Call the method of diffusers if peft put adapters into a model of the pipeline, else return `None`."""
@@ -76,7 +102,7 @@ class DiffusersMethods:
             else:
                 others[name] = weight
         adapters.activate(ours)
-        self.disabled = {}
+        _DISABLED.pop(self.pipe, None)
         if others:
             self.theirs("set_adapters", list(others), list(others.values()))
 
@@ -84,15 +110,16 @@ class DiffusersMethods:
         adapters = self.adapters()
         active = adapters.active
         adapters.activate({})
-        self.disabled = active or self.disabled
+        if active:
+            _DISABLED[self.pipe] = dict(active)
         self.theirs("disable_lora")
 
     def enable_lora(self) -> None:
         adapters = self.adapters()
-        waiting = {name: strength for name, strength in self.disabled.items() if name in adapters}
+        disabled = _DISABLED.pop(self.pipe, {})
+        waiting = {name: strength for name, strength in disabled.items() if name in adapters}
         if waiting:
             adapters.activate({**adapters.active, **waiting})
-        self.disabled = {}
         self.theirs("enable_lora")
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
@@ -161,16 +188,13 @@ class _Method:
     Attributes:
         methods: the replacements, of which this is one.
         name: the name of the method.
+        __wrapped__: the original method, whose parameters `inspect` shows.
     """
 
-    def __init__(self, methods: DiffusersMethods, name: str) -> None:
+    def __init__(self, methods: DiffusersMethods, name: str, original: Callable[..., Any]) -> None:
         self.methods = methods
         self.name = name
-
-    @property
-    def __wrapped__(self) -> Callable[..., Any]:
-        """The original method, whose parameters `inspect` shows."""
-        return partial(getattr(type(self.methods.pipe), self.name), self.methods.pipe)
+        self.__wrapped__ = original
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return getattr(self.methods, self.name)(*args, **kwargs)

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterable
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from diffadapt.pipelines.components import (
     tokenizers_of,
     unwrapped,
 )
-from diffadapt.pipelines.diffusers_methods import DiffusersMethods
+from diffadapt.pipelines.diffusers_methods import serve_diffusers_methods
 from diffadapt.strengths.by_prefix import Strength
 
 
@@ -46,6 +45,7 @@ def load_adapter(
     activate: bool = True,
     allow_recompile: bool = False,
     format: str | None = None,
+    trainable: bool = False,
 ) -> Report:
     """Load an adapter into this pipeline. It joins the adapters that are active already.
 
@@ -72,6 +72,8 @@ def load_adapter(
         allow_recompile: after `prepare_hotswap`, if the slots have no room for the adapter, run it outside the slots,
             which recompiles a compiled model, instead of raising an error.
         format: format of the file ("kohya", "diffusers", ...); recognised by default.
+        trainable: whether to train the adapter on: its parameters are float32 and require gradients, and the dropout
+            that the file was trained with acts in training mode.
 
     Returns:
         Which tensors of the file are used, and why others are not.
@@ -93,6 +95,7 @@ def load_adapter(
         activate=activate,
         allow_recompile=allow_recompile,
         format=format,
+        trainable=trainable,
     )
 
 
@@ -101,7 +104,11 @@ def adapters_of(owner: Any) -> Adapters:
 
     Args:
         owner: a pipeline, or a model; wrappers of `torch.compile` and data parallelism are looked through.
+
+    Raises:
+        AdapterError: `owner` is neither.
     """
+    serve_diffusers_methods(adapters_of)
     if isinstance(owner, nn.Module):
         model = unwrapped(owner)
         try:
@@ -110,13 +117,15 @@ def adapters_of(owner: Any) -> Adapters:
             role = "text_encoder_2"
         # The component name matters for saving: a file is loaded again by it.
         return Adapters(Owner(lambda: {role: model}, qualified=False))
-    _install_hooks(owner)
+    if not hasattr(owner, "components"):
+        raise AdapterError(f"a {type(owner).__name__} carries no adapters, expected a pipeline or a model (nn.Module)")
+    EncodePromptHook.install(owner)
     return Adapters(
         Owner(
             lambda: components_of(owner),
             tokenizers=lambda: tokenizers_of(owner),
             empty=lambda: empty_components_of(owner),
-            changed=lambda: _install_hooks(owner),
+            changed=lambda: EncodePromptHook.install(owner),
             counts_prompts=True,
             feeds_control=feeds_control(owner),
             follow=lambda listener: ProgressBarHook.install(owner, listener),
@@ -124,15 +133,9 @@ def adapters_of(owner: Any) -> Adapters:
     )
 
 
-def _install_hooks(pipe: Any) -> None:
-    """Replace the methods of `pipe` that have to know of its adapters, or restore them if it carries none."""
-    EncodePromptHook.install(pipe)
-    DiffusersMethods.install(pipe, partial(adapters_of, pipe))
-
-
 def load_adapter_into_model(
-    model: nn.Module,
-    source: Source,
+    model: Any,
+    source: Source | Plan,
     name: str | None = None,
     *,
     adapter_name: str | None = None,
@@ -148,17 +151,20 @@ def load_adapter_into_model(
     dtype: torch.dtype | None = None,
     activate: bool = True,
     format: str | None = None,
+    trainable: bool = False,
 ) -> Report:
-    """Load an adapter into a single model. It joins the adapters that are active already.
+    """Load an adapter into a single model, or into a pipeline. It joins the adapters that are active already.
+
+    For a pipeline this is `pipe.load_adapter`, in a form that type checkers know.
 
     Args:
-        model: a UNet, a transformer, a text encoder, ...
+        model: a UNet, a transformer, a text encoder, ..., or a pipeline.
         source: path of a file or folder, hub id, or a state dict. Tensors of a state dict are not changed, but not
             copied either where dtype and device fit, so do not write into them afterwards.
         name: name of the adapter; defaults to the file name, or to "default_0", "default_1", ... for a state dict.
         adapter_name: the same as `name`, as diffusers calls it.
         component: the part of a file for a whole pipeline that is loaded ("unet", "text_encoder_2", ...); defaults to
-            the one that models of this class are. The rest of the file is ignored.
+            the one that models of this class are, and to all of a pipeline. The rest of the file is ignored.
         scale: strength of the adapter: a number, or module path prefix -> number ("up_blocks": 0.5).
         weight_name: name of the file in a folder or hub repository with several.
         subfolder: folder of the file in a hub repository or local folder.
@@ -170,6 +176,8 @@ def load_adapter_into_model(
         dtype: dtype of the adapter's parameters; defaults to the dtype the model computes in.
         activate: whether the adapter acts at once; with `False` it is only loaded.
         format: format of the file ("kohya", "diffusers", ...); recognised by default.
+        trainable: whether to train the adapter on: its parameters are float32 and require gradients, and the dropout
+            that the file was trained with acts in training mode.
 
     Returns:
         Which tensors of the file are used, and why others are not.
@@ -179,8 +187,14 @@ def load_adapter_into_model(
             cannot be told from the class of the model. The model is exactly as it was before.
     """
     where = Location(weight_name, subfolder, revision, token, cache_dir, local_files_only)
-    role = component or role_of(model)
-    adapters = Adapters(Owner(lambda: {role: unwrapped(model)}, qualified=False))
+    if isinstance(model, nn.Module):
+        role = component or role_of(model)
+        components = [role]
+        serve_diffusers_methods(adapters_of)
+        adapters = Adapters(Owner(lambda: {role: unwrapped(model)}, qualified=False))
+    else:
+        components = None if component is None else [component]
+        adapters = adapters_of(model)
     return adapters.load(
         source,
         name,
@@ -190,6 +204,7 @@ def load_adapter_into_model(
         strict=strict,
         dtype=dtype,
         activate=activate,
-        components=[role],
+        components=components,
         format=format,
+        trainable=trainable,
     )

@@ -8,10 +8,7 @@ import warnings
 from collections.abc import Sequence
 from types import ModuleType
 
-_OWNERS = {
-    "diffusers.pipelines.pipeline_utils": "DiffusionPipeline",
-    "diffusers.modular_pipelines.modular_pipeline": "ModularPipeline",
-}
+from diffadapt.pipelines.base_classes import PIPELINE_CLASSES
 
 
 def install() -> None:
@@ -19,8 +16,8 @@ def install() -> None:
 
     Pipelines take a second to import, so classes that are not imported yet get the names when they are.
     """
-    waiting = {module: owner for module, owner in _OWNERS.items() if module not in sys.modules}
-    for module, owner in _OWNERS.items():
+    waiting = {module: owner for module, owner in PIPELINE_CLASSES.items() if module not in sys.modules}
+    for module, owner in PIPELINE_CLASSES.items():
         if module not in waiting:
             _extend(getattr(sys.modules[module], owner))
     if waiting:
@@ -42,6 +39,14 @@ def _extend(owner: type) -> None:
                 f"use diffadapt.{'adapters(pipe)' if name == 'adapters' else 'load_adapter(pipe, ...)'}",
                 stacklevel=2,
             )
+
+
+def _serve_adapted_models() -> None:
+    """Let diffusers' adapter methods serve models that got adapters before their pipelines were imported."""
+    from diffadapt.pipelines.diffusers_methods import serve_diffusers_methods
+    from diffadapt.pipelines.entry import adapters_of
+
+    serve_diffusers_methods(adapters_of)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -69,6 +74,7 @@ class _Finder(importlib.abc.MetaPathFinder):
             def exec_module(module: ModuleType) -> None:
                 execute(module)
                 _extend(getattr(module, owner))
+                _serve_adapted_models()
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

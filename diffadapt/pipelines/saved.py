@@ -36,6 +36,17 @@ def models_of(folder: str | os.PathLike[str]) -> dict[str, nn.Module]:
     return found
 
 
+def model_of(folder: str | os.PathLike[str]) -> nn.Module | None:
+    """Return the model on the meta device that the `config.json` in a folder describes; `None` if there is none."""
+    config = read_config(Path(folder).expanduser() / "config.json")
+    if config is None:
+        return None
+    if "_class_name" in config:
+        return _model("diffusers", str(config["_class_name"]), config)
+    classes = config.get("architectures") or [""]
+    return _model("transformers", str(classes[0]), config)
+
+
 def _model(library: str, name: str, config: Mapping[str, Any]) -> nn.Module | None:
     """Return a model without weights, or `None` if the class is no model of diffusers or transformers."""
     if library not in ("diffusers", "transformers"):

@@ -33,6 +33,9 @@ def write(folder: Path) -> None:
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target)
+    shutil.copytree(EXAMPLES / "dreambooth" / "data" / "critter", folder / "my-dog")
+    shutil.copytree(TINY, folder / "base", ignore=shutil.ignore_patterns("adapters"))
+    diffadapt.merge_files(folder / "base", [(SHIPPED["pixel.safetensors"], 1.0)], folder / "tuned")
     torch.save(load_file(SHIPPED["pixel.safetensors"]), folder / "old.bin")
     save_file(_flux(), folder / "flux-kohya.safetensors")
     pipe = StableDiffusionPipeline.from_pretrained(TINY)

@@ -1,10 +1,12 @@
 """diffusers' own adapter methods on a pipeline with our adapters, and adapters of peft in the same models."""
 
+import inspect
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, StableDiffusionImg2ImgPipeline
+from diffusers.loaders.lora_base import LoraBaseMixin
 from torch import Tensor, nn
 
 import diffadapt
@@ -130,3 +132,33 @@ def test_a_pipeline_without_adapters_keeps_its_methods(pipe: Any) -> None:
     assert not {"set_adapters", "unload_lora_weights", "encode_prompt"} & set(vars(pipe))
     with_peft(pipe, 2)
     assert pipe.get_active_adapters() == ["theirs"]
+
+
+def test_pipelines_that_share_an_adapted_model_serve_its_adapters(pipe: Any) -> None:
+    """Whether they were made before or after, and although nobody asked for their `adapters`."""
+    earlier = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+    pipe.load_adapter(file_for(pipe, 4), "a")
+    later = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+    adapted = models.draw(pipe)
+    for other in (earlier, later):
+        assert other.get_active_adapters() == ["a"]
+        assert list(inspect.signature(other.set_adapters).parameters) == ["adapter_names", "adapter_weights"]
+        other.disable_lora()
+        assert pipe.adapters.active == {}
+        assert_differs(models.draw(pipe), adapted, 1e-3)
+        other.enable_lora()
+        other.set_adapters("a", 0.5)
+        assert pipe.adapters.active == {"a": 0.5}
+    earlier.unload_lora_weights()
+    assert pipe.adapters.names == []
+    assert type(later).set_adapters is LoraBaseMixin.set_adapters
+    later.unload_lora_weights()
+
+
+def test_pipelines_without_lora_in_diffusers_do_not_get_its_methods() -> None:
+    model = models.unet_sd15()
+    pipe = DDPMPipeline(model, DDPMScheduler())
+    diffadapt.add_adapter(model, diffadapt.LoraConfig(rank=2, target_modules=["to_q"]), "a")
+    assert pipe.adapters.names == ["a"]
+    assert not hasattr(pipe, "set_adapters")
+    assert not hasattr(DiffusionPipeline, "set_adapters")

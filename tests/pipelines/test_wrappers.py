@@ -9,6 +9,9 @@ from torch.nn.parallel import DataParallel
 
 import diffadapt
 from diffadapt.runtime.components import unwrapped
+from tests.support import loras, models, spellings
+from tests.support.compare import assert_differs
+from tests.support.models import draw
 
 
 class Engine(nn.Module):
@@ -65,3 +68,33 @@ def test_a_model_with_a_layer_called_module_is_no_wrapper() -> None:
 
     model = WithParameter()
     assert unwrapped(model) is model
+
+
+@pytest.mark.slow
+def test_components_of_a_pipeline_may_be_wrapped() -> None:
+    class Forwarding(Engine):
+        """A wrapper that shows the attributes of the model inside."""
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return self.module(*args, **kwargs)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._modules["module"], name) if name not in self._modules else super().__getattr__(name)
+
+    plain, pipe = models.sd15(), models.sd15()
+    base = draw(plain)
+    source = spellings.peft_names(loras.parts_for(plain, ("unet", "text_encoder")))
+    inside = {name: getattr(pipe, name) for name in ("unet", "text_encoder")}
+    for name, model in inside.items():
+        setattr(pipe, name, Forwarding(model))
+    for owner in (plain, pipe):
+        owner.load_adapter(source, "a")
+        owner.adapters.activate({"a": 0.5})
+    assert_differs(draw(plain), base)
+    assert torch.equal(draw(pipe), draw(plain))
+    assert all(diffadapt.adapters(model).names == ["a"] for model in inside.values())
+    for act in ("merge", "unmerge", "clear"):
+        for owner in (plain, pipe):
+            getattr(owner.adapters, act)()
+        assert torch.equal(draw(pipe), draw(plain))
+    assert torch.equal(draw(pipe), base)

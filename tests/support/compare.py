@@ -61,4 +61,4 @@ def _equal(left: Any, right: Any) -> bool:
         return left == right
     # Compare bits, not values: NaN equals itself, and 0.0 differs from -0.0.
     is_alike = left.dtype == right.dtype and left.shape == right.shape
-    return is_alike and torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8))
+    return is_alike and torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in (left, right)))

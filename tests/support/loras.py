@@ -3,15 +3,19 @@
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from diffusers import DiffusionPipeline, ModularPipeline
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    # diffusers 0.33 has none.
+    from diffusers import ModularPipeline
 
 ATTENTION = r"(to_[qkv]|to_out\.0|[qkv]_proj|out_proj)"
 
-P = TypeVar("P", DiffusionPipeline, ModularPipeline)
+P = TypeVar("P", DiffusionPipeline, "ModularPipeline")
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ def layers_of(model: nn.Module, pattern: str = ATTENTION) -> dict[str, Layer]:
 
 
 def parts_for(
-    pipe: DiffusionPipeline | ModularPipeline,
+    pipe: "DiffusionPipeline | ModularPipeline",
     components: tuple[str, ...] = ("unet", "text_encoder"),
     pattern: str = ATTENTION,
     rank: int = 4,

@@ -4,11 +4,15 @@ Structure and module names are those of the published models, so that the names 
 a pipeline takes a fraction of a second, and needs neither network nor files.
 """
 
+import json
 import string
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -17,11 +21,9 @@ from diffusers import (
     FluxControlPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
-    ModularPipeline,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
-    StableDiffusionXLAutoBlocks,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
@@ -36,6 +38,11 @@ from transformers import (
     T5Tokenizer,
 )
 
+if TYPE_CHECKING:
+    # diffusers 0.33 has none.
+    from diffusers import ModularPipeline
+
+TRANSFORMERS = int(transformers.__version__.split(".")[0])
 WIDTH = 32
 PROMPT = "a fox"
 
@@ -44,7 +51,13 @@ def clip_tokenizer() -> CLIPTokenizer:
     """Return a tokenizer of letters, letters at the end of a word, and the two special tokens, without merges."""
     tokens = [*string.ascii_lowercase, *(f"{letter}</w>" for letter in string.ascii_lowercase)]
     vocabulary = {token: index for index, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
-    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=16)
+    if TRANSFORMERS >= 5:
+        return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=16)
+    with TemporaryDirectory() as folder:
+        files = Path(folder, "vocab.json"), Path(folder, "merges.txt")
+        for file, content in zip(files, (json.dumps(vocabulary), "#version: 0.2\n"), strict=True):
+            file.write_text(content, encoding="utf-8")
+        return CLIPTokenizer(*map(str, files), model_max_length=16)
 
 
 def t5_tokenizer() -> T5Tokenizer:
@@ -192,7 +205,9 @@ def sdxl() -> StableDiffusionXLPipeline:
     return pipe
 
 
-def sdxl_modular() -> ModularPipeline:
+def sdxl_modular() -> "ModularPipeline":
+    from diffusers import StableDiffusionXLAutoBlocks
+
     whole = sdxl()
     pipe = StableDiffusionXLAutoBlocks().init_pipeline()
     pipe.update_components(**{name: part for name, part in whole.components.items() if part is not None})
@@ -250,12 +265,12 @@ def sd15_full() -> StableDiffusionPipeline:
 FAMILIES: dict[str, Callable[[], DiffusionPipeline]] = {"sd15": sd15, "sdxl": sdxl, "sd3": sd3, "flux": flux}
 
 
-def draw(pipe: DiffusionPipeline | ModularPipeline, **options: Any) -> Tensor:
+def draw(pipe: "DiffusionPipeline | ModularPipeline", **options: Any) -> Tensor:
     """Return the latents of one picture, always from the same noise."""
     options = {"prompt": PROMPT, "num_inference_steps": 2, "height": 16, "width": 16, **options}
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        if isinstance(pipe, ModularPipeline):
+        if not isinstance(pipe, DiffusionPipeline):
             latents: Any = pipe(generator=generator, output="latents", output_type="latent", **options)
             return latents
         return pipe(generator=generator, output_type="latent", **{"guidance_scale": 1.0, **options}).images

@@ -1,6 +1,8 @@
 """The `diffadapt` command."""
 
+import io
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -11,7 +13,7 @@ import pytest
 import diffadapt
 from diffadapt.cli import main
 
-TINY = Path(__file__).parents[1] / "examples" / "tiny_pipeline"
+TINY = Path(__file__).parents[2] / "examples" / "tiny_pipeline"
 INK = str(TINY / "adapters" / "ink.safetensors")
 
 
@@ -48,6 +50,63 @@ def test_a_report_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert report["unused"] == []
 
 
+def test_what_was_converted_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = str(tmp_path / "ink.safetensors")
+    assert main(["convert", INK, output, "--to", "kohya", "--pipeline", str(TINY), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"output": output, "format": "kohya"}
+
+
+@pytest.mark.parametrize(
+    ("terminal", "environment", "is_red"),
+    [(True, {}, True), (False, {}, False), (True, {"NO_COLOR": "1"}, False), (True, {"TERM": "dumb"}, False)],
+)
+def test_colours_are_for_terminals_that_want_them(
+    terminal: bool, environment: dict[str, str], is_red: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stream(io.StringIO):
+        def isatty(self) -> bool:
+            return terminal
+
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "stderr", Stream())
+    assert main(["inspect", "nothing.safetensors"]) == 1
+    assert sys.stderr.getvalue().startswith("\033[31mdiffadapt:\033[0m" if is_red else "diffadapt:")
+
+
+def test_exit_statuses_are_in_the_help_and_in_the_documents(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([]) == 0
+    listed = re.findall(r"^  (\d+) ", capsys.readouterr().out.partition("exit status:")[2], re.MULTILINE)
+    page = (TINY.parents[1] / "docs" / "command-line.md").read_text(encoding="utf-8")
+    assert listed == re.findall(r"^\| (\d+) \|", page, re.MULTILINE) == ["0", "1", "2", "130"]
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("diffadapt.pipelines.inspection.inspect", interrupted)
+    assert main(["inspect", INK]) == 130
+
+
+def test_warnings_that_other_libraries_log_stay_off_the_screen_and_ours_do_not(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def warn(*_: object, **__: object) -> str:
+        for name in ("transformers.models", "diffusers", "diffadapt.formats"):
+            logging.getLogger(name).warning("from %s", name)
+        return "done"
+
+    monkeypatch.setattr("diffadapt.pipelines.inspection.inspect", warn)
+    levels = [logging.getLogger(name).level for name in ("diffusers", "transformers")]
+    assert main(["inspect", INK]) == 0
+    assert "from diffadapt.formats" in caplog.text
+    assert "from diffusers" not in caplog.text
+    assert [logging.getLogger(name).level for name in ("diffusers", "transformers")] == levels
+
+
 def test_converting_for_a_saved_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "ink.safetensors"
     assert main(["convert", INK, str(output), "--to", "kohya", "--pipeline", str(TINY)]) == 0
@@ -62,6 +121,7 @@ def test_converting_for_a_saved_pipeline(tmp_path: Path, capsys: pytest.CaptureF
         (["inspect", "nothing/ikn.safetensors"], "no folder nothing"),
         (["inspect", INK.replace("ink", "ikn")], "did you mean .*ink.safetensors"),
         (["inspect", str(TINY / "adapters")], "pass --weight_name with one of critter.safetensors, ink.safetensors"),
+        (["merge", str(TINY), str(TINY / "adapters"), "merged"], "several files; pass the path of one of critter"),
         (["inspect", INK, "--family", "sdx"], "sd, .*sdxl"),
         (["inspect", INK, "--pipeline", str(TINY / "unet")], "no saved pipeline"),
     ],

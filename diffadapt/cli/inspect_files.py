@@ -1,0 +1,35 @@
+"""`diffadapt inspect`: explain an adapter file without loading it."""
+
+import json
+from argparse import ArgumentParser, Namespace
+
+from diffadapt.cli.command import Command, add_source, report_as_json, source_arguments
+
+
+def _add_options(parser: ArgumentParser) -> None:
+    add_source(parser)
+    parser.add_argument("--metadata", action="store_true", help="also print the file's metadata")
+    parser.add_argument("--plot", metavar="PICTURE", help="draw where the adapter acts, by block and projection")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON, with the metadata")
+
+
+def _run(options: Namespace) -> None:
+    from diffadapt.pipelines.inspection import inspect
+    from diffadapt.pipelines.saved import models_of
+
+    target = None if options.pipeline is None else models_of(options.pipeline)
+    report = inspect(options.file, target, **source_arguments(options))
+    if options.plot is not None:
+        from diffadapt.on_disk.plots import plot_sizes
+
+        plot_sizes(options.file, options.plot, models=target, **source_arguments(options))
+    if options.json:
+        print(json.dumps(report_as_json(report), indent=2, ensure_ascii=False))
+        return
+    print(report)
+    if options.metadata:
+        for key, value in report.metadata.items():
+            print(f"  {key} = {value}")
+
+
+INSPECT = Command("inspect", "explain an adapter file without loading it", _add_options, _run)
