@@ -53,11 +53,11 @@ def write(path: str | os.PathLike[str], documents: Mapping[str, Document]) -> Pa
 
 
 def publish(temporary: Path, target: Path) -> None:
-    """Give a complete temporary file the name `target`, and the permissions of an ordinary file."""
-    # mkstemp creates private files; an adapter is an ordinary file under the user's umask.
+    """Give a complete temporary file or folder the name `target`, and the permissions of an ordinary one."""
+    # What tempfile creates is private; this is an ordinary file, or folder, under the user's umask.
     mask = os.umask(0)
     os.umask(mask)
-    os.chmod(temporary, 0o666 & ~mask)
+    os.chmod(temporary, (0o777 if temporary.is_dir() else 0o666) & ~mask)
     os.replace(temporary, target)
 
 

@@ -15,6 +15,7 @@ from diffadapt.formats import writer
 from diffadapt.formats.document import AdapterState
 from diffadapt.loading.conversion import planned_on
 from diffadapt.loading.plan import Plan, plan
+from diffadapt.on_disk.extraction import layer_state
 from diffadapt.runtime.adapter import Adapter
 from diffadapt.to_lora.change import WeightedLayer
 from diffadapt.to_lora.combine import Combination
@@ -127,16 +128,8 @@ def _derive(
                 tensors, row = stored_lora(where, types, change, approximation)
             rows.append(row)
             if tensors is not None:
-                spec, rows_of_rank = change.spec, tensors["lora_down"].shape[0]
-                found.setdefault(component, {})[path] = LayerState(
-                    "lora",
-                    tensors,
-                    float(rows_of_rank),
-                    rows_of_rank,
-                    spec.kernel,
-                    spec.kind == "embedding",
-                    inputs=spec.fan_in,
-                )
+                rank = tensors["lora_down"].shape[0]
+                found.setdefault(component, {})[path] = layer_state("lora", tensors, rank, change.spec)
     if not found:
         raise AdapterError("the adapters change no layer, so there is no LoRA to write")
     first = plans[0][0]

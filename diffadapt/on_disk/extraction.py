@@ -222,14 +222,14 @@ class _Differences:
             tensors = {name: change.to(stored_dtype) for name, change in changes.items()}
             if not all(tensor.isfinite().all() for tensor in tensors.values()):
                 raise AdapterError(f"the change has values that {stored_dtype} cannot hold")
-            return _state("full", tensors, None, spec), None
+            return layer_state("full", tensors, None, spec), None
         difference = spec.to_stored(weight[1].double() - weight[0].double())
         by_group = difference.reshape(spec.groups, spec.out_features // spec.groups, spec.fan_in)
         change = Change(spec, by_group, changed_bias, stored_dtype)
         tensors, row = stored_lora(where, ("difference",), change, truncate(change, *self._limits))
         if tensors is None:
             return None, row
-        return _state("lora", tensors, tensors["lora_down"].shape[0], spec), row
+        return layer_state("lora", tensors, tensors["lora_down"].shape[0], spec), row
 
     def _pair(self, parameter: Parameter) -> tuple[Tensor, Tensor] | None:
         """Return a parameter before and after, or `None` if it is the same or one of the models does not have it."""
@@ -242,7 +242,8 @@ class _Differences:
         return None if same_numbers(*values) else (values[0], values[1])
 
 
-def _state(type: str, tensors: Mapping[str, Tensor], rank: int | None, spec: LayerSpec) -> LayerState:
+def layer_state(type: str, tensors: Mapping[str, Tensor], rank: int | None, spec: LayerSpec) -> LayerState:
+    """Return the content of an adapter layer with the scale 1 on a layer of geometry `spec`."""
     return LayerState(
         type,
         tensors,

@@ -16,6 +16,7 @@ from diffadapt.files.checkpoint import Source
 from diffadapt.files.read import read
 from diffadapt.files.rewrite import rewrite
 from diffadapt.files.safetensors_file import OpenFile
+from diffadapt.files.write import publish
 from diffadapt.loading.plan import plan
 from diffadapt.merging.moves import refuse_non_finite, within_range
 from diffadapt.merging.weight_update import merge_dtype
@@ -91,10 +92,7 @@ def merge_files(
                 _write(file, copy, merger.changed(file), note)
             else:
                 shutil.copyfile(file, copy)
-        mask = os.umask(0)
-        os.umask(mask)
-        unfinished.chmod(0o777 & ~mask)
-        os.replace(unfinished, goal)
+        publish(unfinished, goal)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise

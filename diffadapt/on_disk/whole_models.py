@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from diffadapt import families
 from diffadapt.errors import AdapterError
 from diffadapt.files.safetensors_file import OpenFile
-from diffadapt.pipelines.components import components_of, role_of
+from diffadapt.pipelines.components import components_of, likely_role_of
 from diffadapt.pipelines.saved import model_of, models_of
 from diffadapt.runtime.bank import bank_of
 from diffadapt.runtime.components import is_text_encoder, unwrapped
@@ -61,11 +61,7 @@ def open_model(source: ModelSource) -> WholeModel:
     """
     if isinstance(source, nn.Module):
         model = unwrapped(source)
-        try:
-            role = role_of(model)
-        except AdapterError:
-            role = "text_encoder_2"
-        return _of_modules(f"the {type(model).__name__}", {role: model})
+        return _of_modules(f"the {type(model).__name__}", {likely_role_of(model): model})
     if isinstance(source, Mapping):
         return _of_tensors("the state dict", source, {}, None)  # type: ignore[arg-type]
     if isinstance(getattr(source, "components", None), Mapping):
@@ -126,12 +122,7 @@ def _beside(folder: Path) -> dict[str, nn.Module] | None:
     if model is None:
         return None
     name = folder.resolve().name
-    if carriers({name: model}):
-        return {name: model}
-    try:
-        return {role_of(model): model}
-    except AdapterError:
-        return {"text_encoder_2": model}
+    return {name if carriers({name: model}) else likely_role_of(model): model}
 
 
 def _of_modules(origin: str, models: Mapping[str, nn.Module]) -> WholeModel:

@@ -57,3 +57,11 @@ def role_of(model: nn.Module) -> str:
     if "CLIPTextModelWithProjection" in class_name:
         raise AdapterError(f"{class_name} is text_encoder_2 in SDXL and text_encoder in SD3: pass component=")
     return "text_encoder" if type(unwrapped(model)).__module__.startswith("transformers.") else "model"
+
+
+def likely_role_of(model: nn.Module) -> str:
+    """Return what `role_of` does, and for a class of several components the one that most pipelines have it as."""
+    try:
+        return role_of(model)
+    except AdapterError:
+        return "text_encoder_2"

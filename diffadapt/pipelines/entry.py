@@ -18,6 +18,7 @@ from diffadapt.pipelines.components import (
     components_of,
     empty_components_of,
     feeds_control,
+    likely_role_of,
     role_of,
     tokenizers_of,
     unwrapped,
@@ -111,10 +112,7 @@ def adapters_of(owner: Any) -> Adapters:
     serve_diffusers_methods(adapters_of)
     if isinstance(owner, nn.Module):
         model = unwrapped(owner)
-        try:
-            role = role_of(model)
-        except AdapterError:
-            role = "text_encoder_2"
+        role = likely_role_of(model)
         # The component name matters for saving: a file is loaded again by it.
         return Adapters(Owner(lambda: {role: model}, qualified=False))
     if not hasattr(owner, "components"):

@@ -24,7 +24,7 @@ def quantize_linears(model: nn.Module, precision: str, dtype: torch.dtype) -> No
     for path, layer in list(model.named_modules()):
         if type(layer) is not nn.Linear:
             continue
-        shape, has_bias = (layer.in_features, layer.out_features), layer.state_dict().keys() >= {"bias"}
+        shape, has_bias = (layer.in_features, layer.out_features), layer._parameters["bias"] is not None
         if precision == "int8":
             packed = library.nn.Linear8bitLt(*shape, bias=has_bias, has_fp16_weights=False)
         else:

@@ -18,7 +18,7 @@ from diffadapt.types.layer_spec import LayerSpec
 from tests.support.cases import for_each
 from tests.support.compare import relative_error
 from tests.support.denoisers import SMALL
-from tests.support.dialects import original_names
+from tests.support.original_layout import in_original_layout
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny_pipeline"
 RANK = 3
@@ -44,18 +44,6 @@ def tune_(model: nn.Module) -> None:
             weight += (0.1 * torch.randn(rows, RANK) @ torch.randn(RANK, columns)).view_as(weight)
         if bias is not None:
             bias += 0.1 * torch.randn_like(bias)
-
-
-def in_original_layout(model: nn.Module, prefix: str) -> dict[str, Tensor]:
-    """Return a model's state dict with the names and fused layers of its original layout."""
-    state, found = model.state_dict(), dict[str, Tensor]()
-    for name, (parts, swapped) in original_names(model).items():
-        for kind in ("weight", "bias"):
-            tensors = [state.pop(key) for part in parts if (key := f"{part}.{kind}") in state]
-            if tensors:
-                joined = torch.cat(tensors)
-                found[f"{prefix}{name}.{kind}"] = joined.roll(len(joined) // 2, 0) if swapped else joined
-    return found | {prefix + key: tensor for key, tensor in state.items()}
 
 
 def check(base: nn.Module, tuned: nn.Module, extraction: Mapping[str, Tensor], component: str) -> None:

@@ -15,6 +15,7 @@ from diffadapt import AdapterError, merge_files
 from tests.support.compare import relative_error
 from tests.support.denoisers import SMALL
 from tests.support.dialects import original_names
+from tests.support.original_layout import in_original_layout
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny_pipeline"
 HOTSWAP = TINY.parent / "hotswap"
@@ -63,14 +64,7 @@ def test_a_pipeline_folder_equals_the_merged_pipeline(tmp_path: Path) -> None:
 def test_a_single_file_in_the_original_layout(family: str, tmp_path: Path) -> None:
     component = next(iter(SMALL[family].components))
     model = SMALL[family].build()[component].float()
-    state, single = model.state_dict(), dict[str, Tensor]()
-    for name, (parts, swapped) in original_names(model).items():
-        for kind in ("weight", "bias"):
-            tensors = [state.pop(key) for part in parts if (key := f"{part}.{kind}") in state]
-            if tensors:
-                joined = torch.cat(tensors)
-                single[f"model.diffusion_model.{name}.{kind}"] = joined.roll(len(joined) // 2, 0) if swapped else joined
-    single |= {f"model.diffusion_model.{key}": tensor for key, tensor in state.items()}
+    single = in_original_layout(model, "model.diffusion_model.")
     save_file(single, tmp_path / "base.safetensors", metadata={"format": "pt", "modelspec.hash_sha256": "0x1"})
     for number, (kind, config) in enumerate(CONFIGS.items()):
         torch.manual_seed(number)
