@@ -207,6 +207,10 @@ def methods() -> list[Row]:
             {"init_r": 12, "total_step": 100},
             Goal(),
         ),
+        ("TinyLoRA r2", diffadapt.TinyLoRAConfig, {}, peft.TinyLoraConfig, {"init_weights": "uniform"}, Goal()),
+        ("OSF, half kept", diffadapt.OSFConfig, {}, peft.OSFConfig, {}, Goal()),
+        ("OSF, 16 trained", diffadapt.OSFConfig, {"kept": 1264}, peft.OSFConfig, {"effective_rank": 1264}, Goal()),
+        ("FRoD 1 %", diffadapt.FRoDConfig, {}, peft.FrodConfig, {"progressbar": False}, Goal()),
         ("PEANuT r32", diffadapt.PEANuTConfig, {"rank": 32}, peft.PeanutConfig, {"r": 32}, Goal()),
         ("SuperTuning", diffadapt.SuperTuningConfig, {}, peft.SupertuningConfig, {}, Goal()),
         (
@@ -329,10 +333,13 @@ class Subject:
         bare._parameters = dict(layer._parameters)
         model = build(bare)
         weights = {id(parameter) for parameter in layer.parameters()}
-        parameters = [parameter for parameter in model.parameters() if id(parameter) not in weights]
-        for parameter in parameters:
+        own = [parameter for parameter in model.parameters() if id(parameter) not in weights]
+        for parameter in own:
             # The dtype that loading a file of this dtype results in.
-            parameter.data = parameter.data.to(input.dtype)
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(input.dtype)
+        # Random projections and the like stay as they are in training.
+        parameters = [parameter for parameter in own if parameter.requires_grad]
         for parameter in layer.parameters():
             parameter.requires_grad_(False)
         return cls(model, input, parameters, [], [])

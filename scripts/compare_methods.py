@@ -96,6 +96,12 @@ METHODS: dict[str, Method] = {
     "HiRA": Method(diffadapt.HiRAConfig, ranks(4, 8), {"rank": 16}, 5e-3),
     "DEFT": Method(diffadapt.DEFTConfig, ranks(4, 8), {"rank": 8}),
     "AdaLoRA": Method(diffadapt.AdaLoraConfig, ranks(4, 8, target_rank=4), {"rank": 12, "target_rank": 8}),
+    "DyLoRA": Method(diffadapt.DyLoRAConfig, ranks(4, 8, block_size=1), {"rank": 8, "block_size": 1}),
+    "T-LoRA": Method(diffadapt.TLoRAConfig, ranks(4, 8), {"rank": 16}, 1e-3),
+    "OSF": Method(diffadapt.OSFConfig, ranks(0.97, 0.93, 0.9, 0.85, name="kept"), {"kept": 0.5}, 5e-4),
+    "AdaMSS": Method(diffadapt.AdaMSSConfig, ranks(1, 2, 4, 8, name="cluster_rank", rank=32), {"rank": 32}),
+    "TinyLoRA": Method(diffadapt.TinyLoRAConfig, ranks(64, 256, 1024, name="length"), {}, 2e-2),
+    "FRoD": Method(diffadapt.FRoDConfig, ranks(0.01, 0.02, 0.05, 0.1, name="density"), {}, 2e-3),
     "PSOFT": Method(diffadapt.PSOFTConfig, ranks(8, 16, 24, 32), {"rank": 24}),
     "C3A": Method(diffadapt.C3AConfig, ranks(32, 16, 8, name="block_size"), {"block_size": 16}, 2e-2),
     "FourierFT": Method(

@@ -20,6 +20,10 @@ _MOST = 2**40
 """Larger seeds and sizes mean that a file is damaged or malicious."""
 
 
+Groups: TypeAlias = Callable[[Sequence[str], Mapping[str, float]], list[str]]
+"""`(paths of all layers, in the order of the model, settings) -> the name of the group of each layer`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """PEFT's spelling of one adapter type.
@@ -36,6 +40,7 @@ class Method:
         other_names: further names that files may have instead.
         left_out: the tensors that PEFT computes again instead of storing them.
         repeats: whether files have shared tensors for every layer, too.
+        groups: returns the groups of layers that a file has shared tensors for; `None` if all layers share them.
         more: returns further tensors that PEFT stores for a layer, by its names.
         reshape: returns a tensor, given with its name, in the shape that PEFT stores for this layer.
     """
@@ -51,6 +56,7 @@ class Method:
     other_names: Mapping[str, str] = field(default_factory=dict[str, str])
     left_out: frozenset[str] = frozenset()
     repeats: bool = False
+    groups: Groups | None = None
     more: Callable[[LayerState], dict[str, Tensor]] = lambda layer: {}
     reshape: Callable[[LayerState, str, Tensor], Tensor] = lambda layer, name, tensor: tensor
 

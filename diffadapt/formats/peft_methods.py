@@ -7,6 +7,7 @@ and the names in `adapter_model.safetensors`. Source: PEFT 0.21.2 `tuners/*/conf
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from diffadapt.errors import AdapterError
@@ -26,24 +27,30 @@ from diffadapt.formats.peft_method import (
 )
 from diffadapt.formats.peft_options import (
     adalora_options,
+    adamss_options,
     beft_options,
+    frod_options,
     glora_options,
     glora_zeros,
     gralora_options,
     miss_options,
+    osf_options,
     psoft_options,
     psoft_settings,
     road_options,
     shira_options,
     spectrum_options,
     supertuning_options,
+    tinylora_options,
     vera_options,
     waveft_options,
     waveft_settings,
+    with_column,
 )
 from diffadapt.formats.verdicts import Place, Verdict
-from diffadapt.types import named
+from diffadapt.types import frod, named, tinylora
 from diffadapt.types.adalora import DIVISOR_EPS
+from diffadapt.types.adamss import MOST_CLUSTERS
 from diffadapt.types.glora_peft import PATHS
 from diffadapt.types.peanut import ACTIVATIONS, MOST_LAYERS
 
@@ -78,12 +85,25 @@ def settings(config: Config, path: str, type: str) -> dict[str, float]:
 
 
 def shared(layers: Layers) -> dict[str, Tensor]:
-    """Return the tensors that PEFT stores once for all layers, by key."""
-    return {
-        f"base_model.{name}": layer.tensors[name]
-        for layer in layers.values()
-        for name in named(layer.type).shared & layer.tensors.keys()
-    }
+    """Return the tensors that PEFT stores once for all layers or for a group of them, by key.
+
+    Raises:
+        AdapterError: layers of a group have different tensors.
+    """
+    found: dict[str, Tensor] = {}
+    first = next(iter(layers.values()))
+    method = BY_TYPE.get(first.type)
+    groups = None if method is None or method.groups is None else method.groups(list(layers), first.settings)
+    for number, (path, layer) in enumerate(layers.items()):
+        for name in named(layer.type).shared & layer.tensors.keys():
+            key, tensor = f"base_model.{name}", layer.tensors[name]
+            if groups is not None:
+                key = f"{key}.{groups[number]}"
+                known = found.get(key, tensor)
+                if known is not tensor and (known.shape != tensor.shape or not torch.equal(known, tensor)):
+                    raise AdapterError(f"{path}: PEFT stores one {name} as {key}, and its layers have several")
+            found[key] = tensor
+    return found
 
 
 _METHODS: tuple[Method, ...] = (
@@ -274,6 +294,46 @@ _METHODS: tuple[Method, ...] = (
         reshape=lambda layer, name, tensor: tensor.view(1, -1),
     ),
     Method(
+        name="TINYLORA",
+        type="tinylora",
+        read=lambda config, path: {
+            "rank": whole_in(config, "r", 2),
+            "tying": number_in(config, "weight_tying", 0.0),
+            "seed": whole_in(config, "projection_seed", 42),
+        },
+        write=tinylora_options,
+        groups=tinylora.groups,
+    ),
+    Method(
+        name="OSF",
+        type="osf",
+        write=osf_options,
+        names={f"osf_{part}": f"osf_svd_params.{part}_low" for part in "USV"},
+        left_out=frozenset({"osf_U_start", "osf_S_start", "osf_V_start", "osf_U_kept", "osf_V_kept"}),
+    ),
+    Method(
+        name="FROD",
+        type="frod",
+        read=lambda config, path: {
+            "ridge": number_in(config, "regularization_alpha", 1e-3),
+            "seed": whole_in(config, "projection_prng_key", 0),
+        },
+        write=frod_options,
+        left_out=frozenset({"frod_U", "frod_start"}),
+        groups=frod.groups,
+    ),
+    Method(
+        name="ADAMSS",
+        type="adamss",
+        read=lambda config, path: {"seed": whole_in(config, "random_seed", 0)},
+        write=adamss_options,
+        names={
+            f"adamss_{side}_{number}": f"adamss_{side}.{number}" for side in "AB" for number in range(MOST_CLUSTERS)
+        },
+        left_out=frozenset({"adamss_places", "adamss_column"}),
+        reshape=lambda layer, name, tensor: with_column(layer, tensor) if name == "adamss_newB" else tensor,
+    ),
+    Method(
         name="UNILORA",
         type="unilora",
         read=lambda config, path: {
@@ -292,3 +352,19 @@ _METHODS: tuple[Method, ...] = (
 
 BY_NAME: Mapping[str, Method] = {name: method for method in _METHODS for name in (method.name, *method.older)}
 BY_TYPE: Mapping[str, Method] = {method.type: method for method in _METHODS}
+
+_OF_LANGUAGE_MODELS = "it changes the input or the attention cache of a language model, not a layer"
+REFUSED: Mapping[str, str] = {
+    "LILY": "its router averages over all tokens of a batch, so that pictures would change each other",
+    "XLORA": "its router reads the hidden states of a language model; load its adapters and activate them together",
+    "POLY": "its router reads the number of a task that a pipeline does not pass on",
+    "SHADOW": "it runs a second, smaller language model beside the base model",
+    "ADAPTION_PROMPT": _OF_LANGUAGE_MODELS,
+    "CARTRIDGE": _OF_LANGUAGE_MODELS,
+    "CPT": _OF_LANGUAGE_MODELS,
+    "MULTITASK_PROMPT_TUNING": _OF_LANGUAGE_MODELS,
+    "P_TUNING": _OF_LANGUAGE_MODELS,
+    "PREFIX_TUNING": _OF_LANGUAGE_MODELS,
+    "PROMPT_TUNING": _OF_LANGUAGE_MODELS,
+}
+"""Why a method of PEFT is no adapter type, by `peft_type`."""

@@ -1,5 +1,6 @@
 """The options of PEFT's config for types whose options are more than a name and a number; see `peft_methods.py`."""
 
+import re
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ from diffadapt.types.formulas import rank_of
 from diffadapt.types.glora_peft import PATHS
 from diffadapt.types.layer_state import LayerState
 from diffadapt.types.sparse import random_places
+from diffadapt.types.wavelets import FAMILIES, KNOWN
+
+_NO_WAVELETS = ("coif4", "coif5")
 
 
 def beft_options(layers: Layers) -> dict[str, Any]:
@@ -47,24 +51,31 @@ def spectrum_options(layers: Layers, type: str) -> dict[str, Any]:
 
 
 def waveft_settings(config: Config, path: str) -> dict[str, float]:
-    family = config.get("wavelet_family", "db1")
-    moments = {"haar": 1, **{f"db{number}": number for number in range(1, 11)}}
+    name = config.get("wavelet_family", "db1")
     is_transformed = config.get("use_idwt") is None or flag(config.get("use_idwt"), "use_idwt")
-    if is_transformed and family not in moments:
+    if is_transformed and name in _NO_WAVELETS:
         raise AdapterError(
-            f"wavelet_family in adapter_config.json is {family!r}, which is not supported; expected db1 to db10. Merge "
-            "the adapter with PEFT"
+            f"wavelet_family in adapter_config.json is {name!r}, and what PEFT has under that name is no wavelet (its "
+            "filter is not orthonormal); merge the adapter with PEFT"
         )
+    if is_transformed and name != "haar" and name not in KNOWN:
+        raise AdapterError(
+            f"wavelet_family in adapter_config.json is {name!r}, expected haar, {', '.join(KNOWN)}; PEFT has no filter "
+            "for others, either"
+        )
+    family, moments = ("db", 1) if name == "haar" or not is_transformed else (name.rstrip("0123456789"), 0)
+    moments = moments or int(name.removeprefix(family))
     return {
         "scaling": number_in(config, "scaling", 25.0),
         "seed": whole_in(config, "random_loc_seed", 777),
-        "moments": float(moments[family]) if is_transformed else 0.0,
+        "family": float(FAMILIES.index(family)),
+        "moments": float(moments) if is_transformed else 0.0,
     }
 
 
 def waveft_options(layers: Layers) -> dict[str, Any]:
-    moments = int(common_setting(layers, "moments"))
-    return {**spectrum_options(layers, "waveft"), "use_idwt": moments > 0, "wavelet_family": f"db{moments or 1}"}
+    family, moments = FAMILIES[int(common_setting(layers, "family"))], int(common_setting(layers, "moments"))
+    return {**spectrum_options(layers, "waveft"), "use_idwt": moments > 0, "wavelet_family": f"{family}{moments or 1}"}
 
 
 def vera_options(type: str, layers: Layers) -> dict[str, Any]:
@@ -160,6 +171,82 @@ def shira_options(layers: Layers) -> dict[str, Any]:
             f"a SHiRA of PEFT has a whole multiple of inputs + outputs elements, and this one {rank:g} times as many"
         )
     return {"r": int(rank), "mask_type": "random"}
+
+
+def tinylora_options(layers: Layers) -> dict[str, Any]:
+    ranks = {path: layer.tensors["tinylora_A"].shape[0] for path, layer in layers.items()}
+    most = max(ranks.values())
+    for path, layer in layers.items():
+        if ranks[path] != min(most, layer.inputs, layer.outputs):
+            raise AdapterError(f"{path}: PEFT has one rank for all layers of a TinyLoRA, and these differ")
+    return {
+        "r": most,
+        "u": common_size(layers, "tinylora_v", 0),
+        "weight_tying": common_setting(layers, "tying"),
+        "projection_seed": int(common_setting(layers, "seed")),
+        "save_projection": True,
+    }
+
+
+def osf_options(layers: Layers) -> dict[str, Any]:
+    kept = {path: min(layer.inputs, layer.outputs) - layer.tensors["osf_S"].numel() for path, layer in layers.items()}
+    if any(layer.kernel or layer.is_embedding for layer in layers.values()):
+        raise AdapterError("PEFT has OSF for linear layers alone")
+    first = next(iter(kept.values()))
+    # Its patterns are searched for anywhere in a path.
+    own = {f"(^|\\.){re.escape(path)}$": count for path, count in kept.items() if count != first}
+    return {"effective_rank": first, "rank_pattern": own}
+
+
+def frod_options(layers: Layers) -> dict[str, Any]:
+    if any(layer.kernel for layer in layers.values()):
+        raise AdapterError("PEFT has FRoD for linear layers alone")
+    counts = {(layer.inputs, layer.tensors["frod_lambda_s_values"].numel()) for layer in layers.values()}
+    rates = [rate for size, count in counts for rate in (round(count / size**2, 6), (count + 0.5) / size**2)]
+    rate = next((r for r in rates if all(max(1, min(int(n * n * r), n * n - n)) == count for n, count in counts)), None)
+    if rate is None:
+        raise AdapterError("PEFT has one share of trained elements for all layers of a FRoD, and these differ")
+    return {
+        "sparse_rate": rate,
+        "regularization_alpha": common_setting(layers, "ridge"),
+        "projection_prng_key": int(common_setting(layers, "seed")),
+        "save_projection": True,
+        "progressbar": False,
+    }
+
+
+def adamss_options(layers: Layers) -> dict[str, Any]:
+    if any(layer.kernel or layer.is_embedding for layer in layers.values()):
+        raise AdapterError("PEFT has AdaMSS for linear layers alone")
+    ranks = {path: layer.tensors["adamss_newB"].shape[0] for path, layer in layers.items()}
+    clusters = {path: sum(name.startswith("adamss_A_") for name in layer.tensors) for path, layer in layers.items()}
+    rank, count = max(ranks.values()), max(clusters.values())
+    for path, layer in layers.items():
+        columns = layer.inputs + ("adamss_column" in layer.tensors)
+        if ranks[path] != min(rank, layer.outputs, columns) or clusters[path] != min(count, layer.outputs):
+            raise AdapterError(f"{path}: PEFT has one rank and one number of clusters for all layers, and these differ")
+        if ranks[path] >= layer.outputs and count > 1:
+            raise AdapterError(
+                f"{path}: PEFT computes the clusters again, and with as many singular vectors as outputs, they depend "
+                "on rounding"
+            )
+    return {
+        "r": rank,
+        "num_subspaces": count,
+        "subspace_rank": max(
+            tensor.shape[0]
+            for layer in layers.values()
+            for name, tensor in layer.tensors.items()
+            if name.startswith("adamss_A_")
+        ),
+        "random_seed": int(common_setting(layers, "seed")),
+    }
+
+
+def with_column(layer: LayerState, tensor: Tensor) -> Tensor:
+    """Return the singular vectors of an AdaMSS with the column for the bias, if the layer has one."""
+    column = layer.tensors.get("adamss_column")
+    return tensor if column is None else torch.cat([tensor, column.unsqueeze(1)], 1)
 
 
 # Types that are one tensor, or two.

@@ -1,13 +1,14 @@
 """The tensors that PEFT stores once for a whole model, and the layers that they are for."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from diffadapt.errors import AdapterError
 from diffadapt.formats.names import Names
-from diffadapt.formats.verdicts import Place, Shared, Verdict
-from diffadapt.types import TYPES
+from diffadapt.formats.peft_methods import BY_TYPE
+from diffadapt.formats.verdicts import Place, Shared, Unused, Verdict
+from diffadapt.types import TYPES, named
 from diffadapt.types.layer_spec import LayerSpec
 
 _PREFIX = "base_model."
@@ -17,8 +18,14 @@ _WITHOUT_LAYERS = frozenset({"unilora_theta_d"})
 
 
 def is_shared(key: str) -> bool:
-    """Return whether a key names a tensor of the whole model."""
-    return key.startswith(_PREFIX) and key.removeprefix(_PREFIX) in _SHARED
+    """Return whether a key names a tensor of the whole model, or of a group of its layers."""
+    return key.startswith(_PREFIX) and _split(key)[0] in _SHARED
+
+
+def _split(key: str) -> tuple[str, str]:
+    """Return the name of a shared tensor, and the name of its group."""
+    name, _, group = key.removeprefix(_PREFIX).partition(".")
+    return name, group
 
 
 def place_shared(verdicts: dict[str, Verdict], config: Mapping[str, Any], names: Names) -> None:
@@ -44,7 +51,32 @@ def place_shared(verdicts: dict[str, Verdict], config: Mapping[str, Any], names:
         where = ", ".join(sorted(components)) or "no model"
         raise AdapterError(f"{keys[0]} is for all layers of one model, and those of the file are in {where}")
     (component,) = components
-    verdicts.update((key, Shared(component, key.removeprefix(_PREFIX), paths)) for key in keys)
+    grouped = _groups(verdicts.values(), config, names)
+    for key in keys:
+        name, group = _split(key)
+        if group and group not in grouped:
+            verdicts[key] = Unused(
+                f"no layer of the file belongs to {group}, for which PEFT has this tensor", component
+            )
+        else:
+            verdicts[key] = Shared(component, name, paths, frozenset(grouped[group]) if group else None)
+
+
+def _groups(verdicts: Iterable[Verdict], config: Mapping[str, Any], names: Names) -> dict[str, list[str]]:
+    """Return the paths of the layers in each group that the file has shared tensors for; see `Method.groups`."""
+    found: dict[str, list[str]] = {}
+    places = {verdict.path: verdict for verdict in verdicts if isinstance(verdict, Place)}
+    types = {name: method for method in BY_TYPE.values() for name in named(method.type).tensors}
+    method = next((types[place.name] for place in places.values() if place.name in types), None)
+    if method is None or method.groups is None:
+        return found
+    component = next(iter(places.values())).component
+    order = {} if names.models is None else {path: n for n, path in enumerate(names.models[component].modules)}
+    paths = sorted(places, key=lambda path: order.get(path, 0))
+    written = [places[path].written for path in paths]
+    for path, group in zip(paths, method.groups(written, method.read(config, "")), strict=True):
+        found.setdefault(group, []).append(path)
+    return found
 
 
 def _targets(config: Mapping[str, Any], names: Names) -> dict[str, tuple[str, ...]]:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from diffadapt.errors import AdapterError
 from diffadapt.formats.format import Header, Settings
 from diffadapt.formats.metadata import finite_number, parse_json
+from diffadapt.formats.network_args import start_of_tlora
 from diffadapt.formats.peft_methods import BY_TYPE
 from diffadapt.types import named
 from diffadapt.types.layer_state import LayerState
@@ -37,15 +38,20 @@ def entry(layers: Iterable[LayerState]) -> dict[str, str]:
 def with_stored(settings: Settings, header: Header) -> Settings:
     """Return a function that adds the settings in the metadata to those that a format finds.
 
+    A trainer's note on the start of a T-LoRA is one of them, too.
+
     Raises:
         AdapterError: the entry is not an object of numbers.
     """
-    if ENTRY not in header.metadata:
-        return settings
-    parsed = parse_json(header.metadata[ENTRY], ENTRY)
     stored: dict[str, dict[str, float]] = {}
+    start = start_of_tlora(header)
+    if start:
+        stored["tlora"] = start
+    parsed = parse_json(header.metadata.get(ENTRY, "{}"), ENTRY)
     for type, own in parsed.items() if isinstance(parsed, Mapping) else [("", None)]:  # type: ignore[misc]
         if not isinstance(own, Mapping) or type not in BY_TYPE or not own.keys() <= named(type).settings.keys():  # type: ignore[arg-type]
             raise AdapterError(f"{ENTRY} in the file's metadata is no object of settings by adapter type")
         stored[type] = {name: finite_number(value, name) for name, value in own.items()}  # type: ignore[misc]
+    if not stored:
+        return settings
     return lambda component, path, type: {**stored.get(type, {}), **settings(component, path, type)}

@@ -7,6 +7,7 @@ import copyreg
 
 from diffadapt.errors import AdapterError
 from diffadapt.types.adalora import ADALORA
+from diffadapt.types.adamss import ADAMSS
 from diffadapt.types.adapter_type import AdapterType, Tensors
 from diffadapt.types.batch_norm import BATCH_NORM
 from diffadapt.types.boft import BOFT
@@ -15,7 +16,9 @@ from diffadapt.types.config import AdapterConfig
 from diffadapt.types.deft import DEFT
 from diffadapt.types.delora import DELORA
 from diffadapt.types.dora import DORA
+from diffadapt.types.dylora import DYLORA
 from diffadapt.types.fourierft import FOURIERFT
+from diffadapt.types.frod import FROD
 from diffadapt.types.full import FULL
 from diffadapt.types.glora import GLORA
 from diffadapt.types.glora_peft import GLORA_PEFT
@@ -35,8 +38,10 @@ from diffadapt.types.psoft import PSOFT
 from diffadapt.types.randlora import RANDLORA
 from diffadapt.types.road import ROAD
 from diffadapt.types.shira import SHIRA
+from diffadapt.types.singular import OSF, TLORA
 from diffadapt.types.started_lora import STARTED_LORA
 from diffadapt.types.supertuning import SUPERTUNING
+from diffadapt.types.tinylora import TINYLORA
 from diffadapt.types.tokens import TOKENS
 from diffadapt.types.unilora import UNILORA
 from diffadapt.types.vblora import VBLORA
@@ -47,6 +52,7 @@ TYPES: tuple[AdapterType, ...] = (
     ADALORA,
     *DORA,
     STARTED_LORA,
+    DYLORA,
     LORA,
     LOHA,
     LOKR,
@@ -74,6 +80,11 @@ TYPES: tuple[AdapterType, ...] = (
     PEANUT,
     SUPERTUNING,
     GLORA_PEFT,
+    TINYLORA,
+    OSF,
+    TLORA,
+    FROD,
+    ADAMSS,
     FULL,
     TOKENS,
     PARAMETER,

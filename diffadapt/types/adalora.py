@@ -47,6 +47,8 @@ class AdaLoraConfig(RankedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         refuse_unless_whole("target_rank", self.target_rank)
+        if self.orthogonality < 0:
+            raise AdapterError(f"orthogonality is {self.orthogonality}, expected at least 0")
         if self.target_rank > self.rank:
             raise AdapterError(f"target_rank is {self.target_rank}, expected at most the rank, {self.rank}")
         if self.use_dora or self.rank_pattern:

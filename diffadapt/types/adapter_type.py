@@ -58,13 +58,14 @@ class Unfinished(NamedTuple):
     Attributes:
         tensors: the fitted tensors that are known so far.
         spec: the geometry of the layer.
-        settings, weight: see `Surroundings`.
+        settings, weight, bias: see `Surroundings`.
     """
 
     tensors: Tensors
     spec: LayerSpec
     settings: Mapping[str, float]
     weight: Callable[[], Tensor]
+    bias: Callable[[], Tensor | None] = lambda: None
 
 
 class Init(Protocol):
@@ -112,6 +113,12 @@ def _any_layer(tensors: Tensors) -> LayerSpec:
     raise AdapterError("only a model can tell whether these tensors fit")
 
 
+def _as_they_are(
+    tensors: Tensors, spec: LayerSpec, settings: Mapping[str, float]
+) -> tuple[Tensors, Mapping[str, float]]:
+    return tensors, settings
+
+
 def _no_rank(tensors: Tensors) -> int | None:
     return None
 
@@ -146,6 +153,8 @@ class AdapterType:
         settings: numbers that are not tensors and that a file's metadata may give, with their defaults.
         marks: settings that are 1 if a file has a tensor of that name, whatever the tensor's value.
         alpha_is: the setting that the alpha of a file stands for, if it does not stand for `alpha / rank`.
+        unlimited: `(tensors, spec, settings) -> (tensors, settings)` with the same change, where no setting limits all
+            rows of the weight together, so that `rows` may cut the tensors.
         stored_as: returns the content that files have for an adapter layer, for types that exist in training only.
 
     Formula: what the type does to a layer. Run time and merging are both derived from it.
@@ -219,6 +228,7 @@ class AdapterType:
     settings: Mapping[str, float] = field(default_factory=dict[str, float])
     marks: frozenset[str] = frozenset()
     alpha_is: str | None = None
+    unlimited: Callable[[Tensors, LayerSpec, Mapping[str, float]], tuple[Tensors, Mapping[str, float]]] = _as_they_are
     stored_as: Callable[[LayerState], LayerState] = lambda state: state
 
     # Formula

@@ -32,7 +32,7 @@ from torch import Tensor
 from diffadapt.errors import AdapterError
 from diffadapt.types.adapter_type import AdapterType, Stage, Surroundings, Tensors
 from diffadapt.types.layer_spec import LayerSpec, plain_spec
-from diffadapt.types.oft import RotationConfig, cayley, constrained, rescaled
+from diffadapt.types.oft import RotationConfig, cayley, constrained, rescaled, unlimited
 from diffadapt.types.tensor_ops import apply_blocks, promoted, scaled, shape_of, take_rows
 
 _ON_INPUT, _ON_OUTPUT = "boft_on_input", "boft_on_output"
@@ -259,6 +259,7 @@ BOFT = AdapterType(
     gain=gain,
     settings={"constraint": 0.0},
     alpha_is="constraint",
+    unlimited=unlimited,
     orthogonal=True,
     blocks={_ON_INPUT: 0, _ON_OUTPUT: 0},
 )

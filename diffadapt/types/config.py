@@ -1,10 +1,11 @@
 """The settings that adapter types have in common. Each type's own settings are in the module of the type."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
-from typing import Literal
+from types import NoneType
+from typing import Literal, get_args, get_origin
 
 import torch
 
@@ -57,15 +58,36 @@ class AdapterConfig:
             probability = getattr(self, name, 0.0)
             if not _is_number(probability) or not 0 <= probability < 1:
                 raise AdapterError(f"{name} is {probability!r}, expected 0 <= {name} < 1")
+        self._refuse_wrong_kinds()
         if self.init not in self._inits():
             known = ", ".join(map(repr, self._inits()))
             raise AdapterError(f"init is {self.init!r}; {type(self).__name__} knows {known}")
+        for name in ("target_modules", "exclude_modules"):
+            given: object = getattr(self, name)
+            if given is not None and not isinstance(given, Iterable):
+                raise AdapterError(f"{name} is {given!r}, expected names of layers, such as 'to_q' or ['to_q', 'to_v']")
         if not self.target_modules and self._needs_targets:
             raise AdapterError('target_modules is missing: name the layers to adapt, or pass "all-linear"')
         for block in self.block_numbers or ():
             refuse_unless_whole("layers_to_transform", block, least=0)
         if self.layers_pattern and self.layers_to_transform is None:
             raise AdapterError("layers_pattern has no effect without layers_to_transform")
+
+    def _refuse_wrong_kinds(self) -> None:
+        """Raise `AdapterError` if a setting is no number, truth value or mapping although its annotation says so."""
+        for entry in fields(self):
+            value: object = getattr(self, entry.name)
+            kinds = set(get_args(entry.type)) or {entry.type}
+            if (value is None and NoneType in kinds) or (bool in kinds and str in kinds):
+                continue
+            if bool in kinds and not isinstance(value, bool):
+                raise AdapterError(f"{entry.name} is {value!r}, expected True or False")
+            if kinds <= {float, int, NoneType} and not _is_number(value):
+                raise AdapterError(f"{entry.name} is {value!r}, expected a finite number")
+            if kinds <= {int, NoneType} and not isinstance(value, Integral):
+                raise AdapterError(f"{entry.name} is {value!r}, expected a whole number")
+            if get_origin(entry.type) is Mapping and not isinstance(value, Mapping):
+                raise AdapterError(f"{entry.name} is {value!r}, expected a dictionary")
 
     @property
     def block_numbers(self) -> tuple[int, ...] | None:
@@ -111,8 +133,9 @@ class SizedConfig(AdapterConfig):
     rank_pattern: Mapping[str, int] = field(default_factory=dict[str, int])
 
     def __post_init__(self) -> None:
+        refuse_unless_whole("rank", self.rank)
         super().__post_init__()
-        for rank in (self.rank, *self.rank_pattern.values()):
+        for rank in self.rank_pattern.values():
             refuse_unless_whole("rank", rank)
 
     def at(self, path: str) -> "SizedConfig":
@@ -156,8 +179,9 @@ class RankedConfig(AdapterConfig):
     dora_axis: Literal["output", "input"] = "output"
 
     def __post_init__(self) -> None:
+        refuse_unless_whole("rank", self.rank)
         super().__post_init__()
-        for rank in (self.rank, *self.rank_pattern.values()):
+        for rank in self.rank_pattern.values():
             refuse_unless_whole("rank", rank)
         for alpha in (self.alpha, *self.alpha_pattern.values()):
             if alpha is not None and not _is_number(alpha):

@@ -71,7 +71,7 @@ def init(
 def complete(layers: Mapping[str, Unfinished]) -> dict[str, Tensors]:
     """Return the tensors with the norms of the base weight's columns."""
     found: dict[str, Tensors] = {}
-    for path, (tensors, _, _, weight) in layers.items():
+    for path, (tensors, _, _, weight, *_) in layers.items():
         norm = tensors.get(_NORM)
         if norm is None:
             norm = weight().flatten(1).norm(dim=0).to(tensors[_A])

@@ -105,16 +105,21 @@ def flat(tensor: Tensor, spec: LayerSpec) -> Tensor:
 
 def unified(layers: Mapping[str, Unfinished], names: Sequence[str]) -> dict[str, Tensors]:
     """Return the tensors of every layer, with one object for a tensor that has the same values in several of them."""
-    common: dict[str, list[Tensor]] = {name: [] for name in names}
+    return unified_in(layers, names, dict.fromkeys(layers, ""))
+
+
+def unified_in(layers: Mapping[str, Unfinished], names: Sequence[str], groups: Mapping[str, str]) -> dict[str, Tensors]:
+    """Return what `unified` does, within groups of layers, which are given as path -> name of the group."""
+    common: dict[tuple[str, str], list[Tensor]] = {}
     found: dict[str, Tensors] = {}
     for path, layer in layers.items():
         tensors = dict(layer.tensors)
         for name in names:
-            own = tensors[name]
-            known = next((tensor for tensor in common[name] if tensor is own or _are_equal(tensor, own)), None)
-            if known is None:
-                common[name].append(own)
-            tensors[name] = own if known is None else known
+            own, known = tensors[name], common.setdefault((groups[path], name), [])
+            same = next((tensor for tensor in known if tensor is own or _are_equal(tensor, own)), None)
+            if same is None:
+                known.append(own)
+            tensors[name] = own if same is None else same
         found[path] = tensors
     return found
 

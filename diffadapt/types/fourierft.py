@@ -29,7 +29,7 @@ from diffadapt.types.adapter_type import AdapterType, Surroundings, Tensors, Unf
 from diffadapt.types.config import AdapterConfig, refuse_unless_whole
 from diffadapt.types.formulas import checked, rank_of
 from diffadapt.types.layer_spec import LayerSpec
-from diffadapt.types.sparse import are_places, random_places, scattered, sparse_product
+from diffadapt.types.sparse import are_places, in_chunks, random_places, scattered, sparse_product
 from diffadapt.types.tensor_ops import add, promoted
 
 _SPECTRUM, _INDICES = "fourierft_spectrum", "fourierft_indices"
@@ -119,7 +119,7 @@ def complete(layers: Mapping[str, Unfinished]) -> dict[str, Tensors]:
 def completed(layers: Mapping[str, Unfinished], values: str, places: str) -> dict[str, Tensors]:
     """Return the tensors with the places of `values`, drawn from the seed of each layer."""
     found: dict[str, Tensors] = {}
-    for path, (tensors, spec, settings, _) in layers.items():
+    for path, (tensors, spec, settings, _, *_) in layers.items():
         known = tensors.get(places)
         if known is None:
             count, seed, device = tensors[values].numel(), int(settings["seed"]), tensors[values].device
@@ -170,11 +170,15 @@ def delta_output(
     """Return `onto` plus the gated change; in a linear layer by Fourier transforms of the input and the output."""
     if _DELTA in tensors:
         return spec.dense(input, tensors[_DELTA], gate, onto)
-    vectors, out = promoted(input), spec.out_features
-    frequencies = torch.view_as_real(torch.fft.rfft(vectors)).flatten(-2)
-    values = (tensors[_VALUES] * gate).to(vectors.dtype)
-    product = sparse_product(frequencies, tensors[_ROWS], tensors[_COLUMNS], values, 2 * (out // 2 + 1))
-    product = torch.fft.irfft(torch.view_as_complex(product.unflatten(-1, (-1, 2))), n=out).to(input.dtype)
+    out = spec.out_features
+
+    def transformed(input: Tensor, values: Tensor) -> Tensor:
+        frequencies = torch.view_as_real(torch.fft.rfft(input)).flatten(-2)
+        product = sparse_product(frequencies, tensors[_ROWS], tensors[_COLUMNS], values, 2 * (out // 2 + 1))
+        return torch.fft.irfft(torch.view_as_complex(product.contiguous().unflatten(-1, (-1, 2))), n=out)
+
+    vectors = promoted(input)
+    product = in_chunks(transformed, vectors, (tensors[_VALUES] * gate).to(vectors.dtype), out).to(input.dtype)
     return product if onto is None else add(product, onto)
 
 

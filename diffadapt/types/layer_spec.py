@@ -7,7 +7,7 @@ they have the shape `(out, in / groups, *kernel)`. Some layers store the transpo
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal, TypeAlias, cast
 
@@ -177,6 +177,21 @@ class LayerSpec:
             product = torch.matmul(hidden, weight.t().contiguous())
         return product if onto is None else add(product, onto.reshape(product.shape)).reshape(onto.shape)
 
+    def op_by_row(self, input: Tensor, weights: Tensor) -> Tensor:
+        """Return what a convolution without groups computes from every row of `input` with weights of its own.
+
+        Args:
+            input: (rows, in, *space).
+            weights: (rows, outputs, in x kernel), with any number of outputs.
+
+        Returns:
+            (rows, outputs, *space).
+        """
+        # The rows become the groups of one convolution.
+        grouped = replace(self, groups=len(input), in_features=len(input) * self.in_features)
+        kernels = weights.reshape(-1, self.in_features, *self.kernel)
+        return grouped.op(input.reshape(1, -1, *input.shape[2:]), kernels).unflatten(1, weights.shape[:2]).squeeze(0)
+
     def low_rank(self, input: Tensor, down: Tensor, up: Tensor, gate: Tensor, onto: Tensor | None = None) -> Tensor:
         """Return `onto + gate * op(input, product(down, up))` without computing the product.
 
@@ -186,12 +201,12 @@ class LayerSpec:
             input: the input of the layer.
             down: the first factor, `(rank, in / groups, *kernel)`.
             up: the second factor, `(out, rank)`, or `(out, rank / groups)` if every group has its own rows of `down`.
-            gate: one number (0-d), one per component of the rank `(rank,)`, or one per row of the input and component
-                `(rows, rank)`.
+            gate: one number (0-d), one per component of the rank `(rank,)`, one per row of the input and component
+                `(rows, rank)`, or one per position, in a shape that broadcasts over the activations in rank space.
             onto: see `expand`.
         """
         hidden = self.op(input, self._per_group(down, up))
-        gate = gate if gate.ndim == 0 else self.along_channels(gate, hidden.ndim)
+        gate = gate if gate.ndim in (0, hidden.ndim) else self.along_channels(gate, hidden.ndim)
         return self.expand(scaled(hidden, gate), up, onto)
 
     def dense(self, input: Tensor, weight: Tensor, gate: Tensor, onto: Tensor | None = None) -> Tensor:

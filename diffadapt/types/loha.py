@@ -9,6 +9,9 @@ tensor layout is that in KohakuBlueleaf/LyCORIS f49d30d `lycoris/modules/loha.py
 | `hada_w1_b`, `hada_w2_b` | (rank, in / groups x kernel) | (rank, in / groups) |
 | `hada_t1`, `hada_t2` | | (rank, rank, *kernel) |
 
+In a grouped convolution, OneTrainer (23df383 `modules/module/LoRAModule.py`) has (out / groups, rank) and
+(rank, in x kernel) instead. The products have as many elements as the weight, and take its shape row by row.
+
 The element-wise product of two matrices of rank r is a matrix of rank at most r^2, whose factors are the row-wise and
 column-wise Khatri-Rao products (Khatri and Rao, 1968). So a forward pass costs as much as with a LoRA of rank r^2.
 """
@@ -55,6 +58,9 @@ def fit(tensors: Tensors, spec: LayerSpec) -> dict[str, Tensor]:
     flat = {name: tensors[name].flatten(1) if tensors[name].ndim > 1 else tensors[name] for name in _FACTORS}
     rank = flat["hada_w1_b"].shape[0]
     rows, columns = spec.out_features, spec.in_features // spec.groups if cores else spec.fan_in
+    if spec.groups > 1 and not cores and flat["hada_w1_a"].shape[0] != rows:
+        if all(shape_of(flat[f"hada_w{number}_a"]) == (rows // spec.groups, rank) for number in "12"):
+            rows, columns = rows // spec.groups, columns * spec.groups
     for name in _FACTORS:
         expected = ((rank, rows) if cores else (rows, rank)) if name.endswith("a") else (rank, columns)
         if shape_of(flat[name]) != expected or not rank:
@@ -103,6 +109,9 @@ def delta_weight(tensors: Tensors, spec: LayerSpec) -> Tensor:
     """Return the element-wise product in the canonical weight shape."""
     products: list[Tensor] = []
     for number in "12":
+        if _is_of_onetrainer(tensors, spec):
+            products.append(tensors[f"hada_w{number}_a"] @ tensors[f"hada_w{number}_b"])
+            continue
         down, up = _product_factors(tensors, spec, number)
         products.append(up @ down.flatten(1))
     return (products[0] * products[1]).view(spec.weight_shape)
@@ -123,6 +132,8 @@ def as_low_rank(tensors: Tensors, spec: LayerSpec) -> tuple[Tensor, Tensor] | No
 
     Return `None` if these have more elements than the change of the weight.
     """
+    if _is_of_onetrainer(tensors, spec):
+        return None
     if rank(tensors) ** 2 * (spec.out_features + spec.fan_in) > spec.out_features * spec.fan_in:
         return None
     (down_1, up_1), (down_2, up_2) = (_product_factors(tensors, spec, number) for number in "12")
@@ -140,6 +151,11 @@ def rows(tensors: Tensors, spec: LayerSpec, rows: Sequence[range]) -> dict[str, 
         up = tensors[name]
         cut[name] = take_rows(up.t(), rows).t() if "hada_t1" in tensors else take_rows(up, rows)
     return cut
+
+
+def _is_of_onetrainer(tensors: Tensors, spec: LayerSpec) -> bool:
+    """Return whether the products do not have the rows of the weight; see the module."""
+    return spec.groups > 1 and "hada_t1" not in tensors and tensors["hada_w1_a"].shape[0] != spec.out_features
 
 
 def _product_factors(tensors: Tensors, spec: LayerSpec, number: str) -> tuple[Tensor, Tensor]:

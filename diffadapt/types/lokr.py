@@ -52,6 +52,7 @@ class LoKrConfig(RankedConfig):
     use_tucker: bool = False
 
     def __post_init__(self) -> None:
+        self._refuse_wrong_kinds()
         if not self.full_matrix:
             super().__post_init__()
         else:

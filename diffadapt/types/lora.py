@@ -35,6 +35,8 @@ from diffadapt.types.layer_spec import LayerSpec, plain_spec
 from diffadapt.types.starts import STARTS, is_start
 from diffadapt.types.tensor_ops import scaled, shape_of, take_rows
 
+_FEW_ROWS = 4
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig(RankedConfig):
@@ -267,8 +269,11 @@ def rows(tensors: Tensors, spec: LayerSpec, rows: Sequence[range]) -> dict[str, 
     cut = {**tensors, "lora_up": up}
     if "lora_bias" in tensors:
         cut["lora_bias"] = take_rows(tensors["lora_bias"], rows)
-    used = None if up.is_meta or "lora_mid" in tensors else up.any(0)
-    if used is not None and used.any() and not used.all():
+    # A few rows show that all components are used, if they are.
+    if up.is_meta or "lora_mid" in tensors or up[:_FEW_ROWS].any(0).all():
+        return cut
+    used = up.any(0)
+    if used.any() and not used.all():
         cut["lora_up"], cut["lora_down"] = up[:, used], tensors["lora_down"][used]
     return cut
 

@@ -21,10 +21,9 @@ Every block has a skew-symmetric matrix Q. `oft_R` contains its upper triangle; 
 The tensors are the same for the first two; the config of the file tells which one applies. PEFT rotates the inputs of
 every layer, so its weight is `W R'`. OneTrainer and ComfyUI-OFTv2 do so for linear layers, but multiply the flattened
 weight of a 2-d convolution from the other side: `W R`. Adapter layers have PEFT's meaning; since `R(-Q) = R(Q)'`,
-`of_other_program` translates it exactly. OneTrainer marks a scaled
-OFT, in which `oft_R` is divided by `2 sqrt(b - 1)`, with a tensor `scaled_oft` (OneTrainer,
-`modules/module/oft_utils.py`). Since a rotation preserves the norm of a row, a DoRA on top of it needs only the norm of
-the base weight, which is in the file.
+`of_other_program` translates it exactly. OneTrainer marks a scaled OFT, in which `oft_R` is divided by `2 sqrt(b - 1)`,
+with a tensor `scaled_oft` (OneTrainer, `modules/module/oft_utils.py`). Since a rotation preserves the norm of a row, a
+DoRA on top of it needs only the norm of the base weight, which is in the file.
 
 An alpha next to `oft_blocks` limits the norm of all blocks of a layer together, as a fraction of the number of outputs.
 In LyCORIS, 0 means no limit. sd-scripts always applies the limit, as `Q (min(|Q|, c) + e) / (|Q| + e)`, where e is its
@@ -32,7 +31,7 @@ In LyCORIS, 0 means no limit. sd-scripts always applies the limit, as `Q (min(|Q
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -282,6 +281,19 @@ def rows(tensors: Tensors, spec: LayerSpec, rows: Sequence[range]) -> dict[str, 
     return cut
 
 
+def unlimited(tensors: Tensors, spec: LayerSpec, settings: Mapping[str, float]) -> tuple[Tensors, Mapping[str, float]]:
+    """Return blocks that are within the constraint, in float32 or wider, and settings without a constraint."""
+    if "oft_blocks" not in tensors or not settings["constraint"]:
+        return tensors, settings
+    blocks = promoted(tensors["oft_blocks"])
+    skew = blocks - blocks.mT
+    norm = torch.linalg.vector_norm(skew)
+    limited = constrained(skew, settings["constraint"], spec, settings.get("constraint_eps", 0.0))
+    factor = torch.linalg.vector_norm(limited) / norm.clamp_min(1e-30)
+    free = {name: 0.0 for name in ("constraint", "constraint_eps") if name in settings}
+    return {**tensors, "oft_blocks": blocks * torch.where(norm > 0, factor, 1.0)}, {**settings, **free}
+
+
 def block_size(triangle: Tensor) -> int:
     """Return b for an `oft_R` of shape (blocks, b (b - 1) / 2)."""
     return (1 + math.isqrt(1 + 8 * triangle.shape[-1])) // 2 if triangle.ndim else 0
@@ -382,6 +394,7 @@ OFT = AdapterType(
     settings={"neumann_terms": 5, "coft_eps": 0.0, "scaled_oft": 0.0, "constraint": 0.0, "constraint_eps": 0.0},
     marks=frozenset({"scaled_oft"}),
     alpha_is="constraint",
+    unlimited=unlimited,
     orthogonal=True,
     blocks={_ROTATION: 0},
 )

@@ -30,6 +30,7 @@ from torch import Tensor
 from diffadapt.errors import AdapterError
 from diffadapt.types.adapter_type import AdapterType, Surroundings, Tensors, Unfinished
 from diffadapt.types.config import SizedConfig, refuse_unless_whole
+from diffadapt.types.decomposition import principal, randomised_principal
 from diffadapt.types.formulas import by_factors, checked, flat
 from diffadapt.types.layer_spec import LayerSpec
 from diffadapt.types.oft import cayley, neumann, skew_symmetric
@@ -63,6 +64,7 @@ class PSOFTConfig(SizedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        refuse_unless_whole("seed", self.seed, least=0)
         refuse_unless_whole("neumann_terms", self.neumann_terms, least=0)
         refuse_unless_whole("svd_iterations", self.svd_iterations, least=0)
         if self.neumann_terms == 1:
@@ -119,7 +121,7 @@ def init(
 def complete(layers: Mapping[str, Unfinished]) -> dict[str, Tensors]:
     """Return the tensors with the factors of the principal part of the base weight, decomposed in float32."""
     found: dict[str, Tensors] = {}
-    for path, (tensors, _, settings, weight) in layers.items():
+    for path, (tensors, _, settings, weight, *_) in layers.items():
         found[path] = tensors
         if _A not in tensors or _B not in tensors:
             rank = _size(tensors[_R])
@@ -160,16 +162,9 @@ def factors(tensors: Tensors, spec: LayerSpec) -> tuple[Tensor, Tensor]:
 def _principal(weight: Tensor, rank: int, settings: Mapping[str, float]) -> tuple[Tensor, Tensor, Tensor]:
     """Return the largest singular values of a matrix and their vectors: (out, rank), (rank,) and (rank, in)."""
     iterations = int(settings["svd_iterations"])
-    if weight.is_meta:
-        rows, columns = weight.shape
-        return weight.new_empty(rows, rank), weight.new_empty(rank), weight.new_empty(rank, columns)
     if not iterations:
-        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
-        return u[:, :rank], s[:rank], vh[:rank]
-    with torch.random.fork_rng(devices=[] if weight.device.type == "cpu" else [weight.device]):
-        torch.manual_seed(int(settings["seed"]))
-        u, s, v = torch.svd_lowrank(weight, q=rank, niter=iterations)
-    return u, s, v.t()
+        return principal(weight, rank)
+    return randomised_principal(weight, rank, iterations, int(settings["seed"]))
 
 
 def _size(given: Tensor) -> int:

@@ -20,12 +20,10 @@ from diffadapt.types.adapter_type import AdapterType, Surroundings, Tensors, Unf
 from diffadapt.types.config import SizedConfig, refuse_unless_whole
 from diffadapt.types.fourierft import fit_spectrum
 from diffadapt.types.layer_spec import LayerSpec
-from diffadapt.types.sparse import random_places, scattered, sparse_product
+from diffadapt.types.sparse import is_sparse, random_places, scattered, sparse_product
 from diffadapt.types.tensor_ops import add
 
 _WEIGHT, _INDICES, _DELTA = "shira_weight", "shira_indices", "shira_delta"
-_DENSITY = 1 / 128
-"""Share of the elements of a weight above which the change is cheaper as a matrix, measured on a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +71,7 @@ def init(
 def complete(layers: Mapping[str, Unfinished]) -> dict[str, Tensors]:
     """Return the tensors with the places, sorted by rows, which follow from the seed."""
     found: dict[str, Tensors] = {}
-    for path, (tensors, spec, settings, _) in layers.items():
+    for path, (tensors, spec, settings, _, *_) in layers.items():
         known = tensors.get(_INDICES)
         if known is None:
             weight = tensors[_WEIGHT]
@@ -88,7 +86,7 @@ def complete(layers: Mapping[str, Unfinished]) -> dict[str, Tensors]:
 
 def prepare(tensors: Tensors, spec: LayerSpec, surroundings: Surroundings) -> Tensors:
     """Return the change as a matrix, unless it has so few elements that it is cheaper without."""
-    if spec.kind == "linear" and tensors[_WEIGHT].numel() <= _DENSITY * spec.out_features * spec.fan_in:
+    if spec.kind == "linear" and is_sparse(tensors[_WEIGHT], spec.out_features, spec.fan_in):
         return tensors
     return {_DELTA: delta_weight(tensors, spec)}
 

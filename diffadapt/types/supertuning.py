@@ -19,8 +19,10 @@ from torch import Tensor
 from diffadapt.errors import AdapterError
 from diffadapt.types.adapter_type import AdapterType, Surroundings, Tensors, Unfinished
 from diffadapt.types.config import AdapterConfig, refuse_unless_whole
-from diffadapt.types.formulas import by_matrix, checked, rank_of, uniform
+from diffadapt.types.formulas import checked, rank_of, uniform
 from diffadapt.types.layer_spec import LayerSpec
+from diffadapt.types.sparse import is_sparse, scattered, sparse_product
+from diffadapt.types.tensor_ops import add
 
 _VALUES, _INDICES, _A, _B = (
     "supertuning_values",
@@ -28,7 +30,7 @@ _VALUES, _INDICES, _A, _B = (
     "supertuning_lora_A",
     "supertuning_lora_B",
 )
-_DELTA = "supertuning_delta"
+_ROWS, _COLUMNS, _DELTA = "supertuning_rows", "supertuning_columns", "supertuning_delta"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +98,7 @@ def init(
 def complete(layers: Mapping[str, Unfinished]) -> dict[str, Tensors]:
     """Return the tensors with the positions, which follow from the base weight."""
     found: dict[str, Tensors] = {}
-    for path, (tensors, spec, settings, weight) in layers.items():
+    for path, (tensors, spec, settings, weight, *_) in layers.items():
         places = tensors.get(_INDICES)
         if places is None:
             count, is_largest = tensors[_VALUES].numel(), bool(settings["largest"])
@@ -107,13 +109,37 @@ def complete(layers: Mapping[str, Unfinished]) -> dict[str, Tensors]:
 
 
 def prepare(tensors: Tensors, spec: LayerSpec, surroundings: Surroundings) -> Tensors:
-    """Return the change of the weight."""
-    values = tensors[_VALUES]
-    delta = values.new_zeros(spec.out_features * spec.fan_in).index_put((tensors[_INDICES].long(),), values)
-    delta = delta.view(spec.out_features, -1)
+    """Return the places and the factors, or the change of the weight if it is cheaper as a matrix."""
+    values, places = tensors[_VALUES], tensors[_INDICES].long()
+    prepared = {_VALUES: values, _ROWS: places // spec.fan_in, _COLUMNS: places % spec.fan_in}
     if _A in tensors:
-        delta = torch.addmm(delta, tensors[_B] * surroundings.settings["lora_scale"], tensors[_A])
-    return {_DELTA: delta.view(spec.weight_shape)}
+        prepared |= {_A: tensors[_A], _B: tensors[_B] * surroundings.settings["lora_scale"]}
+    if spec.kind == "linear" and is_sparse(values, spec.out_features, spec.fan_in):
+        return prepared
+    return {_DELTA: delta_weight(prepared, spec)}
+
+
+def delta_weight(tensors: Tensors, spec: LayerSpec) -> Tensor:
+    """Return the change in the canonical weight shape."""
+    if _DELTA in tensors:
+        return tensors[_DELTA]
+    shape = spec.out_features, spec.fan_in
+    delta = scattered(tensors[_ROWS], tensors[_COLUMNS], tensors[_VALUES], shape)
+    if _A in tensors:
+        delta = torch.addmm(delta, tensors[_B], tensors[_A])
+    return delta.view(spec.weight_shape)
+
+
+def delta_output(
+    tensors: Tensors, spec: LayerSpec, *, input: Tensor, gate: Tensor, onto: Tensor | None = None
+) -> Tensor:
+    """Return `onto` plus the gated change."""
+    if _DELTA in tensors:
+        return spec.dense(input, tensors[_DELTA], gate, onto)
+    values = (tensors[_VALUES] * gate).to(input.dtype)
+    product = sparse_product(input, tensors[_ROWS], tensors[_COLUMNS], values, spec.out_features)
+    output = product if onto is None else add(product, onto)
+    return output if _A not in tensors else spec.low_rank(input, tensors[_A], tensors[_B], gate, output)
 
 
 SUPERTUNING = AdapterType(
@@ -127,5 +153,6 @@ SUPERTUNING = AdapterType(
     init=init,
     complete=complete,
     prepare=prepare,
-    **by_matrix(lambda tensors, spec: tensors[_DELTA]),
+    delta_weight=delta_weight,
+    delta_output=delta_output,
 )

@@ -11,14 +11,12 @@ quadrants are the coefficients of one level: with low (l) and high (h) filters a
 | `waveft_spectrum` | (n) |
 | `waveft_indices` | (2, n), rows and columns in the weight, not trained |
 
-Filters are Daubechies', with 2 N elements for N vanishing moments, by spectral factorisation (Daubechies, "Ten Lectures
-on Wavelets", 1992, chapter 6): of each pair of roots z and 1 / z, the one within the unit circle is taken.
+Filters are those of `wavelets.py`.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +27,9 @@ from diffadapt.types.adapter_type import AdapterType, Surroundings, Tensors, Unf
 from diffadapt.types.config import refuse_unless_whole
 from diffadapt.types.fourierft import SpectrumConfig, completed, fit_spectrum
 from diffadapt.types.layer_spec import LayerSpec
-from diffadapt.types.sparse import scattered, sparse_product
+from diffadapt.types.sparse import in_chunks, scattered, sparse_product
 from diffadapt.types.tensor_ops import add, promoted
+from diffadapt.types.wavelets import FAMILIES, KNOWN, filters, is_known
 
 _SPECTRUM, _INDICES = "waveft_spectrum", "waveft_indices"
 _ROWS, _COLUMNS, _VALUES, _DELTA, _FILTERS = (
@@ -40,8 +39,6 @@ _ROWS, _COLUMNS, _VALUES, _DELTA, _FILTERS = (
     "waveft_delta",
     "waveft_filters",
 )
-_MOST_MOMENTS = 10
-"""As many as PEFT has coefficients for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,23 +46,27 @@ class WaveFTConfig(SpectrumConfig):
     """Settings of a new WaveFT (Bilican et al., arXiv 2505.12532).
 
     Attributes:
-        moments: N of the Daubechies wavelet, 1 (Haar) to 10; 0 to train elements of the weight itself.
+        family: the family of the wavelet: "db" (Daubechies), "sym" (symlets) or "coif" (coiflets).
+        moments: the number of the wavelet in its family, 1 (Haar) to 10 of Daubechies', 2 to 10 of the symlets, 1 to 3
+            of the coiflets; 0 to train elements of the weight itself.
     """
 
     frequencies: int = 2592
     scaling: float = 25.0
+    family: Literal["db", "sym", "coif"] = "db"
     moments: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         refuse_unless_whole("moments", self.moments, least=0)
-        if self.moments > _MOST_MOMENTS:
-            raise AdapterError(f"moments is {self.moments}, expected at most {_MOST_MOMENTS}")
+        if self.moments and not is_known(self.family, self.moments):
+            raise AdapterError(f"{self.family}{self.moments} is no wavelet here, expected one of {', '.join(KNOWN)}")
 
     @property
     def settings(self) -> dict[str, float]:
-        """The factor of the change, the seed of the places and the number of moments."""
-        return {**super().settings, "moments": float(self.moments)}
+        """The factor of the change, the seed of the places, and the wavelet."""
+        family = FAMILIES.index(self.family) if self.moments else 0
+        return {**super().settings, "family": float(family), "moments": float(self.moments)}
 
 
 def fit(tensors: Tensors, spec: LayerSpec) -> dict[str, Tensor]:
@@ -93,20 +94,20 @@ def prepare(tensors: Tensors, spec: LayerSpec, surroundings: Surroundings) -> Te
     settings = surroundings.settings
     values, moments = promoted(tensors[_SPECTRUM]) * settings["scaling"], int(settings["moments"])
     rows, columns = tensors[_INDICES].long().unbind(0)
-    filters = values.new_zeros(2, 0)
+    taps = values.new_zeros(2, 0)
     if moments:
-        filters = _filters(moments).to(values)
+        taps = filters(FAMILIES[int(settings["family"])], moments).to(values)
         # Haar's transforms are sums and differences; their factors are cheaper on the coefficients.
-        values = values / 2 if moments == 1 else values
+        values = values / 2 if taps.shape[1] == 2 else values
         (half_rows, first_row), (half_columns, first_column) = (
-            _bands(size, 2 * moments) for size in (spec.out_features, spec.fan_in)
+            _bands(size, taps.shape[1]) for size in (spec.out_features, spec.fan_in)
         )
         rows, columns = rows + first_row, columns + first_column
         # The high band of the rows is at the right, that of the columns at the bottom.
         low, right = rows >= half_rows, columns >= half_columns
         rows = rows % half_rows + half_rows * right
         columns = columns % half_columns + half_columns * low
-    prepared = {_ROWS: rows, _COLUMNS: columns, _VALUES: values, _FILTERS: filters}
+    prepared = {_ROWS: rows, _COLUMNS: columns, _VALUES: values, _FILTERS: taps}
     if spec.kind == "linear":
         return prepared
     return {_DELTA: delta_weight(prepared, spec).to(tensors[_SPECTRUM].dtype)}
@@ -130,12 +131,19 @@ def delta_output(
     """Return `onto` plus the gated change; in a linear layer, the transforms apply to the input and the output."""
     if _DELTA in tensors:
         return spec.dense(input, tensors[_DELTA], gate, onto)
-    vectors, filters, out = promoted(input), tensors[_FILTERS].to(promoted(input).dtype), spec.out_features
-    size, values = out, tensors[_VALUES] * gate
+    vectors, out = promoted(input), spec.out_features
+    filters, values = tensors[_FILTERS].to(vectors.dtype), (tensors[_VALUES] * gate).to(vectors.dtype)
+
+    def transformed(input: Tensor, values: Tensor) -> Tensor:
+        size = 2 * _bands(out, filters.shape[1])[0]
+        product = sparse_product(_analysis(input, filters), tensors[_ROWS], tensors[_COLUMNS], values, size)
+        return _synthesis(product, filters, out)
+
     if filters.numel():
-        vectors, size = _analysis(vectors, filters), 2 * _bands(out, filters.shape[1])[0]
-    product = sparse_product(vectors, tensors[_ROWS], tensors[_COLUMNS], values.to(vectors.dtype), size)
-    product = (_synthesis(product, filters, out) if filters.numel() else product).to(input.dtype)
+        product = in_chunks(transformed, vectors, values, out)
+    else:
+        product = sparse_product(vectors, tensors[_ROWS], tensors[_COLUMNS], values, out)
+    product = product.to(input.dtype)
     return product if onto is None else add(product, onto)
 
 
@@ -194,40 +202,12 @@ def _sum(parts: list[Tensor]) -> Tensor:
     return total
 
 
-@lru_cache
-def _filters(moments: int) -> Tensor:
-    """Return the low and the high reconstruction filter of a Daubechies wavelet, (2, 2 N), in float64."""
-    # The product of the two halves is a polynomial in y = (2 - z - 1 / z) / 4, with these coefficients.
-    coefficients = [math.comb(moments - 1 + k, k) for k in range(moments)]
-    companion = torch.zeros(moments - 1, moments - 1, dtype=torch.float64)
-    if moments > 1:
-        companion[1:, :-1] = torch.eye(moments - 2, dtype=torch.float64)
-        companion[:, -1] = -torch.tensor(coefficients[:-1], dtype=torch.float64) / coefficients[-1]
-    low = torch.tensor([2**0.5], dtype=torch.complex128)
-    for root in torch.linalg.eigvals(companion).tolist() if moments > 1 else []:
-        middle = 1 - 2 * root
-        pair = [middle + sign * (middle * middle - 1) ** 0.5 for sign in (1, -1)]
-        z = min(pair, key=abs)
-        low = _times(low, (1 / (1 - z), -z / (1 - z)))
-    for _ in range(moments):
-        low = _times(low, (0.5, 0.5))
-    low = low.real.contiguous()
-    signs = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(moments)
-    return torch.stack([low, low.flip(0) * signs])
-
-
-def _times(polynomial: Tensor, factor: tuple[complex, complex]) -> Tensor:
-    """Return the product of a polynomial and a linear one, the constant terms first."""
-    zero = polynomial.new_zeros(1)
-    return torch.cat([polynomial, zero]) * factor[0] + torch.cat([zero, polynomial]) * factor[1]
-
-
 WAVEFT = AdapterType(
     name="waveft",
     tensors=(_SPECTRUM, _INDICES),
     identified_by=frozenset({_SPECTRUM}),
     config=WaveFTConfig,
-    settings={"scaling": 25.0, "seed": 777.0, "moments": 1.0},
+    settings={"scaling": 25.0, "seed": 777.0, "family": 0.0, "moments": 1.0},
     fixed=frozenset({_INDICES}),
     fit=fit,
     init=init,

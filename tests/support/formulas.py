@@ -15,6 +15,27 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Method:
+    """What files have besides the tensors of a layer if PEFT alone trains the type.
+
+    Attributes:
+        peft_type: Its name in the config of a PEFT folder.
+        type: The library's name.
+        settings: The settings that differ from the defaults. A file of LyCORIS' layout has them in its header.
+        derived: Tensors that PEFT computes again, and that files of LyCORIS' layout have.
+        shared: `(most outputs, most columns)` of the layers -> tensors that all of them share.
+        repeats: PEFT stores the shared tensors for every layer, too.
+    """
+
+    peft_type: str
+    type: str
+    settings: Mapping[str, float] = field(default_factory=dict[str, float])
+    derived: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    shared: Callable[[int, int], Mapping[str, Tensor]] = lambda rows, columns: {}
+    repeats: bool = False
+
+
+@dataclass(frozen=True)
 class Content:
     """The tensors of a file for one layer, and the weight and bias that the layer has with them.
 
@@ -23,12 +44,14 @@ class Content:
         weight: The resulting weight.
         bias: The resulting bias.
         config: Settings in the `adapter_config.json` of a PEFT folder.
+        method: What else the file has; `None` for types that other programs have, too.
     """
 
     tensors: dict[str, Tensor]
     weight: Tensor
     bias: Tensor | None
     config: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    method: Method | None = None
 
 
 Variant = Callable[[Tensor, Tensor | None], Content | None]

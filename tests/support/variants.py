@@ -74,6 +74,12 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "supertuning": [{"sparsity": 0.8, "rank": 2}],
     "glora-peft": [{"weight": "vector", "bias_by_input": "lora", "bias_by_output": "vector"}],
     "unilora": [{"rank": 2, "length": 8}],
+    "tinylora": [{"rank": 2, "length": 5}],
+    "osf": [{"kept": 0.5}, {"kept": 0.9}],
+    "tlora": [{"rank": 2, "alpha": 3.0, "vectors": "middle"}],
+    "frod": [{"density": 0.1}],
+    "adamss": [{"rank": 3, "clusters": 3, "cluster_rank": 2}],
+    "dylora": [{"rank": 4, "block_size": 2}],
     "full": [{"bias": False}, {"bias": True}],
     "tokens": [{"token_indices": [4, 1]}],
     "lora-parameter": [{"rank": 2}],
@@ -81,12 +87,12 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
 """Settings that each adapter type is tested with; a type that is not listed is tested with its defaults."""
 
 OF_PEFT_ALONE = frozenset(
-    "adalora c3a deft delora fourierft glora-peft gralora hira hra miss peanut psoft pvera randlora road shira "
-    "supertuning unilora vblora vera waveft".split()
+    "adalora adamss c3a deft delora fourierft frod glora-peft gralora hira hra miss osf peanut psoft pvera randlora "
+    "road shira supertuning tinylora unilora vblora vera waveft".split()
 )
 """Types that only PEFT trains elsewhere. Their files and training are tested in `test_parity_peft_methods.py`."""
 
-TESTED_APART = OF_PEFT_ALONE | {"batch-norm", "lora-parameter", "started_lora", "tokens"}
+TESTED_APART = OF_PEFT_ALONE | {"batch-norm", "dylora", "lora-parameter", "started_lora", "tlora", "tokens"}
 """These, and types that are on particular layers or, like started LoRAs, in no file. They have tests of their own."""
 
 VARIANTS: list[Variant] = [
@@ -184,7 +190,7 @@ def refuses(adapter_type: AdapterType, options: dict[str, Any], layer: str) -> b
         return layer == "transformers-conv1d"
     if adapter_type.name == "hra":
         return has_groups or on_ids
-    if adapter_type.name == "gralora" or options.get("variant") == "bat" or options.get("block_size") == 2:
+    if adapter_type.name in ("gralora", "c3a") or options.get("variant") == "bat":
         return spec.fan_in % 2 != 0
     if layer.startswith("embedding"):
         return options.get("dora_axis") == "input" or bool(options.get("bias"))
@@ -243,9 +249,12 @@ class Case:
     def initial(self) -> dict[str, Tensor]:
         """Return the tensors of a new adapter."""
         weight = self.spec.to_stored(self.root[0].weight.detach().clone())
+        bias = getattr(self.root[0], "bias", None)
         tensors = self.adapter_type.init(self.spec, self.config, generator=self.generator, weight=lambda: weight)
         settings = {**self.adapter_type.settings, **self.config.settings}
-        complete = self.adapter_type.complete({"0": Unfinished(tensors, self.spec, settings, lambda: weight)})["0"]
+        complete = self.adapter_type.complete(
+            {"0": Unfinished(tensors, self.spec, settings, lambda: weight, lambda: bias)}
+        )["0"]
         return {name: converted(tensor, torch.float64) for name, tensor in complete.items()}
 
     def random(self) -> dict[str, Tensor]:

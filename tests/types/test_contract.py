@@ -19,7 +19,7 @@ from diffadapt.types import for_config, identify
 from tests.support.cases import for_each
 from tests.support.variants import LAYERS, VARIANTS, Case, Variant, on_layers
 
-DETACHED = ("dora", "dora-loha", "dora-lokr")
+DETACHED = ("dora", "dora-loha", "dora-lokr", "osf")
 """Types that exclude a part of their formula from autograd, as their papers specify."""
 DIFFERENTIABLE = [variant for variant in VARIANTS if variant[0].name not in DETACHED]
 

@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -45,6 +46,30 @@ def test_the_layout_of_onetrainer_adds_one_output_to_all_channels() -> None:
     tensors = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(2.0)}
     diffadapt.load_adapter(model, {f"lora_unet_0.{name}": tensor for name, tensor in tensors.items()}, name="a")
     assert_same(model(picture), expected)
+
+
+@pytest.mark.parametrize("groups", [2, 6])
+def test_a_loha_of_onetrainer_has_products_with_the_elements_of_the_weight(groups: int, tmp_path: Path) -> None:
+    model, picture = grouped(groups), torch.randn(2, 6, 5, 5)
+    shapes = {"a": (6 // groups, 4, 1, 1), "b": (4, 6, 3, 3)}
+    tensors = {f"hada_w{number}_{side}": torch.randn(shapes[side]) for number in "12" for side in "ab"}
+    one, two = (tensors[f"hada_w{n}_a"].flatten(1) @ tensors[f"hada_w{n}_b"].flatten(1) for n in "12")
+    layer: Any = model[0]
+    weight = layer.weight + 0.5 * (one * two).view_as(layer.weight)
+    expected = F.conv2d(picture, weight, layer.bias, padding=1, groups=groups)
+    file = {f"lora_unet_0.{name}": tensor for name, tensor in {**tensors, "alpha": torch.tensor(2.0)}.items()}
+    diffadapt.load_adapter(model, file, name="a", component="unet")
+    assert_same(model(picture), expected)
+    adapters = diffadapt.adapters(model)
+    adapters.merge()
+    assert_same(model[0].weight, weight)
+    adapters.unmerge()
+    saved = adapters.save("a", tmp_path / "a.safetensors", "kohya")
+    again = grouped(groups)
+    diffadapt.load_adapter(again, saved, component="unet")
+    assert_same(again(picture), expected)
+    with pytest.raises(AdapterError, match="PEFT has other shapes"):
+        adapters.save("a", tmp_path, "peft")
 
 
 def test_a_dora_of_such_factors_is_refused_at_load() -> None:

@@ -16,8 +16,9 @@ import diffadapt
 from diffadapt import AdapterError, BOFTConfig, FullConfig, GLoRAConfig, IA3Config, LoraConfig
 from diffadapt.merging.merge import merge_, unmerge_
 from diffadapt.runtime.adapter import Adapter
-from diffadapt.runtime.adapter_layer import AdapterLayer, Dropout
+from diffadapt.runtime.adapter_layer import AdapterLayer
 from diffadapt.runtime.attach import attach_, refresh_
+from diffadapt.runtime.dropout import Dropout
 from diffadapt.types import identify
 from diffadapt.types.adapter_type import AdapterType
 from diffadapt.types.boft import BOFT

@@ -5,9 +5,11 @@ where it has to fail.
 """
 
 import copy
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import diffadapt
+from diffadapt.types import adamss
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The symmetric initialization can NOT:UserWarning"),
@@ -122,7 +125,7 @@ CASES: dict[str, Case] = {
         f"waveft-{family}": Case(
             "waveft", peft.WaveFTConfig, {"n_frequency": 50, "wavelet_family": family}, ("linear", "wide", "odd")
         )
-        for family in ("db1", "db2", "db7")
+        for family in ("db1", "db2", "db7", "sym4", "sym7", "coif1", "coif3")
     },
     "waveft-proportional": Case(
         "waveft", peft.WaveFTConfig, {"n_frequency": 50, "proportional_parameters": True}, ("linear", "wide")
@@ -173,6 +176,27 @@ CASES: dict[str, Case] = {
     "ln-tuning": Case(
         "full", peft.LNTuningConfig, {}, ("norm",), around={"weight": 1.0}, gradients=False, writes=False
     ),
+    "tinylora": Case("tinylora", peft.TinyLoraConfig, {"r": 3, "u": 7}, (*SIZES, "embedding")),
+    "tinylora-tied": Case(
+        "tinylora",
+        peft.TinyLoraConfig,
+        {"r": 2, "u": 5, "weight_tying": 0.5, "projection_seed": 3},
+        (*SIZES, "embedding"),
+    ),
+    "tinylora-seeded": Case(
+        "tinylora", peft.TinyLoraConfig, {"r": 2, "u": 5, "weight_tying": 1.0, "save_projection": False}, SIZES
+    ),
+    "osf": Case("osf", peft.OSFConfig, {"effective_rank": 10}, SIZES),
+    "osf-few": Case("osf", peft.OSFConfig, {"effective_rank": 14, "rank_pattern": {"odd": 13}}, SIZES),
+    "frod": Case("frod", peft.FrodConfig, {"sparse_rate": 0.05, "progressbar": False}, SIZES),
+    "frod-seeded": Case(
+        "frod",
+        peft.FrodConfig,
+        {"sparse_rate": 0.02, "save_projection": False, "projection_prng_key": 4, "progressbar": False},
+        SIZES,
+    ),
+    "adamss": Case("adamss", peft.AdamssConfig, {"r": 8, "num_subspaces": 3, "subspace_rank": 2}, SIZES),
+    "adamss-seed": Case("adamss", peft.AdamssConfig, {"r": 12, "num_subspaces": 4, "random_seed": 5}, SIZES),
     "psoft": Case("psoft", peft.PsoftConfig, {"r": 4, "psoft_alpha": 8}, around={"vector": 1.0}),
     "psoft-pissa": Case(
         "psoft",
@@ -232,6 +256,26 @@ def assert_equal_and_sensitive(model: Layers, expected: dict[str, Tensor]) -> No
         assert error(forward[name], tensor, base[name]) < 1e-5, name
         assert error(merged[name], tensor, base[name]) < 1e-5, name
         assert error(other[name], tensor, base[name]) > 5e-4, name
+
+
+class KMeans:
+    """What AdaMSS of PEFT needs of scikit-learn; `test_adamss.py` compares our clusters with those of scikit-learn."""
+
+    def __init__(self, n_clusters: int, init: str, n_init: int, max_iter: int, random_state: int) -> None:
+        assert (init, n_init, max_iter, random_state) == ("random", 1, 10, 123456789)
+        self.count = n_clusters
+
+    def fit_predict(self, rows: Any) -> Any:
+        labels = torch.zeros(len(rows), dtype=torch.int64)
+        for number, cluster in enumerate(adamss._clustered(torch.from_numpy(rows), self.count)):
+            labels[cluster] = number
+        return labels.numpy()
+
+
+@pytest.fixture(autouse=True)
+def _without_sklearn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn", SimpleNamespace())  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "sklearn.cluster", SimpleNamespace(KMeans=KMeans))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", CASES)
