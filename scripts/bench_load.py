@@ -19,9 +19,10 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -47,8 +48,11 @@ SDXL = {
     "use_linear_projection": True,
 }
 RANK = 16
+LARGE_RANK = 720
 ENDINGS = (".to_q", ".to_k", ".to_v", ".to_out.0")
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors")
+
+FLUX, LARGE = "flux.safetensors", "large.safetensors"
 
 Figures = dict[str, list[float]]
 
@@ -58,6 +62,12 @@ def sdxl_unet() -> UNet2DConditionModel:
     with torch.device("meta"):
         unet = UNet2DConditionModel(**SDXL).to(torch.bfloat16)
     return unet.to_empty(device="cpu").requires_grad_(False)
+
+
+def flux_transformer() -> FluxTransformer2DModel:
+    """Return the transformer of Flux.1, without values."""
+    with torch.device("meta"):
+        return FluxTransformer2DModel(guidance_embeds=True).to(torch.bfloat16).requires_grad_(False)
 
 
 def lora_file(unet: nn.Module) -> dict[str, Tensor]:
@@ -83,6 +93,39 @@ def kohya_file(unet: nn.Module) -> dict[str, Tensor]:
             tensors[f"{flat}.lora_up.weight"] = torch.zeros(out, 1, *(1,) * (len(columns) - 1))
             tensors[f"{flat}.alpha"] = torch.tensor(1.0)
     return tensors
+
+
+def flux_file() -> dict[str, Tensor]:
+    """Return the tensors of a LoRA of rank 4 in the kohya format for Flux.1: 304 layers, many of them fused."""
+    width, tensors = 3072, dict[str, Tensor]()
+    double = {"qkv": (1, 3), "proj": (1, 1), "mlp_0": (1, 4), "mlp_2": (4, 1), "mod_lin": (1, 6)}
+    layers = {
+        f"double_blocks_{block}_{stream}_{name if name[:1] == 'm' else f'attn_{name}'}": sizes
+        for block in range(19)
+        for stream in ("img", "txt")
+        for name, sizes in double.items()
+    }
+    single = {"linear1": (1, 7), "linear2": (5, 1), "modulation_lin": (1, 3)}
+    layers |= {f"single_blocks_{block}_{name}": sizes for block in range(38) for name, sizes in single.items()}
+    for name, (columns, rows) in layers.items():
+        flat = f"lora_unet_{name}"
+        tensors[f"{flat}.lora_down.weight"] = torch.ones(4, columns * width, dtype=torch.bfloat16)
+        tensors[f"{flat}.lora_up.weight"] = torch.ones(rows * width, 4, dtype=torch.bfloat16)
+        tensors[f"{flat}.alpha"] = torch.tensor(4.0)
+    return tensors
+
+
+def write_large_file(unet: nn.Module, file: Path) -> None:
+    """Write the header of a LoRA file of 2 GB. Its values are a hole in the file, since `inspect` reads none."""
+    entries, end = dict[str, Any](), 0
+    for key, tensor in lora_file(unet).items():
+        shape = [size if size != RANK else LARGE_RANK for size in tensor.shape]
+        begin, end = end, end + 2 * shape[0] * shape[1]
+        entries[key] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    header = json.dumps(entries).encode()
+    with file.open("wb") as opened:
+        opened.write(len(header).to_bytes(8, "little") + header)
+        opened.truncate(8 + len(header) + end)
 
 
 def versions() -> str:
@@ -127,6 +170,11 @@ def round_of_ours(
     with timed(figures, "load a safetensors file"):
         diffadapt.load_adapter(unet, file, "f")
     adapters.clear()
+    with timed(figures, "inspect a file of 2 GB"):
+        diffadapt.inspect(file.parent / LARGE)
+    flux = flux_transformer()
+    with timed(figures, "load a kohya file for Flux.1, 912 tensors"):
+        diffadapt.load_adapter(flux, file.parent / FLUX, "f")
 
 
 def round_of_diffusers(
@@ -165,6 +213,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "lora.safetensors"
         save_file(tensors, file)
+        save_file(flux_file(), file.parent / FLUX)
+        write_large_file(unets[0], file.parent / LARGE)
         for number in range(options.rounds + 1):
             print(f"round {number} of {options.rounds}", file=sys.stderr)
             for measure, unet, found in zip(measures, unets, figures, strict=True):
@@ -173,10 +223,10 @@ def main() -> None:
     print(f"{len(tensors) // 2} LoRA layers, rank {RANK}, bf16; {torch.get_num_threads()} thread; {versions()}\n")
     print("| CPU ms, median (minimum) | diffadapt | diffusers + peft | ratio |\n|---|---|---|---|")
     for what, ours in figures[0].items():
-        theirs = figures[1][what]
+        theirs = figures[1].get(what, [])
         cells = map(cell, (ours, theirs))
-        ratio = statistics.median(theirs) / statistics.median(ours)
-        print(f"| {what} | {' | '.join(cells)} | {ratio:.0f} x |")
+        ratio = f"{statistics.median(theirs) / statistics.median(ours):.0f} x" if theirs else "-"
+        print(f"| {what} | {' | '.join(cells)} | {ratio} |")
     if options.json:
         options.json.write_text(
             json.dumps({"versions": versions(), "ours": figures[0], "theirs": figures[1]}, indent=1)

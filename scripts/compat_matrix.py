@@ -4,11 +4,14 @@ Every cell is the result of a run; nothing is written by hand. `tests/support/ma
 `tests/support/judge.py` judges them; `tests/support/base_judge.py` judges adapters on quantised weights. Run it from
 the root of the repository:
 
-    python -m scripts.compat_matrix                    # everything, one process per core
-    python -m scripts.compat_matrix --bases            # quantised and cast weights only: their section is replaced
+    python -m scripts.compat_matrix                    # every family, one process per core
+    python -m scripts.compat_matrix --bases            # quantised and cast weights: their section is replaced
     python -m scripts.compat_matrix --bases gguf hqq   # these bases, printed and not written
     python -m scripts.compat_matrix --family flux      # one family, printed and not written
     python -m scripts.compat_matrix --keys <folder>    # key lists of real files from elsewhere
+
+Outcomes are kept in `.cache/matrix/` (`scripts/matrix_cache.py`). A run that was interrupted goes on where it was, and
+what did not change since the last run is not judged again.
 """
 
 import argparse
@@ -20,32 +23,35 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from scripts import base_table
+from scripts.matrix_cache import PEERS, ROOT, Kept
 from tests.support.denoisers import SMALL
-from tests.support.dialects import DIALECTS
+from tests.support.dialects import DIALECTS, Dialect
 from tests.support.judge import WRITERS, Outcome, judge
 from tests.support.listed import FOREIGN, Listed, listed, refusal
-from tests.support.matrix import KINDS, Workbench, files
+from tests.support.matrix import KINDS, Workbench, file_of
 
-ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "compatibility.md"
 KEYS = ROOT / "tests" / "fixtures" / "keys"
-PEERS = ("torch", "diffusers", "transformers", "peft")
+
+ON_ALL_LAYERS = ("LoRA in blocks, one alpha", "LoRA")
+"""Types whose files have all layers. They show that all names are found, whatever the type."""
 
 EXPLANATION = """\
 Each row stands for one file or several. Files are made in memory for a small model of the family, with random tensors
-for all layers that the dialect has names for: linear layers, convolutions and norms, and layers of the text encoders
-where the dialect covers them.
+for the layers that the dialect has names for: linear layers, convolutions and norms, and layers of the text encoders
+where the dialect covers them. LoRA is on all of these layers, each other type on one layer of every shape.
 
 * **loads**: whether the file loads with every tensor used, or why it is refused. A refused file leaves the models as
   they are.
 * **equals**: whether the output of every layer, and its weight after merging, equal what a plain formula in float64
-  computes from the tensors of the file (`tests/support/formulas.py`), within 1e-4 of the change.
+  computes from the tensors of the file (`tests/support/formulas.py`, `peft_formulas.py`), within 1e-4 of the change.
 * **comes back**: the formats in which the adapter can be saved and loaded again with every tensor the same bit for bit,
   and the same scales and settings. Formats after "as weights:" have to fuse layers that were trained one by one: the
   weights come back, but as other factors. Formats that are not listed cannot hold the adapter; saving in them raises an
@@ -73,11 +79,14 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one per CPU core)")
     text = "rewrite the section about quantised weights only; with names, print the part for these bases"
     parser.add_argument("--bases", nargs="*", metavar="NAME", help=text)
+    parser.add_argument("--again", action="store_true", help="judge again what was judged with the same code")
+    text = "use kept outcomes, even of other versions of the library, and judge only files without one"
+    parser.add_argument("--kept", action="store_true", help=text)
     options = parser.parse_args()
     if options.bases is not None:
         return _bases(options.bases, options.output, options.jobs)
     start = time.perf_counter()
-    parts = [(family, options.dialect) for family in options.family or SMALL]
+    parts = [(family, options.dialect, options.kept, options.again) for family in options.family or SMALL]
     # Every family gets a process of its own, which frees what peft leaves in memory when it ends.
     with multiprocessing.get_context("spawn").Pool(options.jobs, maxtasksperchild=1) as pool:
         outcomes: list[Outcome] = []
@@ -85,13 +94,13 @@ def main() -> int:
             outcomes += found
             print(f"{family}: {len(found)} files, {time.perf_counter() - start:.0f} s", file=sys.stderr)
     partial = options.family is not None or options.dialect is not None
-    bases = [] if partial else base_table.outcomes(options.jobs)
     lists = [] if partial else [listed(file) for file in sorted(options.keys.glob("*.json"))]
-    page = "\n".join([*_page(outcomes, lists), *(base_table.section(bases) if bases else ())])
+    page = "\n".join(_page(outcomes, lists))
     if partial:
         print(page)
     else:
-        options.output.write_text(page)
+        _, heading, bases = PAGE.read_text().partition(base_table.HEADING)
+        options.output.write_text(f"{page.rstrip()}\n\n{heading}{bases}")
     return 0
 
 
@@ -106,19 +115,35 @@ def _bases(names: Sequence[str], page: Path, jobs: int) -> int:
     return 0
 
 
-def _judged(part: tuple[str, Sequence[str] | None]) -> tuple[str, list[Outcome]]:
-    """Judge all files of a family, or those of some dialects, and return the family with the outcomes."""
-    family, dialects = part
+def _judged(part: tuple[str, Sequence[str] | None, bool, bool]) -> tuple[str, list[Outcome]]:
+    """Judge all files of a family, or those of some dialects, and return the family with the outcomes.
+
+    Outcomes are kept after every dialect.
+    """
+    family, dialects, any_code, again = part
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    bench = Workbench(family)
-    found: list[Outcome] = []
+    bench, kept, found = Workbench(family), Kept(family, any_code=any_code, again=again), list[Outcome]()
     for dialect in DIALECTS:
         if dialects is None or dialect.name in dialects:
-            for file in files(bench, dialect):
-                with tempfile.TemporaryDirectory() as folder:
-                    found.append(judge(bench, file, Path(folder)))
+            own = [_outcome(bench, dialect, kind, kept) for kind in KINDS]
+            found += [outcome for outcome in own if outcome is not None]
+            kept.write()
     return family, found
+
+
+def _outcome(bench: Workbench, dialect: Dialect, kind: str, kept: Kept) -> Outcome | None:
+    """Judge the file of one type, or return the outcome that is kept; `None` if there is no such file."""
+    if kept.knows(dialect.name, kind):
+        return kept.outcome(dialect.name, kind)
+    file, outcome = file_of(bench, dialect, kind, of_each_shape=kind not in ON_ALL_LAYERS), None
+    if file is not None:
+        peer = kept.of_diffusers(dialect.name, kind)
+        with tempfile.TemporaryDirectory() as folder:
+            outcome = judge(bench, file, Path(folder), peer=peer is None)
+        outcome = outcome if peer is None else replace(outcome, diffusers=peer)
+    kept.keep(dialect.name, kind, outcome)
+    return outcome
 
 
 # The page

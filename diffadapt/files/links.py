@@ -31,6 +31,8 @@ def taken_apart(text: str, location: Location) -> tuple[str, Location]:
         return _from_link(text, location)
     refuse_missing_path(text)
     parts = text.split("/")
+    if len(parts) > 2 and not text.endswith(_WEIGHTS):
+        raise AdapterError(f"{text}: no such file or folder, and not a hub id either{_close_to(Path(text))}")
     if not text.endswith(_WEIGHTS) or location.weight_name is not None:
         return text, location
     if len(parts) < 3 or not all(parts) or parts[0] in (".", "..", "~") or Path(parts[0]).is_dir():
@@ -94,6 +96,10 @@ def _close_to(path: Path) -> str:
     folder = path.parent
     if not folder.is_dir():
         return f"; there is no folder {folder} either"
-    found = [file.name for file in folder.iterdir() if file.suffix == _WEIGHTS or file.is_dir()]
+    files = [file for file in folder.iterdir() if file.suffix == _WEIGHTS or file.is_dir()]
+    # The suffix may have been left out.
+    found = {**{file.stem: file for file in files}, **{file.name: file for file in files}}
     close = difflib.get_close_matches(path.name, found, n=1)
-    return f"; did you mean {folder / close[0]}?" if close else f"; {folder.resolve()} has no file of that name"
+    if not close:
+        return f"; {folder.resolve()} has no file of that name"
+    return f"; did you mean {folder / found[close[0]].name}?"

@@ -6,6 +6,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+from diffadapt.errors import AdapterError
 from diffadapt.files.checkpoint import Checkpoint, Location, Source
 from diffadapt.files.file_names import PEFT_CONFIG, USUAL_FILES
 from diffadapt.files.folder import file_in_folder, parts_in_folder, path_inside, read_config
@@ -31,6 +32,9 @@ def read(source: Source, location: Location | None = None, *, headers_only: bool
     location = location or Location()
     if isinstance(source, Mapping):
         return read_state_dict(source, headers_only)
+    if not isinstance(source, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        several = "; load several files one by one" if isinstance(source, (list, tuple, set)) else ""
+        raise AdapterError(f"an adapter is a path, a hub id or a state dict, not a {type(source).__name__}{several}")
     text = _local(os.fspath(source))
     path = Path(text).expanduser()
     if path.is_dir():

@@ -1,17 +1,17 @@
 """A copy of a safetensors file in which some tensors have other values: large files, one tensor in memory at a time."""
 
 import json
-import shutil
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from diffadapt.errors import AdapterError
 from diffadapt.files.safetensors_file import DTYPES
-from diffadapt.files.write import publish, temporary_beside
+from diffadapt.files.write import header_of, publish, raw_bytes, temporary_beside
+from diffadapt.progress import with_progress
 
 _BLOCK = 16 * 2**20
 
@@ -35,14 +35,14 @@ def rewrite(source: Path, target: Path, changed: Iterable[tuple[str, Tensor]], m
         size = int.from_bytes(opened.read(8), "little")
         entries: dict[str, Any] = json.loads(opened.read(size))
         entries.pop("__metadata__", None)
-        header = json.dumps({"__metadata__": dict(sorted(metadata.items())), **entries}, ensure_ascii=False).encode()
-        # Readers expect the data at a multiple of eight bytes.
-        header += b" " * (-len(header) % 8)
+        header = header_of(entries, metadata)
+        blocks = range(math.ceil((source.stat().st_size - opened.tell()) / _BLOCK))
         temporary = temporary_beside(target)
         try:
             with temporary.open("wb") as written:
-                written.write(len(header).to_bytes(8, "little") + header)
-                shutil.copyfileobj(opened, written, _BLOCK)
+                written.write(header)
+                for _ in with_progress(blocks, "copying", "block"):
+                    written.write(opened.read(_BLOCK))
                 for key, tensor in changed:
                     entry = entries[key]
                     shape, dtype = tuple(entry["shape"]), DTYPES[entry["dtype"]]
@@ -50,9 +50,8 @@ def rewrite(source: Path, target: Path, changed: Iterable[tuple[str, Tensor]], m
                         raise AdapterError(
                             f"{source}: {key} is {dtype} of shape {shape}, not {tensor.dtype} of {tuple(tensor.shape)}"
                         )
-                    written.seek(8 + len(header) + entry["data_offsets"][0])
-                    values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-                    written.write(values.numpy().data)
+                    written.seek(len(header) + entry["data_offsets"][0])
+                    written.write(raw_bytes(tensor))
             publish(temporary, target)
         except BaseException:
             temporary.unlink(missing_ok=True)

@@ -5,12 +5,19 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from safetensors.torch import save_file
+import torch
+from torch import Tensor
 
 from diffadapt.errors import AdapterError
 from diffadapt.files.file_names import DIFFUSERS_FILE, PEFT_CONFIG, PEFT_FILE, PICKLE_SUFFIXES
+from diffadapt.files.safetensors_file import DTYPES
 from diffadapt.formats.document import Document
+from diffadapt.progress import with_progress
+
+SPELLED = {dtype: spelled for spelled, dtype in DTYPES.items()}
+"""The name in safetensors by dtype."""
 
 
 def write(path: str | os.PathLike[str], documents: Mapping[str, Document]) -> Path:
@@ -36,10 +43,8 @@ def write(path: str | os.PathLike[str], documents: Mapping[str, Document]) -> Pa
     try:
         for target, document in files.items():
             target.parent.mkdir(parents=True, exist_ok=True)
-            content = {key: tensor.detach().to("cpu").contiguous() for key, tensor in document.tensors.items()}
             ready.append((temporary_beside(target), target))
-            save_file(content, ready[-1][0], metadata=dict(document.metadata))
-            _sort_metadata(ready[-1][0])
+            _save(ready[-1][0], document.tensors, document.metadata)
             if document.config is not None:
                 ready.append((temporary_beside(target.parent / PEFT_CONFIG), target.parent / PEFT_CONFIG))
                 ready[-1][0].write_text(json.dumps(document.config, indent=2, sort_keys=True))
@@ -81,19 +86,35 @@ def _target(path: str | os.PathLike[str], folder: str, document: Document) -> Pa
     return target
 
 
-def _sort_metadata(file: Path) -> None:
-    """Sort the metadata in the header of a safetensors file, which safetensors writes in random order.
+def _save(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file: the tensors of the largest dtypes first, which aligns all, and a sorted header.
 
-    So the same adapter is the same file, byte for byte.
+    So the same adapter is the same file, byte for byte; `save_file` of safetensors writes metadata in random order.
     """
-    with file.open("r+b") as opened:
-        size = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(size))
-        if "__metadata__" not in header:
-            return
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-        # The offsets of the tensors start after the header, so its length has to stay; it is padded with spaces.
-        assert len(text) <= size, f"{file}: a sorted header of {len(text)} bytes for {size}"
-        opened.seek(8)
-        opened.write(text.ljust(size))
+    ordered = sorted(tensors, key=lambda key: (-tensors[key].itemsize, str(tensors[key].dtype), key))
+    entries: dict[str, Any] = {}
+    end = 0
+    for key in ordered:
+        start, end = end, end + tensors[key].nbytes
+        spelled = SPELLED.get(tensors[key].dtype)
+        if spelled is None:
+            raise AdapterError(f"{file}: {key} has dtype {tensors[key].dtype}, which no safetensors file can hold")
+        entries[key] = {"dtype": spelled, "shape": list(tensors[key].shape), "data_offsets": [start, end]}
+    with file.open("wb") as opened:
+        opened.write(header_of(entries, metadata))
+        for key in with_progress(ordered, "writing", "tensor"):
+            opened.write(raw_bytes(tensors[key]))
+
+
+def header_of(entries: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
+    """Return the beginning of a safetensors file, up to the data, with the metadata in sorted order."""
+    notes = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    header = json.dumps({**notes, **entries}, ensure_ascii=False, separators=(",", ":")).encode()
+    # Readers expect the data at a multiple of eight bytes.
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """Return the bytes of a tensor in the order of its elements."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data

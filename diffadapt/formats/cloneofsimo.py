@@ -18,7 +18,8 @@ from diffadapt.runtime.targets import Targets
 from diffadapt.types.layer_spec import LayerSpec
 
 _KEY = re.compile(r"(\w+):(\d{1,6}):(up|down)")
-# The classes of attention in old versions of diffusers and transformers -> the one that newer versions have.
+# The classes of attention in old versions of diffusers and transformers -> the one that newer versions have. A file may
+# have been written with a version of another age than the one that is installed.
 _RENAMED = {
     "CrossAttention": "Attention",
     "CLIPSdpaAttention": "CLIPAttention",
@@ -60,8 +61,11 @@ def _classes(header: Header, component: str) -> set[str]:
     found = _CLASSES.get(component, ()) if text is None else parse_json(text, f"the header's {component}")
     if not isinstance(found, (list, tuple)) or not all(isinstance(name, str) for name in found):
         raise AdapterError(f"the header's {component} is {text!r}, expected a list of class names")
-    classes = {str(name) for name in found}
-    return classes | {_RENAMED[name] for name in classes & _RENAMED.keys()}
+    return {_today(str(name)) for name in found}
+
+
+def _today(name: str) -> str:
+    return _RENAMED.get(name, name)
 
 
 def _paths(
@@ -75,7 +79,7 @@ def _paths(
         layers: number of a layer -> "up" or "down" -> key.
         header: the header of the file.
     """
-    owners = [path for path, module in targets.model.named_modules() if type(module).__name__ in classes]
+    owners = [path for path, module in targets.model.named_modules() if _today(type(module).__name__) in classes]
     for ordered in (_as_until_2023(owners), owners):
         paths = [
             path

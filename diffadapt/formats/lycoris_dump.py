@@ -35,6 +35,8 @@ _SPELLINGS = {
     "glora_a2": "a2.weight",
     "glora_b1": "b1.weight",
     "glora_b2": "b2.weight",
+    "q_layer": "q_layer.weight",
+    "p_layer": "p_layer.weight",
     "ia3_w": "weight",
     "param_down": "lora_down.weight",
     "param_up": "lora_up.weight",
@@ -49,7 +51,9 @@ HunyuanVideo (`_NORMS_OF_HUNYUAN`) have this layout, too.
 ComfyUI looks up a change by the name of a parameter, without `.weight` at its end.
 """
 _NORMS_OF_HUNYUAN = re.compile(r"((?:double|single)_blocks\.\d+(?:\.(?:img|txt)_attn)?)[._]([qk])_norm")
-_POINTWISE = frozenset({"lora_up", "dora_scale", "initial_norm", "glora_a1", "glora_a2", "glora_b1"})
+_POINTWISE = frozenset(
+    {"lora_up", "dora_scale", "initial_norm", "glora_a1", "glora_a2", "glora_b1", "p_layer", "p_start"}
+)
 _OF_PARAMETERS = frozenset({"param_down", "param_up"})
 _PEFT_ONLY = frozenset({"boft_R", "ia3_l"})
 _TRANSPOSED_NAMES = {"lora_down": "lora_up", "lora_up": "lora_down"}
@@ -59,8 +63,13 @@ _IN_CHECKPOINT = ("unet", "transformer", "prior", "text_conditioner", "connector
 _ONETRAINER = {"unet": "lora_unet", "transformer": "lora_transformer", "prior": "lora_prior_unet"}
 _FLAT_IN_ONETRAINER = frozenset({"qwen", "krea2", "zimage", "sana", "hidream", "ideogram4", "anima"})
 """Families whose flattened files OneTrainer has always read with the prefix `lora_unet_` alone."""
+_NUMBERED_BY_NOBODY = frozenset({"sd", "sd2", "lumina2", "anima", None})
+"""Families whose only text encoder has no number in sd-scripts."""
 _UNNUMBERED_IN_ONETRAINER = frozenset({"sd", "sd2", "chroma", "pixart", "qwen", "sana", None})
 """Families whose only text encoder has no number there."""
+
+_OF_PEFT_ALONE = frozenset(BY_TYPE) - {"full"}
+"""Types that no program but PEFT trains, and none but this library reads from a single file."""
 
 ALWAYS_LIMITED = {"constraint_eps": 1e-8}
 """Settings of sd-scripts' own OFT, which the prefix of the layer names stands for in its files."""
@@ -81,24 +90,33 @@ def dump_kohya(state: AdapterState) -> dict[str, Document]:
     """Return an adapter as a file of sd-scripts.
 
     Prefixes are `lora_unet_` and `lora_te_`, the latter with a number if there may be several text encoders; and `oft_`
-    instead of `lora_` for sd-scripts' own OFT.
+    instead of `lora_` for sd-scripts' own OFT. Types that sd-scripts does not have are in files of LyCORIS' layout: if
+    PEFT alone trains them, with the model's own names, since they cannot be fused.
 
     Raises:
         AdapterError: the format cannot express the adapter.
     """
     if state.embeddings and not state.layers:
         return _hashed({"": Document(own_file(state), {**kept(state.metadata), "format": "pt"})})
-    numbered = len(_text_encoders(state)) > 1 or state.family not in ("sd", "sd2", "lumina2", "anima", None)
+    encoders = _text_encoders(state)
+    numbered = not {"text_encoder"}.issuperset(encoders) or state.family not in _NUMBERED_BY_NOBODY
+    if state.family is None and any(".block." in path for path in state.layers.get("text_encoder_2", ())):
+        raise AdapterError(
+            "text_encoder_2: its number in sd-scripts depends on the family of the pipeline, which nothing tells here; "
+            "save it from a pipeline, or state the family (convert with family=...)"
+        )
     # T5 is the third text encoder of sd-scripts, even without a second CLIP.
     t5 = {"text_encoder_2": "3"} if state.family == "flux" else {}
 
+    layers = [layer for found in state.layers.values() for layer in found.values()]
+    as_original = is_original(state.family) and _OF_PEFT_ALONE.isdisjoint(layer.type for layer in layers)
+
     def prefix(component: str) -> str:
         if not is_text_encoder(component):
-            return "lora_unet"
+            return "lora_unet" if as_original or not is_original(state.family) else "lycoris"
         number = t5.get(component) or text_encoder_number(component) or "1"
         return f"lora_te{number if numbered else ''}"
 
-    layers = [layer for found in state.layers.values() for layer in found.values()]
     limited = {_is_limited(layer) for layer in layers}
     if len(limited) > 1:
         raise AdapterError("an OFT of sd-scripts cannot share a file with other layers")
@@ -107,7 +125,7 @@ def dump_kohya(state: AdapterState) -> dict[str, Document]:
         flat = f"{prefix(component)}_{path}".replace(".", "_")
         return flat.replace("lora_", "oft_", 1) if True in limited else flat
 
-    return _hashed(_document(state, name, is_original(state.family), limited=True in limited))
+    return _hashed(_document(state, name, as_original, limited=True in limited))
 
 
 def dump_onetrainer(state: AdapterState) -> dict[str, Document]:
@@ -119,6 +137,8 @@ def dump_onetrainer(state: AdapterState) -> dict[str, Document]:
     Raises:
         AdapterError: the format cannot express the adapter.
     """
+
+    _refuse_types_of_peft(state, "OneTrainer")
 
     def prefix(component: str) -> str:
         if not is_text_encoder(component):
@@ -141,6 +161,8 @@ def dump_comfy(state: AdapterState) -> dict[str, Document]:
         AdapterError: the format cannot express the adapter.
     """
 
+    _refuse_types_of_peft(state, "ComfyUI")
+
     def name(component: str, path: str) -> str:
         norm = _NORMS_OF_HUNYUAN.fullmatch(path)
         if norm is not None:
@@ -154,7 +176,8 @@ def dump_comfy(state: AdapterState) -> dict[str, Document]:
             return path if path.startswith(LTX2_PROJECTION) else f"diffusion_model.{path}"
         text_encoder = comfy_text_encoder(state.family, component, state.layers[component])
         if text_encoder is None:
-            raise AdapterError(f"{component}: its name in ComfyUI is not known for {state.family} models")
+            models = f"{state.family} models" if state.family else "models of an unknown family"
+            raise AdapterError(f"{component}: its name in ComfyUI is not known for {models}")
         return f"text_encoders.{text_encoder}.transformer.{comfy_path(path)}"
 
     return _document(state, name, True, for_comfy=True)
@@ -247,6 +270,14 @@ def _hashed(documents: dict[str, Document]) -> dict[str, Document]:
         "sshs_legacy_hash": hashlib.sha256(content[_HASH_OFFSET : _HASH_OFFSET + _HASH_BYTES]).hexdigest()[:8],
     }
     return {"": Document(document.tensors, {**document.metadata, **hashes})}
+
+
+def _refuse_types_of_peft(state: AdapterState, program: str) -> None:
+    """Raise `AdapterError` if a layer has a type that no program but PEFT has."""
+    for component, layers in state.layers.items():
+        for path, layer in layers.items():
+            if layer.type in _OF_PEFT_ALONE:
+                raise AdapterError(f"{component}.{path} is of type {layer.type}, which {program} cannot read")
 
 
 def _text_encoders(state: AdapterState) -> list[str]:

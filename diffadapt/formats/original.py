@@ -144,11 +144,11 @@ def _axis_of_rows(tensor: Tensor) -> int:
 def _is_cut_into(tensors: Mapping[str, Tensor], type: str, sized: _SizedLayers) -> bool:
     """Return whether cutting the rows of these tensors returns the given layers bit for bit."""
     adapter_type = named(type)
-    spec = replace(adapter_type.geometry(tensors), out_features=sum(size for _, size in sized))
     start = 0
     for layer, size in sized:
         assert layer is not None
         try:
+            spec = replace(adapter_type.geometry(tensors), out_features=sum(size for _, size in sized))
             cut = adapter_type.rows(tensors, spec, [range(start, start + size)])
         except AdapterError:
             return False

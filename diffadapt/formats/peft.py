@@ -35,6 +35,11 @@ def _matches(header: Header) -> bool:
 def _locate(header: Header, names: Names) -> dict[str, Verdict]:
     config = header.config or {}
     peft_type = config.get("peft_type", "LORA")
+    if not isinstance(peft_type, str):
+        raise AdapterError(f"adapter_config.json says peft_type={peft_type!r}, expected one of {', '.join(_TYPES)}")
+    if peft_type in peft_methods.REFUSED:
+        reason = peft_methods.REFUSED[peft_type]
+        raise AdapterError(f"adapter_config.json says peft_type={peft_type!r}, which cannot be loaded: {reason}")
     if peft_type not in _TYPES:
         raise AdapterError(f"adapter_config.json says peft_type={peft_type!r}, expected one of {', '.join(_TYPES)}")
 

@@ -196,6 +196,9 @@ def _lora(layers: Layers) -> dict[str, Any]:
 
 
 def _loha(layers: Layers) -> dict[str, Any]:
+    for path, layer in layers.items():
+        if layer.outputs and "hada_t1" not in layer.tensors and len(layer.tensors["hada_w1_a"]) != layer.outputs:
+            raise AdapterError(f"{path}: PEFT has other shapes of a LoHa in a convolution with groups")
     return {**_ranks(layers), "use_effective_conv2d": _tucker(layers, "hada_t1")}
 
 

@@ -56,6 +56,8 @@ _SPELLINGS = {
     "b2.weight": "glora_b2",
     "w_norm": "diff",
     "b_norm": "diff_b",
+    "q_layer.weight": "q_layer",
+    "p_layer.weight": "p_layer",
     "oft_R.scaled_oft": "scaled_oft",
     "trainable_tokens_delta": "token_rows",
     "token_adapter.trainable_tokens_delta": "token_rows",

@@ -95,11 +95,13 @@ class Shared:
         component: name of the pipeline component.
         name: canonical name of the tensor.
         paths: the layers that have it, if the file has no other tensors for them.
+        group: the layers that have it, if only some of those in the file do.
     """
 
     component: str
     name: str
     paths: tuple[str, ...] = ()
+    group: frozenset[str] | None = None
 
 
 Verdict: TypeAlias = Place | Vectors | OwnWeight | Shared | Unused

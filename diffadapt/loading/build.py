@@ -96,12 +96,15 @@ class Builder:
         if self._checkpoint.headers_only or self._for_writing is not None:
             return tensor
         dtype, device = self._dtype_and_device(component)
-        # A caller's tensor is used as it is if possible: copying takes half of the loading time and doubles the memory.
-        own = tensor.detach()
-        copied = self._checkpoint.mapped or own.is_inference()
-        dtype = dtype if own.is_floating_point() else own.dtype
-        if copied or own.dtype != dtype or own.device != device or not own.is_contiguous():
-            own = own.to(device, dtype, copy=copied).contiguous()
+        if not tensor.is_floating_point():
+            dtype = tensor.dtype
+        own = tensor.detach() if tensor.requires_grad else tensor
+        if own.dtype != dtype or own.device != device:
+            own = own.to(device, dtype)
+        elif self._checkpoint.mapped or own.is_inference():
+            # Any other tensor is the caller's and used as it is: copying would double the memory.
+            own = own.clone()
+        own = own.contiguous()
         return own.pin_memory() if self._pins_memory else own
 
     def _common(self, component: str, tensor: Tensor) -> nn.Parameter:
@@ -202,7 +205,8 @@ def build(layers: Sequence[tuple[Group, list[Content]]], builder: Builder, broke
         component, paths = group.component, {path for content in contents for path in content.paths}
         taken = sorted(path for path in paths if (component, path) in sources)
         try:
-            _refuse_broken(group, broken)
+            if broken:
+                _refuse_broken(group, broken)
             new = builder.layers(contents)
             if taken:
                 new = _remaining(built[component], new, paths, taken)

@@ -1,6 +1,6 @@
 """Tensors that a file leaves out: they follow from a seed, from base weights or from the other layers of the file."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -10,10 +10,9 @@ from torch import Tensor
 from diffadapt.errors import AdapterError
 from diffadapt.loading.content import Content, Group
 from diffadapt.loading.fit import Fitted
-from diffadapt.runtime.base_weight import weight_of
+from diffadapt.runtime.base_weight import bias_of, weight_of
 from diffadapt.runtime.targets import Targets
 from diffadapt.types.adapter_type import AdapterType, Unfinished
-from diffadapt.types.layer_spec import LayerSpec
 
 
 def complete(fitted: Fitted, targets: Mapping[str, Targets] | None, *, for_writing: bool) -> Fitted:
@@ -58,7 +57,8 @@ def _completed(contents: list[Content], targets: Targets | None, *, for_writing:
                 content.tensors,
                 content.spec,
                 {**adapter_type.settings, **content.settings},
-                _reader(targets, path, content.spec),
+                partial(_weight, targets, content),
+                partial(_bias, targets, content),
             )
             for path, content in by_path.items()
         }
@@ -74,8 +74,37 @@ def _completed(contents: list[Content], targets: Targets | None, *, for_writing:
     return {id(content): replace(content, tensors=found[path]) for path, content in by_path.items()}
 
 
-def _reader(targets: Targets | None, path: str, spec: LayerSpec) -> Callable[[], Tensor]:
-    """Return the function that reads the base weight of a layer; without a model, one of no values."""
-    if targets is None or path not in targets.modules:
-        return lambda: torch.empty(spec.weight_shape, device="meta")
-    return partial(weight_of, targets.modules[path], spec)
+def _weight(targets: Targets | None, content: Content) -> Tensor:
+    """Return the base weight of a layer of the file, of all its parts together; without a model, one of no values."""
+    spec = content.spec
+    if targets is None or not all(path in targets.modules for path in content.paths):
+        return torch.empty(spec.weight_shape, device="meta")
+    if not content.parts:
+        return weight_of(targets.modules[content.path], spec)
+    own = [targets.spec(path, content.adapter_type.layers) for path in content.paths]
+    weights = [weight_of(targets.modules[path], one) for path, one in zip(content.paths, own, strict=True)]
+    return _joined(content, weights)
+
+
+def _bias(targets: Targets | None, content: Content) -> Tensor | None:
+    """Return the base bias of a layer of the file, of all its parts together; `None` without a bias or a model."""
+    if targets is None or not all(path in targets.modules for path in content.paths):
+        return None
+    found = [bias_of(targets.modules[path]) for path in content.paths]
+    if any(bias is None for bias in found):
+        return None
+    biases = [bias.detach() for bias in found if bias is not None]
+    return _joined(content, biases) if content.parts else biases[0]
+
+
+def _joined(content: Content, parts: list[Tensor]) -> Tensor:
+    """Return the rows of all parts in the order of the file."""
+    total = torch.empty(content.spec.out_features, *parts[0].shape[1:], dtype=parts[0].dtype, device=parts[0].device)
+    start = 0
+    for part, own in zip(content.parts, parts, strict=True):
+        taken = 0
+        for rows in part.rows(start, len(own)):
+            total[rows.start : rows.stop] = own[taken : taken + len(rows)]
+            taken += len(rows)
+        start += len(own)
+    return total

@@ -11,7 +11,7 @@ from torch import Tensor
 from diffadapt.errors import AdapterError, Fault
 from diffadapt.families.fused_parts import FusedPart
 from diffadapt.types import TYPES, named
-from diffadapt.types.adapter_type import AdapterType, Tensors
+from diffadapt.types.adapter_type import AdapterType, Surroundings, Tensors
 from diffadapt.types.layer_spec import LayerSpec
 from diffadapt.types.layer_state import scale_of
 from diffadapt.types.tensor_ops import narrowed
@@ -39,8 +39,9 @@ class Group:
     @property
     def values(self) -> Iterator[tuple[str, Tensor]]:
         """The key and the tensor of everything but alpha, which may be infinite where it has no effect."""
-        stored = (name for name in self.tensors if name in self.keys and name != "alpha")
-        return ((self.keys[name], self.tensors[name]) for name in stored)
+        return (
+            (key, self.tensors[name]) for name, key in self.keys.items() if name in self.tensors and name != "alpha"
+        )
 
     def faults(self, error: AdapterError) -> list[Fault]:
         """Return one fault for each of the tensors, with the layer and the error as the reason."""
@@ -83,7 +84,7 @@ class Content:
     @property
     def paths(self) -> tuple[str, ...]:
         """The paths of the model's layers that the file's layer consists of."""
-        return tuple(part.path for part in self.parts) or (self.path,)
+        return tuple(part.path for part in self.parts) if self.parts else (self.path,)
 
     @property
     def scale(self) -> float:
@@ -98,9 +99,10 @@ class Content:
         """
         if self.adapter_type.additive is not None:
             return self._plain_inside
-        adapter_type, spec, tensors = self.adapter_type, self.spec, self._promoted
-        if adapter_type.stages(tensors, spec) != ("add",):
+        adapter_type, spec = self.adapter_type, self.spec
+        if adapter_type.stages(self._promoted, spec) != ("add",):
             return None
+        tensors = self._prepared
         bias = adapter_type.delta_bias(tensors)
         factors = adapter_type.as_low_rank(tensors, spec) if spec.groups == 1 else None
         if factors is None:
@@ -130,7 +132,7 @@ class Content:
 
     def with_rest(self, rest: Tensor) -> "Content":
         """Return the additive change plus `rest`, a canonical change at the same scale, as one matrix."""
-        adapter_type, spec, scale, tensors = self.adapter_type, self.spec, self.scale, self._promoted
+        adapter_type, spec, scale, tensors = self.adapter_type, self.spec, self.scale, self._prepared
         bias = adapter_type.delta_bias(tensors)
         full = {"diff": spec.to_stored((adapter_type.delta_weight(tensors, spec) + rest) * scale)}
         if bias is not None:
@@ -151,6 +153,23 @@ class Content:
         return replace(self, tensors={**self.tensors, name: change}, bias=None)
 
     @property
+    def _prepared(self) -> Tensors:
+        """What the functions of the adapter type take; see `AdapterType.prepare`.
+
+        Raises:
+            AdapterError: it depends on the weights of all layers of the model that this one consists of.
+        """
+        adapter_type = self.adapter_type
+        if not adapter_type.is_prepared:
+            return self._promoted
+
+        def weight() -> Tensor:
+            raise AdapterError(f"its {adapter_type.name} depends on the weights of several layers of the model")
+
+        settings = {**adapter_type.settings, **self.settings}
+        return adapter_type.prepare(self._promoted, self.spec, Surroundings(settings, self.scale, weight))
+
+    @property
     def _promoted(self) -> Tensors:
         # `torch.promote_types` refuses float8.
         return {
@@ -167,12 +186,9 @@ def part_of(content: Content, rows: Sequence[range]) -> Content:
         AdapterError: the content is not additive, and what it does to these rows depends on others.
     """
     adapter_type, tensors, spec = content.adapter_type, content.tensors, content.spec
-    stages = adapter_type.stages(tensors, spec)
-    limit = content.settings.get(adapter_type.alpha_is or "", 0.0)
-    if limit > 0 and "output" in stages and sum(map(len, rows)) < spec.out_features:
-        raise AdapterError(
-            f"its {adapter_type.alpha_is} is over all outputs, which are in different layers of the model"
-        )
+    if sum(map(len, rows)) < spec.out_features:
+        tensors, settings = adapter_type.unlimited(tensors, spec, content.settings)
+        content = replace(content, tensors=tensors, settings=settings)
     cut = adapter_type.rows(tensors, spec, rows)
     if cut is None and content.plain is not None:
         return part_of(content.plain, rows)

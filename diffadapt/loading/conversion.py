@@ -73,7 +73,8 @@ def convert(
         planned = plan(checkpoint, models, for_writing=for_writing, format=source_format)
     planned.refuse_faults(strict=True, for_writing=True)
     layers = {
-        component: {path: layer.state for path, layer in found.items()} for component, found in planned.layers.items()
+        component: {path: found[path].state for path in planned.targets[component].in_order(found)}
+        for component, found in planned.layers.items()
     }
     layouts, fused = (
         {component: find(planned.targets[component]) for component in layers}

@@ -7,7 +7,7 @@ and allocates nothing large.
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ _MOST_PER_CHANNEL = 2**15
 """Elements of a tensor for each input and output of its layer: a rank that nobody trains, or the largest blocks."""
 _LOKR = ("lokr", "dora-lokr")
 _OF_PARAMETERS = {"lora_down": "param_down", "lora_up": "param_up"}
+_BESIDE = frozenset(BESIDE)
+_Shapes: TypeAlias = tuple[tuple[str, torch.Size, torch.dtype], ...]
+"""The name, shape and dtype of each tensor of a layer."""
 _MOST_IN_A_WEIGHT = 2**40
 """Elements of a layer's weight; without a model, a file may claim to be for a layer of any size."""
 
@@ -50,7 +53,10 @@ class Fitted:
     @property
     def values(self) -> Iterator[tuple[str, Tensor]]:
         """The key and the tensor of everything but alphas. Layers may have tensors in common."""
-        return iter({key: (key, tensor) for group, _ in self.layers for key, tensor in group.values}.values())
+        found: dict[str, Tensor] = {}
+        for group, _ in self.layers:
+            found.update(group.values)
+        return iter(found.items())
 
 
 def fit(
@@ -96,6 +102,8 @@ class _Fitter:
         self._settings = settings
         self._is_oft_of_peft = is_oft_of_peft
         self._notes = notes
+        self._types: dict[_Shapes, AdapterType] = {}
+        self._unchanged: dict[tuple[_Shapes, LayerSpec], tuple[str, ...]] = {}
 
     def contents(self, group: Group) -> list[Content]:
         """Return one content, or one for each part if the group has numbered tensors.
@@ -127,13 +135,13 @@ class _Fitter:
             if group.path not in self._targets[group.component].modules:
                 # A bare parameter, which a file may treat as the weight of a layer.
                 tensors = {_OF_PARAMETERS.get(name, name): tensor for name, tensor in tensors.items()}
-        adapter_type = _identified(tensors)
+        shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in tensors.items())
+        adapter_type = self._types.get(shapes)
+        if adapter_type is None:
+            adapter_type = self._types[shapes] = _identified(tensors)
         spec = self._spec(group, tensors, adapter_type)
         bias = self._bias(group, adapter_type)
-        fitted = adapter_type.fit(_with_bias_named(tensors, adapter_type), spec)
-        if not self._is_oft_of_peft:
-            fitted = oft.of_other_program(fitted, spec.kernel)
-        _refuse_unusable(fitted, spec, adapter_type)
+        fitted = self._fitted(tensors, shapes, spec, adapter_type)
         _refuse_other_shape(group, "reshape_weight", spec.weight_shape)
         alpha, alpha_from, settings = self._alpha_and_settings(group, adapter_type, adapter_type.rank(fitted))
         rest = _rest(group, spec)
@@ -152,6 +160,26 @@ class _Fitter:
             bias,
             rest,
         )
+
+    def _fitted(
+        self, tensors: dict[str, Tensor], shapes: _Shapes, spec: LayerSpec, adapter_type: AdapterType
+    ) -> dict[str, Tensor]:
+        """Return the tensors as the type has them on a layer of this geometry.
+
+        Most files have the same shapes on many layers. Those that fit without a change are checked once: `fit` goes by
+        shapes, apart from integers, which are positions, and single numbers.
+        """
+        order = self._unchanged.get((shapes, spec))
+        if order is not None:
+            return {name: tensors[name] for name in order}
+        fitted = adapter_type.fit(_with_bias_named(tensors, adapter_type), spec)
+        if not self._is_oft_of_peft:
+            fitted = oft.of_other_program(fitted, spec.kernel)
+        _refuse_unusable(fitted, spec, adapter_type)
+        is_unchanged = fitted.keys() == tensors.keys() and all(fitted[name] is tensors[name] for name in tensors)
+        if is_unchanged and all(tensor.ndim and tensor.is_floating_point() for tensor in tensors.values()):
+            self._unchanged[shapes, spec] = tuple(fitted)
+        return fitted
 
     def _spec(self, group: Group, tensors: Tensors, adapter_type: AdapterType) -> LayerSpec:
         """Return the geometry of the file's layer: of one layer of the model, or of several with all their outputs."""
@@ -258,7 +286,7 @@ def _numbered(group: Group) -> list[Group]:
 
 def _type_tensors(group: Group) -> dict[str, Tensor]:
     """Return the tensors that belong to an adapter type. A new bias has the name of a change of the bias."""
-    tensors = {name: tensor for name, tensor in group.tensors.items() if name not in BESIDE}
+    tensors = {name: tensor for name, tensor in group.tensors.items() if name not in _BESIDE}
     if "set_bias" in group.tensors:
         tensors["diff_b"] = group.tensors["set_bias"]
     return tensors

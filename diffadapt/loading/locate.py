@@ -76,8 +76,10 @@ def locate(
         elif isinstance(verdict, Shared):
             shared[key] = verdict
         else:
-            new = Group(verdict.component, verdict.path, verdict.written, verdict.parts)
-            group = by_layer.setdefault((verdict.component, verdict.path), new)
+            layer = verdict.component, verdict.path
+            group = by_layer.get(layer)
+            if group is None:
+                group = by_layer[layer] = Group(*layer, verdict.written, verdict.parts)
             if verdict.name in group.keys:
                 located.faults.append(Fault(key, f"the same tensor as {group.keys[verdict.name]}"))
             else:
@@ -89,7 +91,7 @@ def locate(
         for path in verdict.paths:
             by_layer.setdefault((verdict.component, path), Group(verdict.component, path, path))
         for group in by_layer.values():
-            if group.component != verdict.component:
+            if group.component != verdict.component or (verdict.group is not None and group.path not in verdict.group):
                 continue
             if verdict.name in group.tensors:
                 # The file has it for every layer, too (RandLora of PEFT).

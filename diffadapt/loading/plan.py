@@ -11,7 +11,7 @@ from torch import nn
 from diffadapt import families
 from diffadapt.errors import AdapterError, Fault, LoadError
 from diffadapt.files.checkpoint import Checkpoint
-from diffadapt.formats import detect
+from diffadapt.formats import detect, network_args
 from diffadapt.formats.header_alpha import HeaderAlphas
 from diffadapt.formats.header_options import (
     dropouts,
@@ -36,7 +36,8 @@ from diffadapt.loading.report import Report, ScaleRange, explained
 from diffadapt.loading.starts import with_starts
 from diffadapt.loading.twins import add_tied_
 from diffadapt.runtime.adapter import Adapter
-from diffadapt.runtime.adapter_layer import AdapterLayer, Dropout
+from diffadapt.runtime.adapter_layer import AdapterLayer
+from diffadapt.runtime.dropout import Dropout
 from diffadapt.runtime.targets import Targets
 from diffadapt.tokens.learned_tokens import LearnedTokens, vectors_by_token
 from diffadapt.tokens.plan import plan_tokens, resolve_vectors
@@ -88,6 +89,11 @@ class Plan:
         return f"<Plan of {name}: {self.format}, {layers}, {self.used} used, {unused} unused>"
 
     @cached_property
+    def bytes(self) -> int:
+        """The size of the adapters in bytes, as they were when this was read first."""
+        return sum(adapter.bytes for adapter in self.adapters.values())
+
+    @cached_property
     def adapters(self) -> dict[str, Adapter]:
         """The adapter of each component, not attached yet. It may be attached and detached any number of times."""
         metadata = self.checkpoint.header.metadata
@@ -101,10 +107,14 @@ class Plan:
     def report(self, name: str) -> Report:
         """Return the account of the file, loaded as adapter `name`."""
         scales: dict[str, list[tuple[float, str]]] = {}
+        ranks: set[int] = set()
         for component, adapter in self.adapters.items():
             for (path, layer), scale in zip(adapter.layers.items(), adapter.scales, strict=True):
                 if layer.twin_of is not None:
                     continue
+                rank = layer.rank
+                if rank is not None:
+                    ranks.add(rank)
                 scales.setdefault(layer.adapter_type.name, []).append((scale, self.alphas_from[component, path]))
         return Report(
             name=name,
@@ -112,6 +122,7 @@ class Plan:
             family=self.family,
             types={name: len(found) for name, found in scales.items()},
             scales={name: ScaleRange.of(found) for name, found in scales.items()},
+            ranks=tuple(sorted(ranks)),
             components={
                 component: sum(layer.twin_of is None for layer in layers.values())
                 for component, layers in self.layers.items()
@@ -226,7 +237,7 @@ def plan(
         lost=located.lost,
         targets=targets or {},
         alphas_from=built.alphas_from,
-        notes=[*fitted.notes, *unknown_options(checkpoint.header)],
+        notes=[*fitted.notes, *unknown_options(checkpoint.header), *network_args.notes(checkpoint.header)],
         device=device,
         dropout={
             component: Dropout(*dropouts(options_for(options_of_header, component))) for component in built.layers

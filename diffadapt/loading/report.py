@@ -57,6 +57,7 @@ class Report:
         tokens: the learned tokens of the file (textual inversions) and their numbers of vectors. A pipeline that does
             not spell out a token of several vectors needs all of its names in the prompt: `token token_1 token_2`.
         scales: the scales (`alpha / rank`) of the adapter layers of each adapter type.
+        ranks: the ranks that occur in the adapter layers, ascending; empty for types without a rank.
         notes: `(layer, note)` for everything in which the file contradicts itself, and what was used.
         heat_map: returns where the adapter acts, for notebooks; `None` if its values were not read.
     """
@@ -71,6 +72,7 @@ class Report:
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])
     tokens: Mapping[str, int] = field(default_factory=dict[str, int])
     scales: Mapping[str, ScaleRange] = field(default_factory=dict[str, ScaleRange])
+    ranks: tuple[int, ...] = ()
     notes: list[Fault] = field(default_factory=list[Fault])
     heat_map: Callable[[], HeatMap | None] | None = field(default=None, repr=False, compare=False)
 

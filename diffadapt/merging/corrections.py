@@ -4,6 +4,8 @@ If a change is added to a half-precision weight, the sum rounded, and the change
 out right. Storing the others takes a few percent of a copy (2-4 % for a change of one percent in bfloat16).
 """
 
+import ctypes
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +16,11 @@ from torch import Tensor
 _SKIP = 255
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _COLUMNS = 64
+
+# The comparison of the C library allocates nothing, and takes two thirds of NumPy's time.
+_memcmp: Any = ctypes.CDLL("msvcrt" if os.name == "nt" else None).memcmp
+_memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+_memcmp.restype = ctypes.c_int
 
 
 @dataclass(frozen=True)
@@ -71,11 +78,10 @@ class Corrections:
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
     """Return whether tensors of the same shape, dtype and device are equal bit by bit, also in NaNs and zero signs."""
-    pair = _bits(one), _bits(other)
+    first, second = one.detach().contiguous(), other.detach().contiguous()
     if one.device.type != "cpu":
-        return torch.equal(*pair)
-    words, tails = _words(pair)
-    return not (_differs(*words).any() or _differs(*tails).any())
+        return torch.equal(_bits(first), _bits(second))
+    return _memcmp(first.data_ptr(), second.data_ptr(), first.nbytes) == 0
 
 
 def _mismatches(actual: Tensor, predicted: Sequence[Tensor]) -> Tensor:

@@ -48,6 +48,11 @@ def merged_layers(
         AdapterError: a weight cannot be written, or a layer that an adapter does not act on shares it.
     """
     found: dict[str, MergedLayer] = {}
+    twins: dict[tuple[str, str], list[str]] = {}
+    for adapter_name, adapter in adapters.items():
+        for path, layer in adapter.layers.items():
+            if layer.twin_of is not None:
+                twins.setdefault((adapter_name, layer.twin_of), []).append(path)
     for path in dict.fromkeys(path for adapter in adapters.values() for path in adapter.layers):
         host, where = hosts[path], f"{component}.{path}"
         layers = tuple(adapter.layers[path] for adapter in adapters.values() if path in adapter.layers)
@@ -62,11 +67,11 @@ def merged_layers(
                 raise AdapterError(f"{where}: its bias is quantised ({stored.codec.name}); keep it unmerged")
             bias = stored.tensor
         changed = [name for name, tensor in ((parameter, weight), ("bias", bias)) if tensor is not None]
-        for adapter in adapters.values():
+        for adapter_name, adapter in adapters.items():
             if path in adapter.layers:
-                twins = [other for other, layer in adapter.layers.items() if layer.twin_of == path]
-                refuse_other_strengths(where, adapter.layers[path], [adapter.layers[twin] for twin in twins])
-                owners.refuse_others(where, host, changed, map(hosts.get, twins))
+                own = twins.get((adapter_name, path), ())
+                refuse_other_strengths(where, adapter.layers[path], [adapter.layers[twin] for twin in own])
+                owners.refuse_others(where, host, changed, map(hosts.get, own))
         name = f"{path}.weight" if parameter == "weight" else path
         found[path] = MergedLayer(host, where, name, layers, weight, bias)
     return found

@@ -2,7 +2,7 @@
 
 Attaching changes the following, and detaching puts it back:
 
-* The model gets one child, the bank, which owns all its adapters, and three forward hooks of the bank.
+* The model gets one child, the bank, which owns all its adapters, and two forward hooks.
 * The class of an adapted layer becomes a cached subclass `(Adapted, type(layer))`. The layer keeps its identity:
   `isinstance`, `.weight`, its path and its state-dict keys are unchanged.
 * The layer's `__dict__` gets one tuple, the adapter layers that are active on it.
@@ -30,18 +30,23 @@ place each:
 """
 
 from collections.abc import Collection, Mapping
+from weakref import ref
 
+import torch
 from torch import nn
 
 from diffadapt.errors import AdapterError
 from diffadapt.runtime.adapted_layers import ACTIVE, TOKENS, Extended, carry_, release_
 from diffadapt.runtime.adapter import Adapter
 from diffadapt.runtime.adapter_layer import BANK, AdapterLayer
-from diffadapt.runtime.bank import RESERVED, Bank, bank_of, check_call, child_name, fusible_attentions
+from diffadapt.runtime.bank import RESERVED, Bank, bank_of, child_name, fusible_attentions
+from diffadapt.runtime.call_checks import check_call
 from diffadapt.runtime.class_mixing import unmix_
 from diffadapt.runtime.foreign_hooks import layer_devices
+from diffadapt.runtime.inference_mode import ordinary_tensors
 from diffadapt.runtime.input_width import fit_input_width_
-from diffadapt.runtime.replaced_layers import present_hosts, refuse_problems
+from diffadapt.runtime.regions.assignment import assign_regions_
+from diffadapt.runtime.replaced_layers import Watch, present_hosts, refuse_problems
 from diffadapt.runtime.slots.reservation import Reservation
 from diffadapt.runtime.text_cache import forget_text_
 
@@ -124,6 +129,8 @@ def reserve_(model: nn.Module, reservation: Reservation, hosts: Mapping[str, nn.
     if devices:
         reservation.place_(devices)
     bank._modules[RESERVED] = reservation.train(model.training)
+    with ordinary_tensors():
+        bank.call.set_neutral(torch.ones((), dtype=torch.float32, device=reservation.device))
     bank._outside = None
     refresh_(model)
 
@@ -136,6 +143,8 @@ def unreserve_(model: nn.Module) -> None:
     bank.find_layers(model)
     _fit_input_width_(model, bank.adapters.values(), bank, with_slots=False)
     del bank._modules[RESERVED]
+    bank.call.set_neutral(None)
+    bank.call.set_everywhere(None)
     bank._outside = None
     refresh_(model)
     _release_unused_(model, bank)
@@ -155,6 +164,7 @@ def refresh_(model: nn.Module) -> None:
     seated = {} if reservation is None else reservation.seated
     if reservation is not None:
         reservation.set_gates({name: adapter.gates for name, adapter in acting.items() if name in seated})
+    assign_regions_(bank)
     outside = tuple(adapter for name, adapter in acting.items() if name not in seated)
     if bank._outside is not None and len(outside) == len(bank._outside):
         if all(adapter is before for adapter, before in zip(outside, bank._outside, strict=True)):
@@ -221,15 +231,17 @@ def _adapt_(model: nn.Module, hosts: Mapping[str, nn.Module]) -> Bank:
         changed.append(host)
     if bank is None:
         bank = Bank()
+        bank.model = ref(model)
         bank.train(model.training)
         model._modules[BANK] = bank
         model.register_forward_pre_hook(check_call, with_kwargs=True)  # type: ignore[arg-type]
-        model.register_forward_pre_hook(bank.before_call, with_kwargs=True)
         model.register_forward_hook(bank.after_call, with_kwargs=True)
     if new:
         bank.hosts.update(new)
         bank.attentions.update(fusible_attentions(model, new))
-        bank._watch = None
+        # All of these layers have been looked up just now.
+        bank._watch = Watch(model, {**bank.embeddings, **bank.hosts})
+        bank._gradient_flow = None
     return bank
 
 

@@ -37,10 +37,11 @@ class Watch:
         self._hosts = list(hosts.values())
         self._classes = list(map(type, self._hosts))
         parents: dict[int, nn.Module] = {}
-        siblings = _Siblings(model)
+        lookup = Lookup(model)
         for path, host in hosts.items():
-            if siblings.at(path) is not host or id(siblings.parent) not in parents:
+            if lookup.at(path) is not host:
                 parents.update((id(parent), parent) for parent, _, _ in _steps(model, path))
+        parents.update((id(parent), parent) for parent in lookup.parents.values() if parent is not None)
         self._children = [parent._modules for parent in parents.values()]
         self._remembered = [dict(children) for children in self._children]
 
@@ -71,9 +72,9 @@ def present_hosts(
         AdapterError: a layer in `hosts` was replaced by one that these adapter layers do not fit.
     """
     present: dict[str, nn.Module] = {}
-    siblings = _Siblings(model)
+    lookup = Lookup(model)
     for path, layer in layers.items():
-        if known.get(path) is hosts[path] or siblings.at(path) is hosts[path]:
+        if known.get(path) is hosts[path] or lookup.at(path) is hosts[path]:
             present[path] = hosts[path]
             continue
         found = module_at(model, path)
@@ -101,8 +102,9 @@ def find_again_(model: nn.Module, hosts: dict[str, nn.Module], carried: Carried)
     moved: list[str] = []
     problems: dict[str, str] = {}
     left: set[int] | None = None
+    lookup = Lookup(model)
     for path, host in list(hosts.items()):
-        found = module_at(model, path)
+        found = host if lookup.at(path) is host else module_at(model, path)
         if found is host or _holds(found, host):
             # Does nothing unless someone else has given the layer a class that is not derived from the mixed one.
             _carry_as_(host, host)
@@ -179,28 +181,31 @@ def _steps(model: nn.Module, path: str) -> Iterator[tuple[nn.Module, str, nn.Mod
         parent = child
 
 
-class _Siblings:
-    """Looks up layers whose parent is that of the layer before, which is quicker than walking every path.
+class Lookup:
+    """Looks up modules by path. It visits every module on the way once, so it must not outlive a change of the model.
 
     Attributes:
-        parent: the parent of the last layer.
+        parents: path -> the module there, or `None`, for all paths on the way.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._path: str | None = None
-        self.parent: nn.Module | None = None
+        self.parents: dict[str, nn.Module | None] = {"": model}
 
     def at(self, path: str) -> nn.Module | None:
-        """Return the module at `path`; `None` if a parent is missing. Wrappers are not looked through."""
+        """Return the module at `path`; `None` if there is none. Wrappers are not looked through."""
         above, _, name = path.rpartition(".")
-        if above != self._path:
-            self._path, self.parent = above, self._model
-            for part in above.split(".") if above else ():
-                self.parent = None if self.parent is None else self.parent._modules.get(part)
-        if self.parent is None:
+        parent = self.parents[above] if above in self.parents else self.parent(above)
+        if parent is None:
             return None
-        return self.parent if name in self.parent._parameters else self.parent._modules.get(name)
+        return parent if name in parent._parameters else parent._modules.get(name)
+
+    def parent(self, path: str) -> nn.Module | None:
+        """Return the module at `path`, which is on the way to layers."""
+        if path not in self.parents:
+            above, _, name = path.rpartition(".")
+            outer = self.parent(above)
+            self.parents[path] = None if outer is None else outer._modules.get(name)
+        return self.parents[path]
 
 
 def _holds(found: nn.Module | None, host: nn.Module) -> bool:

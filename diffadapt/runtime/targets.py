@@ -1,7 +1,7 @@
 """The module paths of a model: which of them a name in a file refers to, and which can carry an adapter."""
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -33,16 +33,20 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     stack = [("", model)]
     while stack:
         prefix, module = stack.pop()
-        for name, child in module._modules.items():
-            if child is not None and not (prefix == "" and name == BANK):
+        # The model may get its bank from another thread in the meantime.
+        children = module._modules.items() if prefix else list(module._modules.items())
+        for name, child in children:
+            if child is not None and not (name == BANK and prefix == ""):
                 path = f"{prefix}{name}"
                 yield path, child
-                stack.append((f"{path}.", child))
+                if child._modules:
+                    stack.append((f"{path}.", child))
 
 
 def refuse_peft(module: nn.Module) -> None:
     """Raise `AdapterError` if `module` stands in the place of a layer that peft has put an adapter on."""
-    if hasattr(module, "base_layer") and type(module).__module__.partition(".")[0] == "peft":
+    # The class comes first, because a missing attribute of a module takes ten times as long.
+    if type(module).__module__.partition(".")[0] == "peft" and hasattr(module, "base_layer"):
         raise AdapterError(
             "peft has an adapter here (load_lora_weights and add_adapter of diffusers); call unload_lora_weights() "
             "first, then load that adapter with load_adapter(), too"
@@ -55,30 +59,39 @@ class Targets:
     Attributes:
         model: the model.
         modules: path -> module, for every path of the model.
+        weights: path -> the parameter of that name, or `None`, for the same paths.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.modules = dict(walk(model))
-        self._paths: dict[int, str] = {}
-        for path, module in self.modules.items():
-            self._paths.setdefault(id(module), path)
+        # Read now, while the modules are in the cache of the processor: the walk through a large model takes its time.
+        self.weights = {path: module._parameters.get("weight") for path, module in self.modules.items()}
+        # The first path of a module at several is its own.
+        self._paths = {id(module): path for path, module in reversed(self.modules.items())}
 
     @property
     def all(self) -> list[nn.Module]:
         """The model and every module in it, without adapters."""
         return [self.model, *self.modules.values()]
 
+    def in_order(self, paths: Iterable[str]) -> list[str]:
+        """Return the paths in the order of the model; those that are no module of it, such as parameters, come last."""
+        numbers = {path: number for number, path in enumerate(self.modules)}
+        return sorted(paths, key=lambda path: numbers.get(path, len(numbers)))
+
     @cached_property
     def flattened(self) -> dict[str, str]:
         """Path with underscores for dots -> path, for every leaf module whose path alone has this form.
+
+        A wrapper of peft around a leaf module counts as one.
 
         For example, `down_blocks_0_attentions_0_proj_in` -> `down_blocks.0.attentions.0.proj_in`.
         """
         found: dict[str, str] = {}
         ambiguous: set[str] = set()
         for path, module in self.modules.items():
-            if not module._modules:
+            if not module._modules or "base_layer" in module._modules:
                 flat, own = path.replace(".", "_"), self._paths[id(module)]
                 if found.setdefault(flat, own) != own:
                     ambiguous.add(flat)
@@ -186,9 +199,11 @@ class Targets:
 
     def has_weight(self, path: str) -> bool:
         """Return whether the module at `path` has a weight."""
-        if path not in self.modules:
+        module = self.modules.get(path)
+        if module is None:
             return self._parameter(path) is not None
-        module = self.modules[path]
+        if module._parameters.get("weight") is not None:
+            return True
         # Layers that pack their weight may have it under another name.
         return resting_tensor(module, "weight") is not None or LayerSpec.of(module) is not None
 

@@ -6,6 +6,7 @@ the same weight, it acts if the settings (`ensure_weight_tying`) or the file say
 set of parameters: one of them is the primary one, and the adapter layers of its twins have the same tensors.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -30,12 +31,12 @@ def tied_groups(targets: Targets) -> list[tuple[str, ...]]:
     """
     owners: dict[object, list[str]] = {}
     declared = _declared(targets)
-    for path, module in targets.modules.items():
-        weight = module._parameters.get("weight")
-        if weight is None or not targets.is_own_path(path):
+    counts = Counter(map(id, targets.weights.values()))
+    for path, weight in targets.weights.items():
+        if weight is None or (counts[id(weight)] == 1 and not weight.is_meta) or not targets.is_own_path(path):
             continue
-        key = _key(module, "weight", weight)
-        if weight.device.type == "meta":
+        key = _key(targets.modules[path], "weight", weight)
+        if weight.is_meta:
             # What is offloaded to disk, or has no values yet, is not known to be the same.
             key = declared.get(path, key)
         owners.setdefault(key, []).append(path)

@@ -7,7 +7,6 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 from diffusers.loaders import lora_conversion_utils as theirs
@@ -21,6 +20,7 @@ from diffadapt.formats.verdicts import Place
 from diffadapt.runtime.targets import Targets
 from tests.support.compare import assert_same
 from tests.support.denoisers import SMALL
+from tests.support.versions import diffusers
 
 READ: dict[str, tuple[str, list[str]]] = {
     "_convert_non_diffusers_lora_to_diffusers": (

@@ -2,17 +2,14 @@
 
 import json
 import re
-import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 from diffusers.loaders import single_file_utils
-from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 from torch import nn
 
 from diffadapt import families
@@ -24,6 +21,8 @@ from diffadapt.types.layer_spec import LayerSpec
 from tests.support.cases import for_each
 from tests.support.effort import assert_linear, effort
 from tests.support.full_size import sd_unet, sdxl_unet
+from tests.support.silence import ignored
+from tests.support.versions import diffusers, needs
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -163,8 +162,12 @@ KIN = {
 @cache
 def model(name: str) -> nn.Module:
     _, class_name, options = MODELS[name]
-    owner = LTX2TextConnectors if class_name == "LTX2TextConnectors" else getattr(diffusers, class_name)
-    with torch.device("meta"), warnings.catch_warnings(category=FutureWarning, action="ignore"):
+    if class_name == "LTX2TextConnectors":
+        needs("diffusers", "0.37", class_name)
+        from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors as owner
+    else:
+        owner = getattr(diffusers, class_name)
+    with torch.device("meta"), ignored(FutureWarning):
         return owner(**options)
 
 

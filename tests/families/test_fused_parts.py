@@ -89,13 +89,10 @@ DORA_OF_LOKR: dict[str, tuple[str, Variant]] = {
 }
 """Name -> type of the parts, formula. The factors cannot be cut, so the change inside becomes a plain one."""
 
-WHOLE_ONLY: dict[str, tuple[str, Variant, str]] = {
-    "oft-constraint": ("oft", oft_of_lycoris(eight, constraint=0.01), "its constraint is over all outputs"),
-}
-"""Name -> adapter type, formula, reason. Exact if the file's layer is one of the model, refused if it is several."""
+LIMITED: dict[str, tuple[str, Variant]] = {"oft-constraint": ("oft", oft_of_lycoris(eight, constraint=0.01))}
+"""Name -> adapter type, formula. The limit is over the blocks of all parts together."""
 
 REFUSED: dict[str, tuple[Variant, str]] = {
-    **{name: (variant, reason) for name, (_, variant, reason) in WHOLE_ONLY.items()},
     "oft": (oft_of_lycoris(unaligned), "its oft joins outputs that are in different layers of the model"),
     "boft": (boft_of_lycoris(unaligned, 1), "its boft joins outputs that are in different layers"),
 }
@@ -151,10 +148,10 @@ def assert_becomes(model: nn.Module, layer: Layer, content: Content, tolerance: 
     assert all(torch.equal(model.state_dict()[name], before[name]) for name in others)
 
 
-@pytest.mark.parametrize("name", {**VARIANTS, **JOINT})
+@pytest.mark.parametrize("name", {**VARIANTS, **JOINT, **LIMITED})
 @for_each(where=LAYERS, style=["kohya", "dotted"])
 def test_every_type_becomes_its_parts(name: str, where: str, style: str) -> None:
-    adapter_type, variant = {**VARIANTS, **JOINT}[name]
+    adapter_type, variant = {**VARIANTS, **JOINT, **LIMITED}[name]
     model, layer = flux(), LAYERS[where]
     content = content_for(model, layer, variant)
     file = spelled(layer, content.tensors, style)
@@ -163,18 +160,8 @@ def test_every_type_becomes_its_parts(name: str, where: str, style: str) -> None
     assert (inspected.used, inspected.unused, inspected.types) == (len(file), [], expected)
     report = diffadapt.load_adapter(model, file, name="a")
     assert (report.used, report.unused, report.types, report.family) == (len(file), [], expected, "flux")
-    # The scale of a layer, 4 / 12 or 4 / 28, is stored in single precision.
-    assert_becomes(model, layer, content, 1e-7 if name.endswith("block-diagonal") else 1e-9)
-
-
-@pytest.mark.parametrize("name", WHOLE_ONLY)
-@for_each(where=["swapped", "linear2"])
-def test_a_type_that_joins_all_outputs_is_exact_on_one_layer(name: str, where: str) -> None:
-    adapter_type, variant, _ = WHOLE_ONLY[name]
-    model, layer = flux(), LAYERS[where]
-    content = content_for(model, layer, variant)
-    assert diffadapt.load_adapter(model, spelled(layer, content.tensors, "kohya"), name="a").types == {adapter_type: 1}
-    assert_becomes(model, layer, content, 1e-7)
+    # The scale of a layer, 4 / 12 or 4 / 28, and the limit are stored in single precision.
+    assert_becomes(model, layer, content, 1e-7 if name.endswith(("block-diagonal", "constraint")) else 1e-9)
 
 
 @pytest.mark.parametrize("name", REFUSED)

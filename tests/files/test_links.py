@@ -147,13 +147,17 @@ def test_paths_are_never_looked_up_on_the_hub(tmp_path: Path, monkeypatch: Any) 
     for text in ("~/my ink.safetensors", (tmp_path / "my ink.safetensors").as_uri(), "./my ink.safetensors"):
         assert read(text).name == "my ink"
     (tmp_path / "text.safetensors").write_text("A text of several words, which is no adapter.")
+    (tmp_path / "empty.safetensors").touch()
     for text, message in {
         "./adapters": "no such file or folder",
         str(tmp_path / "adapters"): "no such file or folder",
         "~/ink.pt": "no such file",
         r"loras\\ink.safetensors": "no such file",
         (tmp_path / "my inc.safetensors").as_uri(): "did you mean .*my ink.safetensors",
-        "text.safetensors": "no safetensors file but text",
+        "text.safetensors": "not a safetensors file but text",
+        "empty.safetensors": "not a safetensors file but empty",
+        "loras/sd/my inkk": "not a hub id either; there is no folder loras/sd",
+        "./my in": r"did you mean my ink\.safetensors",
     }.items():
         with pytest.raises(AdapterError, match=message):
             read(text)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AnimaTextConditioner, DiffusionPipeline, FluxTransformer2DModel
+from diffusers import DiffusionPipeline, FluxTransformer2DModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
@@ -27,6 +27,7 @@ from tests.support.dialects import numbered_layers
 from tests.support.effort import assert_linear
 from tests.support.full_size import clip_l, sd_unet, sdxl_unet
 from tests.support.spellings import DIALECTS, OF_DENOISERS, TEXT_ENCODERS, Tensors, add_layer, text_encoders_of
+from tests.support.versions import diffusers
 
 LAYERS = rf"{loras.ATTENTION}|proj_mlp|wi_0|SelfAttention\.[qkvo]"
 
@@ -794,7 +795,7 @@ def test_a_separate_model_is_found_alone_and_with_the_denoiser() -> None:
     def conditioner() -> nn.Module:
         torch.manual_seed(0)
         sizes = {"source_dim": 8, "target_dim": 8, "model_dim": 8, "target_vocab_size": 16}
-        return AnimaTextConditioner(**sizes, num_layers=1, num_attention_heads=2)
+        return diffusers.AnimaTextConditioner(**sizes, num_layers=1, num_attention_heads=2)
 
     down, up = torch.randn(2, 8), torch.randn(32, 2)
     stem = "diffusion_model.llm_adapter.blocks.0.mlp.0"

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import UniPCMultistepScheduler, WanPipeline
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -22,6 +21,7 @@ from tests.support.compare import assert_same
 from tests.support.denoisers import SMALL
 from tests.support.files import write as write_file
 from tests.support.formulas import normal
+from tests.support.versions import diffusers, needs
 
 PATH = "to_q"
 
@@ -179,9 +179,10 @@ def test_a_component_that_nobody_has_is_not_taken_from_the_header(tmp_path: Path
 
 
 def test_plain_diffusers_loads_a_file_for_the_second_transformer(tmp_path: Path) -> None:
+    needs("diffusers", "0.35", "the second transformer of Wan")
     models = {name: SMALL["wan"].build()["transformer"] for name in ("transformer", "transformer_2")}
     nothing = dict.fromkeys(("tokenizer", "text_encoder", "vae"))
-    pipe = WanPipeline(**nothing, **models, scheduler=UniPCMultistepScheduler())
+    pipe = diffusers.WanPipeline(**nothing, **models, scheduler=diffusers.UniPCMultistepScheduler())
     path = "blocks.0.attn1.to_q"
     out, columns = models["transformer"].get_parameter(f"{path}.weight").shape
     down, up = normal(4, columns).float(), normal(out, 4).float()

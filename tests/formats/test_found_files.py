@@ -19,6 +19,7 @@ import diffadapt
 from diffadapt import AdapterError
 from diffadapt.files.read import read
 from diffadapt.loading.plan import Plan, plan
+from tests.support import models
 from tests.support.denoisers import SMALL
 from tests.support.formulas import normal
 from tests.support.models import clip_text
@@ -180,7 +181,7 @@ def test_a_text_projection_that_the_model_does_not_have_is_ignored() -> None:
 @pytest.mark.parametrize("path", ["embeddings.position_embedding", "embeddings.token_embedding"])
 def test_a_lora_of_an_embedding_may_have_the_orientation_of_its_weight(path: str, tmp_path: Path) -> None:
     model = SMALL["flux"].build()["text_encoder"]
-    layer = model.get_submodule(path)
+    layer = model.get_submodule(models.CLIP_ROOT + path)
     assert isinstance(layer, nn.Embedding)
     weight = layer.weight
     up, down = normal(weight.shape[0], 2).float(), normal(2, weight.shape[1]).float()

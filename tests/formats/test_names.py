@@ -2,18 +2,22 @@
 
 import re
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import diffusers
+import peft
 import pytest
 import torch
 from torch import nn
 
-from diffadapt import families
+import diffadapt
+from diffadapt import AdapterError, families
 from diffadapt.files.read import read
 from diffadapt.formats.names import Names
 from diffadapt.formats.verdicts import Place, Unused
 from diffadapt.loading.plan import plan
 from diffadapt.runtime.targets import Targets
+from tests.support import small_models
 from tests.support.denoisers import SMALL
 
 
@@ -164,3 +168,16 @@ def test_a_name_unlike_xlabs_in_such_a_file_is_read_as_what_it_is() -> None:
     }
     (fault,) = plan(read(tensors), SMALL["flux"].build()).faults
     assert re.search("has no layer 'double_blocks.0.nothing'", fault.reason)
+
+
+@pytest.mark.parametrize("spelled", ["unet.{}", "{}", "diffusion_model.{}", "lora_unet_{}", "lycoris_{}"])
+def test_a_layer_that_peft_stands_in_for_is_refused_for_that(spelled: str) -> None:
+    unet = small_models.unet()
+    unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"]), "p")
+    path = next(path for path, _ in unet.named_modules() if path.endswith("attn1.to_q"))
+    wrapped: Any = unet.get_submodule(path)
+    out, columns = wrapped.base_layer.weight.shape
+    stem = spelled.format(path.replace(".", "_") if spelled.endswith("_{}") else path)
+    tensors = {f"{stem}.lora_down.weight": torch.ones(2, columns), f"{stem}.lora_up.weight": torch.ones(out, 2)}
+    with pytest.raises(AdapterError, match=r"peft has an adapter here .*call unload_lora_weights"):
+        diffadapt.load_adapter(unet, tensors)

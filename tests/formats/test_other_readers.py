@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffadapt import families
+from diffadapt import AdapterError, families
 from diffadapt.formats import writer
 from diffadapt.formats.document import AdapterState
 from diffadapt.runtime.targets import Targets
@@ -18,6 +18,7 @@ from diffadapt.types.layer_state import LayerState
 from tests.support import files
 from tests.support.compare import assert_same
 from tests.support.denoisers import SMALL
+from tests.support.versions import needs
 
 SUFFIXES = {
     "lora_A.weight": "down",
@@ -55,6 +56,8 @@ def test_a_program_reads_the_same_change_for_every_layer(name: str) -> None:
     for parts in case["layers"].values():
         columns = None
         for component, _, path in (part.partition(".") for part in parts):
+            if path.startswith("encoder.layers."):
+                needs("transformers", "5.0", "CLIP without the level text_model")
             known = models.get(component)
             shape = (12, 8) if known is None else known.get_parameter(f"{path}.weight").shape
             columns = columns or shape[1]
@@ -83,6 +86,31 @@ def test_onetrainer_has_factors_of_a_loha_in_the_shape_of_convolutions() -> None
     found = {key.rpartition(".")[2]: tuple(tensor.shape) for key, tensor in document.tensors.items() if "hada" in key}
     ups, downs = (8, 2, 1, 1), (2, 6, 3, 3)
     assert found == {"hada_w1_a": ups, "hada_w1_b": downs, "hada_w2_a": ups, "hada_w2_b": downs}
+
+
+@pytest.mark.parametrize(
+    ("family", "component", "path", "prefix"),
+    [
+        (None, "text_encoder", "encoder.layers.0.mlp.fc1", "lora_te_text_model_encoder"),
+        (None, "text_encoder_2", "encoder.layers.0.mlp.fc1", "lora_te2_text_model_encoder"),
+        (None, "text_encoder_3", "encoder.block.0.layer.0.SelfAttention.q", "lora_te3_encoder"),
+        ("sdxl", "text_encoder_2", "encoder.layers.0.mlp.fc1", "lora_te2_text_model_encoder"),
+        ("flux", "text_encoder_2", "encoder.block.0.layer.0.SelfAttention.q", "lora_te3_encoder"),
+    ],
+)
+def test_a_text_encoder_alone_has_its_number(family: str | None, component: str, path: str, prefix: str) -> None:
+    dump = writer("kohya").dump
+    assert dump is not None
+    (document,) = dump(AdapterState({component: {path: lora(8, 8)}}, {}, family)).values()
+    assert {key.partition("_layers")[0].partition("_block")[0] for key in document.tensors} == {prefix}
+
+
+def test_a_t5_whose_number_depends_on_an_unknown_family_is_refused() -> None:
+    dump = writer("kohya").dump
+    assert dump is not None
+    layers = {"text_encoder_2": {"encoder.block.0.layer.0.SelfAttention.q": lora(8, 8)}}
+    with pytest.raises(AdapterError, match=r"depends on the family.*convert with family=.*; save with format='onetr"):
+        dump(AdapterState(layers, {}, None))
 
 
 def test_the_text_encoder_of_flux_2_is_known_by_its_width() -> None:

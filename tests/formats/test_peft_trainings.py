@@ -5,7 +5,6 @@ PEFT makes every folder here, and the expected output is that of PEFT after relo
 
 import copy
 import json
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ import diffadapt
 from diffadapt import AdapterError
 from tests.support.cases import for_each
 from tests.support.compare import assert_differs, assert_same, assert_unchanged, snapshot
+from tests.support.silence import ignored
 from tests.support.tied import llama, logits
 
 
@@ -138,7 +138,7 @@ TRAININGS: dict[str, Training] = {
 def train(training: Training, folder: Path) -> tuple[Any, Tensor]:
     """Write a folder with PEFT and return the untouched base model, and the output after PEFT has reloaded it."""
     base = training.build()
-    with warnings.catch_warnings(action="ignore"):
+    with ignored():
         model: Any = peft.get_peft_model(copy.deepcopy(base), copy.deepcopy(training.config))
         torch.manual_seed(1)
         with torch.no_grad():
@@ -153,7 +153,7 @@ def train(training: Training, folder: Path) -> tuple[Any, Tensor]:
 
 def reloaded(training: Training, folder: Path) -> Tensor:
     """Return the output of PEFT with the adapter in a folder."""
-    with warnings.catch_warnings(action="ignore"):
+    with ignored():
         return training.call(peft.PeftModel.from_pretrained(training.build(), str(folder)).eval())
 
 

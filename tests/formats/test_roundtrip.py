@@ -30,8 +30,11 @@ from tests.support.variants import TESTED_APART
 
 pytestmark = pytest.mark.slow
 
+OF_PEFT = ("sd", "flux", "qwen")
+"""Families that types of PEFT alone are tested with: their files have the model's own names, whatever the family."""
+
 DIALECT = {dialect.name: dialect for dialect in DIALECTS}
-REFUSED = "length for every input|constraint is over all outputs|new weight of a norm"
+REFUSED = "length for every input|new weight of a norm"
 """Why some files cannot be used: a map that joins the outputs of fused layers cannot be split, and new norm weights."""
 
 _benches: dict[str, Workbench] = {}
@@ -51,7 +54,8 @@ def made(bench: Workbench, dialect: str, kind: str) -> File:
 def test_every_type_in_every_dialect_is_loaded_saved_and_loaded_again(family: str, tmp_path: Path) -> None:
     """The files have one layer of each component, a fused one if the dialect has any."""
     bench = bench_of(family)
-    every = [file for dialect in DIALECTS for file in files(bench, dialect, most=1)]
+    kinds = [kind for kind in KINDS if family in OF_PEFT or not KINDS[kind].of_peft]
+    every = [file for dialect in DIALECTS for file in files(bench, dialect, most=1, kinds=kinds)]
     assert every
     for number, file in enumerate(every):
         outcome = judge(bench, file, tmp_path / str(number), peer=False)
@@ -94,6 +98,17 @@ def test_every_registered_type_format_and_family_is_tested(tmp_path: Path) -> No
     assert types | TESTED_APART == {kind.name for kind in TYPES}
     # Tucker cores need convolutions, which the model lacks, and only one program writes control LoRAs.
     assert set(KINDS) - kinds == {"LoRA with Tucker cores", "control"}
+
+
+def test_types_of_peft_alone_are_saved_for_peft_and_in_the_layout_of_lycoris(tmp_path: Path) -> None:
+    """A Flux has layers that are fused in the original layout, and the names of LyCORIS are the model's own."""
+    bench = bench_of("flux")
+    for kind in (kind for kind in KINDS if KINDS[kind].of_peft):
+        file = file_of(bench, DIALECT["PEFT folder"], kind, most=2)
+        assert file is not None
+        outcome = judge(bench, file, tmp_path / kind, peer=False)
+        assert (outcome.equals, outcome.trips.saved) == ("yes", ("kohya", "peft")), outcome
+        assert all(re.search("which .* cannot read", outcome.trips.refused[name]) for name in ("comfy", "onetrainer"))
 
 
 def test_the_judge_detects_wrong_factors_and_missing_layers(tmp_path: Path) -> None:

@@ -4,17 +4,17 @@ Sizes are multiples of 8, so that rotation blocks fit every layer. They differ b
 so that a tensor of another layer does not fit by accident.
 """
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import diffusers
 import torch
 from torch import nn
 from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from tests.support import models
+from tests.support.silence import ignored
+from tests.support.versions import diffusers
 
 _SQUARE: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 16}
 
@@ -39,7 +39,7 @@ class Small:
         makers = dict(self.components)
         if tall and self.tall is not None:
             makers[next(iter(makers))] = self.tall
-        with warnings.catch_warnings(category=FutureWarning, action="ignore"):
+        with ignored(FutureWarning):
             built = {name: make().eval().requires_grad_(False) for name, make in makers.items()}
         for model in built.values():
             for parameter in model.parameters():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from diffadapt import families
 from diffadapt.runtime.targets import Targets
-from tests.support.formulas import Content
+from tests.support.formulas import Content, Method
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,13 @@ class Dialect:
         layers: `(family, models, paths)` -> the file's layers; none if nobody writes this dialect for the family.
         spellings: Name of a tensor in `formulas` -> its name in keys; a tensor without one cannot be written.
         text_spellings: The names in text encoders that differ.
-        alpha: Where the alpha of a layer is stored.
+        alpha: Where the alpha of a layer is stored: in a tensor, in the header as PEFT's options, in the header as two
+            entries for all layers, or in a config.
         separator: What stands between the names of layer and tensor.
         takes: Further conditions on the content of a layer.
         whole: A file has every layer or none.
         small: The only model of `denoisers.SMALL` that the dialect is for.
+        methods: Files have the types that PEFT alone trains, too.
     """
 
     name: str
@@ -72,23 +74,30 @@ class Dialect:
     layers: Callable[[str, Models, Hosts], list[Layer]]
     spellings: Mapping[str, str]
     text_spellings: Mapping[str, str] = field(default_factory=dict[str, str])
-    alpha: Literal["tensor", "metadata", "config"] | None = "tensor"
+    alpha: Literal["tensor", "metadata", "entries", "config"] | None = "tensor"
     separator: str = "."
     takes: Callable[[Content], bool] = lambda content: True
     whole: bool = False
     small: str | None = None
+    methods: bool = False
 
     def holds(self, content: Content) -> bool:
         """Return whether the dialect can express all of the content."""
+        if content.method is not None:
+            return self.methods
         number = content.tensors.get("alpha")
         if number is not None and (self.alpha is None or (self.alpha != "tensor" and not number.isfinite())):
             return False
         if self.alpha != "config" and _needs_config(content):
             return False
+        if self.alpha == "entries" and number is None:
+            return False
         return set(content.tensors) - {"alpha"} <= set(self.spellings) and self.takes(content)
 
     def spelled(self, layer: Layer, content: Content) -> dict[str, Tensor]:
         """Return the tensors of one layer by key."""
+        if content.method is not None:
+            return self._spelled_method(layer, content, content.method)
         text = self.text_spellings if layer.component.startswith("text_encoder") else {}
         spellings = {**self.spellings, **text, **({"alpha": "alpha"} if self.alpha == "tensor" else {})}
         # PEFT rotates inputs everywhere, OneTrainer the weight of a convolution, in the opposite direction.
@@ -98,6 +107,24 @@ class Dialect:
             for name, tensor in content.tensors.items()
             if name in spellings
         }
+
+    def _spelled_method(self, layer: Layer, content: Content, method: Method) -> dict[str, Tensor]:
+        """Return the tensors of one layer by key, without shared ones: PEFT's names, or those of LyCORIS' layout."""
+        if self.alpha == "config":
+            tensors = {name: tensor for name, tensor in content.tensors.items() if name != "alpha"}
+        else:
+            tensors = {_in_lycoris(name): tensor for name, tensor in {**content.tensors, **method.derived}.items()}
+        return {f"{layer.stem}{self.separator}{name}": tensor for name, tensor in tensors.items()}
+
+
+def _in_lycoris(name: str) -> str:
+    """Return the name of a tensor of one of PEFT's methods in LyCORIS' layout, where a name has no dots."""
+    if name in ("lora_A", "lora_B"):
+        return _DOWN_UP[f"{name}.weight"]
+    plain = name.removesuffix(".weight").replace("encoders.", "encoder_").replace("decoders.", "decoder_")
+    if plain.startswith("osf_svd_params."):
+        return f"osf_{plain.removeprefix('osf_svd_params.').removesuffix('_low')}"
+    return plain.replace("psoft_R.vector", "psoft_vector").replace(".", "_")
 
 
 def _needs_config(content: Content) -> bool:
@@ -333,7 +360,7 @@ DIALECTS: tuple[Dialect, ...] = (
         _named(_original, _always("lora_unet_"), KOHYA_TEXT, flat=True, only=_of_unets),
         KOHYA,
     ),
-    Dialect("LyCORIS", "kohya", _named(_own, _always("lycoris_"), flat=True, alone=True), KOHYA),
+    Dialect("LyCORIS", "kohya", _named(_own, _always("lycoris_"), flat=True, alone=True), KOHYA, methods=True),
     Dialect(
         "OneTrainer",
         "kohya",
@@ -346,6 +373,21 @@ DIALECTS: tuple[Dialect, ...] = (
     Dialect("diffusers", "diffusers", _named(_own, _component, _EVERY_TEXT), DIFFUSERS, alpha="metadata"),
     Dialect("diffusers, alpha tensors", "diffusers", _named(_own, _component, _EVERY_TEXT), DIFFUSERS),
     Dialect(
+        "ComfyUI, alpha in header",
+        "comfy",
+        _named(_original, _always("diffusion_model."), alone=True),
+        _FACTORS,
+        alpha="metadata",
+    ),
+    Dialect(
+        "diffusers, alpha and rank in header",
+        "diffusers",
+        _named(_own, _component, alone=True),
+        _FACTORS,
+        alpha="entries",
+        takes=lambda content: (float(content.tensors["alpha"]), len(content.tensors["lora_A.weight"])) == (2.0, 4),
+    ),
+    Dialect(
         "diffusers, old",
         "diffusers",
         _named(_own, _component, _EVERY_TEXT, only=_of_unets),
@@ -354,7 +396,14 @@ DIALECTS: tuple[Dialect, ...] = (
         alpha=None,
     ),
     Dialect("diffusers, oldest", "diffusers", _processors, {**DOWN, **UP}, alpha=None),
-    Dialect("PEFT folder", "peft", _named(_own, _always("base_model.model."), alone=True), PEFT, alpha="config"),
+    Dialect(
+        "PEFT folder",
+        "peft",
+        _named(_own, _always("base_model.model."), alone=True),
+        PEFT,
+        alpha="config",
+        methods=True,
+    ),
     Dialect("PEFT, bare", "peft", _named(_own, _always("base_model.model."), alone=True), PEFT_IN_MEMORY, alpha=None),
     Dialect("DiffSynth", "diffusers", _named(_own, _always(""), alone=True), PEFT_IN_MEMORY, alpha=None),
     Dialect("XLabs", "xlabs", _xlabs, {**DOWN, **UP}, alpha=None),

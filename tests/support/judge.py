@@ -2,14 +2,12 @@
 
 import hashlib
 import logging
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import diffusers
 import torch
 from diffusers.loaders.lora_base import LoraBaseMixin
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -22,6 +20,8 @@ from diffadapt.management.manager import Adapters
 from diffadapt.management.owner import Owner
 from diffadapt.types.layer_state import LayerState
 from tests.support.matrix import File, Where, Workbench, file_of
+from tests.support.silence import ignored
+from tests.support.versions import diffusers
 
 WRITERS = tuple(sorted(format.name for format in (*FORMATS, ONETRAINER) if format.dump is not None))
 
@@ -227,7 +227,7 @@ def _in_diffusers(bench: Workbench, file: File, path: Path, folder: Path) -> str
     other = bench.for_diffusers
     if other is bench or not file.kind.startswith(("LoRA", "DoRA", "control")):
         return in_diffusers(bench, file, path)
-    tall = file_of(other, file.dialect, file.kind)
+    tall = file_of(other, file.dialect, file.kind, of_each_shape=file.of_each_shape)
     assert tall is not None
     return in_diffusers(other, tall, tall.write(folder))
 
@@ -247,7 +247,7 @@ def in_diffusers(bench: Workbench, file: File, path: Path) -> str:
     weights = path / "adapter_model.safetensors" if path.is_dir() else path
     logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with ignored():
             pipe.load_lora_weights(weights.parent, weight_name=weights.name, adapter_name="a")
     except Exception:
         if not _touched(models):

@@ -8,9 +8,8 @@ layers of the file. `judge` compares them with what becomes of a file.
 import copy
 import json
 import re
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from tests.support.dialects import DIALECTS, Dialect, Layer
 from tests.support.formulas import (
     VARIANTS,
     Content,
+    Method,
     Variant,
     added,
     alpha,
@@ -45,6 +45,8 @@ from tests.support.formulas import (
     oft_of_peft,
     tucker_factors,
 )
+from tests.support.peft_formulas import METHODS, ON_CONVOLUTIONS
+from tests.support.silence import ignored
 
 TOLERANCE = 1e-4
 """Allowed error, relative to the largest change that an adapter makes to the compared tensor."""
@@ -62,12 +64,14 @@ class Kind:
         layers: The kinds of layers that get the adapter.
         paths: A regular expression for the paths of these layers.
         dialect: The only dialect that has this row; it has no other.
+        of_peft: PEFT alone trains the type, so that only some dialects have it.
     """
 
     variants: tuple[Variant, ...]
     layers: tuple[str, ...] = ("linear", "conv")
     paths: str = ".*"
     dialect: str | None = None
+    of_peft: bool = False
 
 
 def _of(*names: str) -> Kind:
@@ -111,6 +115,10 @@ KINDS: dict[str, Kind] = {
     "full": _of("full"),
     "norms": Kind((norm,), ("norm",)),
     "control": Kind((control,), ("linear", "norm"), dialect="BFL control"),
+    **{
+        name: Kind((method,), ("linear", "conv") if name in ON_CONVOLUTIONS else ("linear",), of_peft=True)
+        for name, method in METHODS.items()
+    },
 }
 
 
@@ -232,6 +240,12 @@ class Workbench:
         host = self._in_float64[where[0]].get_submodule(where[1])
         return host.weight.detach(), None if getattr(host, "bias", None) is None else host.bias.detach()
 
+    def shape(self, layer: Layer) -> tuple[object, ...]:
+        """Return what layers have in common that a type treats alike: component, parts and their parameters."""
+        parts = [self.parameters((layer.component, path)) for path in layer.parts]
+        shapes = ((tuple(weight.shape), bias is None) for weight, bias in parts)
+        return layer.component, layer.swapped, *shapes
+
     def input(self, where: Where) -> Tensor:
         """Return a random input for a layer, always the same one."""
         host = self.models[where[0]].get_submodule(where[1])
@@ -250,7 +264,7 @@ class Workbench:
         """Return the output of a layer if it had this weight and bias."""
         host = self._in_float64[where[0]].get_submodule(where[1])
         parameters = {"weight": weight, **({} if bias is None else {"bias": bias})}
-        with warnings.catch_warnings(category=UserWarning, action="ignore"):
+        with ignored(UserWarning):
             # Some norms compute in float32 and warn about weights in float64.
             return torch.func.functional_call(host, parameters, (self.input(where).double(),))
 
@@ -269,6 +283,7 @@ class File:
         tensors: The tensors by key.
         metadata: The metadata of the safetensors file.
         config: The config of a PEFT folder; `None` for a single file.
+        of_each_shape: It has only one layer of every shape.
     """
 
     dialect: Dialect
@@ -280,6 +295,7 @@ class File:
     tensors: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     metadata: dict[str, str] = field(default_factory=dict[str, str])
     config: dict[str, Any] | None = None
+    of_each_shape: bool = False
 
     def write(self, folder: Path) -> Path:
         """Write a `.safetensors` file or a PEFT folder, and return its path."""
@@ -293,32 +309,46 @@ class File:
         return folder
 
 
-def files(bench: Workbench, dialect: Dialect, *, most: int | None = None) -> Iterator[File]:
+def files(
+    bench: Workbench, dialect: Dialect, *, most: int | None = None, kinds: Iterable[str] = KINDS
+) -> Iterator[File]:
     """Yield a file of every kind that the dialect can express.
 
     Args:
         most: The maximum number of layers per component; defaults to all.
+        kinds: The kinds; defaults to all.
     """
-    for kind in KINDS:
+    for kind in kinds:
         file = file_of(bench, dialect, kind, most=most)
         if file is not None:
             yield file
 
 
-def file_of(bench: Workbench, dialect: Dialect, kind: str, *, most: int | None = None) -> File | None:
-    """Return the file of one kind; `None` if nobody writes such files for these models."""
+def file_of(
+    bench: Workbench, dialect: Dialect, kind: str, *, most: int | None = None, of_each_shape: bool = False
+) -> File | None:
+    """Return the file of one kind; `None` if nobody writes such files for these models.
+
+    Args:
+        most: The maximum number of layers per component; defaults to all.
+        of_each_shape: Only one layer of every shape.
+    """
     chosen = KINDS[kind]
     only = {other.small: other.name for other in DIALECTS if other.small is not None}
     if only.get(bench.name) != chosen.dialect or chosen.dialect not in (None, dialect.name):
         return None
+    if chosen.of_peft and not dialect.methods:
+        return None
     layers = [] if dialect.small not in (None, bench.name) else bench.layers(dialect, chosen)
     if most is not None and not dialect.whole:
         layers = _picked(layers, most)
+    if of_each_shape and not dialect.whole:
+        layers = list({bench.shape(layer): layer for layer in reversed(layers)}.values())[::-1]
     for number in range(len(chosen.variants)):
         made = bench.made(kind, number, [(layer.component, layer.parts, layer.swapped) for layer in layers])
         found = [(layer, one) for layer, one in zip(layers, made, strict=True) if one is not None]
         if found and all(dialect.holds(one.content) for _, one in found):
-            return _assembled(dialect, kind, found)
+            return replace(_assembled(dialect, kind, found), of_each_shape=of_each_shape)
     return None
 
 
@@ -337,8 +367,31 @@ def _assembled(dialect: Dialect, kind: str, found: Sequence[tuple[Layer, Made]])
         file.keys[layer.stem] = len(spelled)
         file.tensors |= {key: t.float() if t.is_floating_point() else t for key, t in spelled.items()}
         file.wanted |= one.wanted
-    _settle(file)
+    method = file.contents[0].method
+    if method is None:
+        _settle(file)
+    else:
+        _settle_method(file, method)
     return file
+
+
+def _settle_method(file: File, method: Method) -> None:
+    """Add the tensors that all layers share, and the metadata or the config."""
+    weights = [content.weight for content in file.contents]
+    shared = method.shared(max(map(len, weights)), max(weight[0].numel() for weight in weights))
+    is_peft = file.dialect.alpha == "config"
+    for layer in file.layers if method.repeats or not is_peft else ():
+        # PEFT's names end in the group of layers.
+        file.tensors |= {f"{layer.stem}.{name.partition('.')[0]}": t.float() for name, t in shared.items()}
+        file.keys[layer.stem] += len(shared)
+    if is_peft:
+        file.tensors |= {f"base_model.{name}": tensor.float() for name, tensor in shared.items()}
+        version = {"peft_type": method.peft_type, "peft_version": "0.21.2"}
+        targets = [layer.parts[0] for layer in file.layers]
+        file.config = {**version, "target_modules": targets, **file.contents[0].config}
+    file.metadata = {"format": "pt"}
+    if not is_peft and method.settings:
+        file.metadata["adapter_settings"] = json.dumps({method.type: dict(method.settings)})
 
 
 _PEFT_TYPES = {"hada": "LOHA", "lokr": "LOKR", "oft_": "OFT", "boft": "BOFT", "ia3_": "IA3", "lora": "LORA"}
@@ -351,6 +404,10 @@ def _settle(file: File) -> None:
         return
     file.metadata = {"format": "pt"}
     if file.dialect.alpha is None:
+        return
+    if file.dialect.alpha == "entries":
+        first = file.contents[0].tensors
+        file.metadata |= {"alpha": f"{float(first['alpha']):g}", "rank": str(len(first["lora_A.weight"]))}
         return
     ranks: dict[str, dict[str, int]] = {}
     alphas: dict[str, dict[str, float]] = {}
