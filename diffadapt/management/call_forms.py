@@ -1,11 +1,14 @@
 """The forms in which users name adapters and their strengths, brought into one."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any, TypeAlias, cast
+
+from torch import Tensor
 
 from diffadapt.errors import AdapterError
 from diffadapt.management.snapshot import Chosen, LoadedAdapter
-from diffadapt.strengths.by_prefix import Strength
+from diffadapt.strengths.by_prefix import SharedStrengths, Strength
 from diffadapt.strengths.schedules import Schedule
 
 Names: TypeAlias = str | Iterable[str]
@@ -23,6 +26,11 @@ def names_of(action: str, names: Iterable[Any]) -> list[str]:
     """
     found: list[str] = []
     for name in names:
+        if isinstance(name, (int, float, Real, Mapping)):
+            raise AdapterError(
+                f"{action}: {name!r} is no name of an adapter, and {action} takes no strengths; set those before, with "
+                "activate(...) or pipe.adapters['ink'].scale = 0.5"
+            )
         if isinstance(name, LoadedAdapter):
             found.append(name.name)
         elif isinstance(name, str):
@@ -43,8 +51,11 @@ def chosen_of(action: str, adapters: Any, strengths: Strengths | None) -> Chosen
     if isinstance(adapters, Mapping):
         if strengths is not None:
             raise AdapterError(f"{action}: the strengths are in the mapping already; leave out {strengths!r}")
-        return cast(Mapping[str, Strength], adapters)
+        return {name: plain(strength) for name, strength in cast(Mapping[str, Strength], adapters).items()}
+    if isinstance(adapters, (int, float, Real)):
+        raise AdapterError(f"{action}: {adapters!r} is no name of an adapter; pass names, such as 'ink'")
     names = names_of(action, [adapters])
+    strengths = plain(strengths)
     if strengths is None:
         return names
     if isinstance(strengths, str):
@@ -59,7 +70,20 @@ def chosen_of(action: str, adapters: Any, strengths: Strengths | None) -> Chosen
         raise AdapterError(
             f"{action}: {len(amounts)} strengths for {len(names)} adapters, expected one, or one for each"
         )
-    return dict(zip(names, amounts, strict=True))
+    return dict(zip(names, map(plain, amounts), strict=True))
+
+
+def plain(strength: Any) -> Any:
+    """Return a strength with the numbers of NumPy and torch in it as those of Python; anything else as it is."""
+    if isinstance(strength, Tensor) and strength.ndim == 0:
+        return float(strength)
+    if isinstance(strength, Real) and not isinstance(strength, (bool, int, float)):
+        return float(strength)
+    if isinstance(strength, Mapping):
+        amounts = cast(Mapping[str, Any], strength)
+        numbers = {prefix: plain(amount) for prefix, amount in amounts.items()}
+        return SharedStrengths(numbers) if isinstance(amounts, SharedStrengths) else numbers
+    return strength
 
 
 def name_and_scale(name: Any, adapter_name: str | None, scale: Strength) -> tuple[str | None, Strength]:
@@ -73,6 +97,7 @@ def name_and_scale(name: Any, adapter_name: str | None, scale: Strength) -> tupl
     Raises:
         AdapterError: two names, two strengths, or something that is neither.
     """
+    name, scale = plain(name), plain(scale)
     if isinstance(name, (int, float, Schedule, Mapping)) and not isinstance(name, bool):
         if scale != 1.0:
             raise AdapterError(f"load_adapter: {name!r} and scale={scale!r} are two strengths; pass one of them")

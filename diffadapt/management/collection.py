@@ -8,7 +8,7 @@ from torch import nn
 
 from diffadapt.errors import AdapterError
 from diffadapt.management.activation import activate_
-from diffadapt.management.call_forms import Names, names_of
+from diffadapt.management.call_forms import Names, names_of, plain
 from diffadapt.management.continuing import rename_adapter_, train_adapter_
 from diffadapt.management.owner import Owner, exclusive_method
 from diffadapt.management.showing import as_html
@@ -111,6 +111,7 @@ class AdapterCollection:
     @exclusive_method
     def _rescale(self, name: str, strength: Strength) -> None:
         """Give an active adapter another strength; the others keep theirs."""
+        strength = plain(strength)
         active = self._owner.snapshot().active
         if name not in active:
             raise AdapterError(f"adapter {name!r} is not active; call activate({{{name!r}: {strength!r}}})")

@@ -7,9 +7,9 @@ from diffadapt.loading.plan import Plan
 from diffadapt.management.activation import follow_schedules
 from diffadapt.management.installation import install_adapter_, remove_adapters_
 from diffadapt.management.owner import Owner
-from diffadapt.runtime.adapter_layer import Dropout
 from diffadapt.runtime.attach import refresh_
 from diffadapt.runtime.bank import child_name
+from diffadapt.runtime.dropout import Dropout
 from diffadapt.runtime.gradient_flow import GradientFlow
 from diffadapt.strengths.by_prefix import Strength
 

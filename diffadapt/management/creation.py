@@ -1,6 +1,7 @@
 """Create new adapters on a model from their settings."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -8,11 +9,12 @@ from torch import nn
 from diffadapt.errors import AdapterError, naming
 from diffadapt.management.snapshot import check_name
 from diffadapt.runtime.adapter import Adapter
-from diffadapt.runtime.adapter_layer import AdapterLayer, Dropout
+from diffadapt.runtime.adapter_layer import AdapterLayer
 from diffadapt.runtime.attach import attach_, refresh_
 from diffadapt.runtime.bank import bank_of
-from diffadapt.runtime.base_weight import BaseWeight
+from diffadapt.runtime.base_weight import BaseWeight, bias_of
 from diffadapt.runtime.components import unwrapped
+from diffadapt.runtime.dropout import Dropout
 from diffadapt.runtime.foreign_hooks import execution_device
 from diffadapt.runtime.gradient_flow import GradientFlow
 from diffadapt.runtime.inference_mode import ordinary_tensors
@@ -132,7 +134,9 @@ def _layers_of(targets: Targets, config: AdapterConfig) -> dict[str, AdapterLaye
         weight, settings = BaseWeight(targets.modules[path], spec), settings_at[path]
         with naming(path):
             tensors = adapter_type.init(spec, settings, generator=generator, weight=weight)
-        unfinished[path] = Unfinished(tensors, spec, {**adapter_type.settings, **settings.settings}, weight)
+        bias = partial(bias_of, targets.modules[path])
+        own = {**adapter_type.settings, **settings.settings}
+        unfinished[path] = Unfinished(tensors, spec, own, weight, bias)
     # Seeds count in the order of the model.
     complete = adapter_type.complete({path: unfinished[path] for path in targets.modules if path in unfinished})
     dropout = Dropout(config.dropout, getattr(config, "rank_dropout", 0.0), config.module_dropout)

@@ -1,6 +1,7 @@
 """Add plain LoRAs derived from loaded adapters."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import cast
 
 from diffadapt.management.activation import refuse_schedule
 from diffadapt.management.owner import Owner
@@ -24,6 +25,7 @@ def derive_adapter_(owner: Owner, adapters: Chosen, name: str, maker: Callable[[
     wanted, strengths = snapshot.resolve(adapters)
     for source, strength in wanted.items():
         refuse_schedule(name, source, strength)
-    report = derive_(snapshot.models, name, strengths, maker)
+    # No strengths by sample, which were refused.
+    report = derive_(snapshot.models, name, cast(Mapping[str, Mapping[str, float | list[float]]], strengths), maker)
     owner.changed()
     return report

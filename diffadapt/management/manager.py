@@ -1,8 +1,8 @@
 """The object behind `pipe.adapters`: everything users can do with loaded adapters."""
 
 import os
-from collections.abc import Generator, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,30 +12,28 @@ from diffadapt.errors import AdapterError
 from diffadapt.files.checkpoint import Location, Source
 from diffadapt.loading.plan import Plan
 from diffadapt.loading.report import Report
-from diffadapt.management.activation import activate_, restoring, scheduled
+from diffadapt.management.activation import activate_, await_, follow_of, follow_schedules
 from diffadapt.management.call_forms import Names, Strengths, chosen_of, name_and_scale, names_of
-from diffadapt.management.collection import AdapterCollection
 from diffadapt.management.continuing import install_trainable_
 from diffadapt.management.deriving import derive_adapter_
 from diffadapt.management.installation import install_adapter_, remove_adapters_
 from diffadapt.management.owner import exclusive_method
-from diffadapt.management.per_sample import mixed_per_sample
-from diffadapt.management.reserving import Requests, Reserved, prepare_hotswap_, release_slots_
+from diffadapt.management.reserving import PreparedModels
 from diffadapt.management.saving import save_adapter
 from diffadapt.management.shared_components import may_be_shared, without_shared
 from diffadapt.management.showing import reported
 from diffadapt.management.snapshot import Chosen
 from diffadapt.management.sources import located, plan_source, prefetch_source
-from diffadapt.management.weights import merge_adapters_, unmerge_adapters_, unmerged
+from diffadapt.management.upcoming import UpcomingAdapter, cancel_all
+from diffadapt.management.weights import merge_adapters_, unmerge_adapters_
 from diffadapt.merging.undo_from_file import BaseFiles
 from diffadapt.strengths.by_prefix import Strength
-from diffadapt.strengths.schedules import Schedule
 from diffadapt.to_lora.combine import Combination, Method, Sign
 from diffadapt.to_lora.derive import conversion
 from diffadapt.to_lora.report import Conversion
 
 
-class Adapters(AdapterCollection):
+class Adapters(PreparedModels):
     """The adapters of a pipeline or of one model: a collection by name, and everything that can be done with them.
 
     It holds no state of its own: adapters live on the models, so pipelines that share a model share its adapters.
@@ -46,9 +44,9 @@ class Adapters(AdapterCollection):
         self,
         source: Source | Plan,
         name: str | None = None,
+        scale: Strength = 1.0,
         *,
         adapter_name: str | None = None,
-        scale: Strength = 1.0,
         components: Iterable[str] | None = None,
         where: Location | None = None,
         strict: bool = True,
@@ -78,44 +76,6 @@ class Adapters(AdapterCollection):
         install = install_trainable_ if trainable else install_adapter_
         install(self._owner, name, new, scale, activate=activate, allow_recompile=allow_recompile)
         return reported(planned, name)
-
-    @exclusive_method
-    def prepare_hotswap(
-        self,
-        sources: Requests = (),
-        *,
-        slots: int | None = None,
-        rank: int = 0,
-        samples: int = 0,
-        components: Iterable[str] | None = None,
-    ) -> Reserved:
-        """Reserve slots for adapters, so that a compiled pipeline takes them without a recompile.
-
-        Call it before compiling. From then on adapters are written into the reserved slots: loading, swapping,
-        removing, activating, rescaling and disabling them compiles nothing. An adapter that does not fit raises an
-        error and changes nothing. Adapters that are loaded already get seats, too. Slots of an earlier call are
-        released.
-
-        Args:
-            sources: adapters that the slots have to fit: files, folders, hub ids, state dicts (only headers are read),
-                or settings as for `add_adapter`, such as `LoraConfig(rank=64, target_modules="all-linear")`, for all
-                denoisers, or component -> settings. Every layer that one of them changes gets slots for the largest
-                rank and for every adapter type that occurs on it.
-            slots: how many adapters of that size fit at once; defaults to the number of active ones, at least 1.
-            rank: reserve at least this rank on every layer with low-rank changes.
-            samples: how many prompts `per_sample` will be used with; with 0 it cannot be used.
-            components: reserve slots on these components only; defaults to all.
-
-        Raises:
-            AdapterError: a source cannot be read or applied, more adapters are active than `slots`, or there is
-                nothing to reserve for. Nothing has changed then.
-        """
-        return prepare_hotswap_(self._owner, sources, slots, rank, samples, components)
-
-    @exclusive_method
-    def release_slots(self) -> None:
-        """Release all slots that `prepare_hotswap` reserved. Compiled models are compiled again at their next call."""
-        release_slots_(self._owner)
 
     @exclusive_method
     def hotswap(
@@ -195,6 +155,60 @@ class Adapters(AdapterCollection):
         where = located(where, weight_name, subfolder)
         return prefetch_source(self._owner, source, where=where, components=components, strict=strict, dtype=dtype)
 
+    def begin(
+        self,
+        source: Source | Plan,
+        name: str | None = None,
+        *,
+        at_step: int | None = None,
+        by_step: int | None = None,
+        scale: Strength = 1.0,
+        components: Iterable[str] | None = None,
+        where: Location | None = None,
+        weight_name: str | None = None,
+        subfolder: str | None = None,
+        strict: bool = True,
+        dtype: torch.dtype | None = None,
+        allow_recompile: bool = False,
+        format: str | None = None,
+        scheduler: Any = None,
+    ) -> UpcomingAdapter:
+        """Read an adapter in the background, and load it at a step of the run that begins next.
+
+        With `at_step`, the result does not depend on how long reading takes: the run waits for the file, if it has to.
+        The adapter then acts as with a schedule that is 0 before that step, and stays loaded. Its parts for text
+        encoders act from the next prompt on, since prompts are encoded before the first step.
+
+        Args:
+            source: a file, folder, hub id or state dict, or what `prefetch` returned.
+            name, scale, components, where, weight_name, subfolder, strict, dtype, allow_recompile, format: see
+                `pipe.load_adapter`.
+            at_step: the step from which on it acts, from 0.
+            by_step: instead of `at_step`, the last step at which it may begin to act; it does as soon as it is read.
+            scheduler: the scheduler that steps a loop of your own; defaults to the pipeline's.
+
+        Returns:
+            The adapter on its way: `wait()` returns the report once the file has been read, `cancel()` takes it back.
+
+        Raises:
+            AdapterError: the name or the step is none, or there is no scheduler. Errors in the file are raised by
+                `wait()` and by the run; the run also raises if it has no such step, or if the slots have no room. The
+                adapters are then those of before the run.
+        """
+        options: dict[str, Any] = {"components": components, "strict": strict, "dtype": dtype, "format": format}
+        upcoming = UpcomingAdapter(
+            name,
+            at_step,
+            by_step,
+            partial(prefetch_source, self._owner, source, where=located(where, weight_name, subfolder), **options),
+            lambda owner, planned: Adapters(owner).load(
+                planned, name, scale=scale, strict=strict, allow_recompile=allow_recompile
+            ),
+            lambda owner, name: Adapters(owner).remove(name),
+        )
+        await_(self._owner, upcoming, scale, follow_of(self._owner, scheduler))
+        return upcoming
+
     @exclusive_method
     def activate(self, adapters: Chosen, strengths: Strengths | None = None) -> None:
         """Make exactly these adapters active.
@@ -214,51 +228,6 @@ class Adapters(AdapterCollection):
         """
         activate_(self._owner, chosen_of("activate", adapters, strengths), self._owner.follow)
 
-    def scheduled(self, adapters: Chosen, scheduler: Any = None) -> AbstractContextManager[None]:
-        """Make exactly these adapters active inside the `with` block; restore the state before on leaving.
-
-        Args:
-            adapters: names and strengths as for `activate`.
-            scheduler: the scheduler that steps a loop of your own, for schedules to follow; defaults to the pipeline's.
-        """
-        if isinstance(scheduler, (int, float, Schedule, Mapping, Sequence)):
-            raise AdapterError(f"scheduled: {scheduler!r} is no scheduler; pass {{name: strength}} for strengths")
-        return scheduled(self._owner, chosen_of("scheduled", adapters, None), scheduler)
-
-    def activated(self, adapters: Chosen, strengths: Strengths | None = None) -> AbstractContextManager[None]:
-        """Make exactly these adapters active inside the `with` block; restore the state before on leaving.
-
-        Other threads that want to use adapters of the same models wait until then.
-
-        Args:
-            adapters, strengths: names and strengths as for `activate`.
-        """
-        return scheduled(self._owner, chosen_of("activated", adapters, strengths))
-
-    def per_sample(self, mixes: Sequence[Chosen], *, images: int | None = None) -> AbstractContextManager[None]:
-        """Give every prompt of a batch its own mix of adapters inside the `with` block; restore the state on leaving.
-
-        Row i of the result is what a run with prompt i and mix i alone returns. The batch may be repeated for guidance,
-        and every prompt for its images. The pipeline has to be called with as many prompts (and negative prompts, if
-        any) as there are mixes. After `prepare_hotswap(..., samples=len(mixes))` other mixes need no recompile.
-
-        Args:
-            mixes: for every prompt the adapters and strengths that `activate` takes: `{"a": 1.0}`, `["a", "b"]`, `{}`.
-            images: number of images per prompt; defaults to the `num_images_per_prompt` of the pipeline call.
-
-        Raises:
-            AdapterError: a mix that `activate` would refuse, a schedule, slots for another number of samples, or an
-                adapter on routed experts.
-        """
-        return mixed_per_sample(self._owner, mixes, images)
-
-    @contextmanager
-    def disabled(self) -> Generator[None, None, None]:
-        """Run the base model inside the `with` block, without active or merged adapters; restore them on leaving."""
-        with unmerged(self._owner), restoring(self._owner):
-            self._owner.snapshot().set_active_(())
-            yield
-
     @exclusive_method
     def remove(self, *names: Names) -> None:
         """Remove adapters with the tokens they brought, and free their memory. Other adapters stay as they are.
@@ -275,10 +244,12 @@ class Adapters(AdapterCollection):
 
     @exclusive_method
     def clear(self) -> None:
-        """Remove every adapter, merged ones, too: the models are then what they were before the first, bit for bit."""
+        """Remove every adapter, merged and upcoming ones, too: the models are what they were before, bit for bit."""
+        cancel_all(self._owner)
         self.unmerge()
         for name in self.names:
             self.remove(name)
+        follow_schedules(self._owner, self._owner.follow)
 
     @exclusive_method
     def merge(self, *names: Names, compact: bool | None = None, base_files: BaseFiles = False) -> None:
@@ -311,12 +282,21 @@ class Adapters(AdapterCollection):
         merge_adapters_(self._owner, chosen, compact, base_files)
 
     @exclusive_method
-    def unmerge(self) -> None:
+    def unmerge(self, *names: Names) -> None:
         """Undo every merge: restore all weights bit for bit; the merged adapters run next to the weights again.
 
+        Args:
+            names: the merged adapters; they need not be named, since merges are undone together.
+
         Raises:
-            AdapterError: a merged weight or adapter has been written since, so that the original is not known.
+            AdapterError: a merged weight or adapter has been written since, so that the original is not known; or
+                `names` are not all that are merged. Nothing has changed then.
         """
+        if names and set(names_of("unmerge", names)) != set(self.merged):
+            raise AdapterError(
+                f"unmerge: merged are {', '.join(self.merged) or 'none'}, and all merges are undone together; "
+                "call unmerge(), then merge(...) those that stay"
+            )
         unmerge_adapters_(self._owner)
 
     @exclusive_method

@@ -30,6 +30,7 @@ class Owner:
             it encodes them.
         feeds_control: whether the owner is able to feed a control image, for adapters that read one.
         follow: connects the owner's schedulers to a listener; `None` for an owner without schedulers.
+        pipeline: the pipeline; `None` for a single model.
     """
 
     models: Callable[[], Mapping[str, nn.Module]]
@@ -40,6 +41,12 @@ class Owner:
     counts_prompts: bool = False
     feeds_control: bool = True
     follow: Follow | None = None
+    pipeline: Any = None
+
+    @property
+    def key(self) -> Any:
+        """The pipeline or the model, to look up what is known of it elsewhere."""
+        return next(iter(self.models().values())) if self.pipeline is None else self.pipeline
 
     def snapshot(self) -> AdapterSnapshot:
         """Return the adapters that are loaded now."""

@@ -100,7 +100,7 @@ class AdapterPool:
             rows = [("name", "state", "size")]
             for name in (*waiting, *self._plans):
                 state = "in the models" if name in self._resident else "in memory" if name in self._plans else "-"
-                rows.append((name, state, f"{_size(self._plans[name]) / 2**20:.1f} MiB" if name in self._plans else ""))
+                rows.append((name, state, f"{self._plans[name].bytes / 2**20:.1f} MiB" if name in self._plans else ""))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
         return "\n".join([*lines, f"{self.bytes / 2**20:.1f} of {self.budget / 2**20:.1f} MiB"])
@@ -116,7 +116,7 @@ class AdapterPool:
     def bytes(self) -> int:
         """Size of the adapters that are in memory now."""
         with self._lock:
-            return sum(_size(plan) for plan in self._plans.values())
+            return sum(plan.bytes for plan in self._plans.values())
 
     @property
     def ready(self) -> list[str]:
@@ -152,7 +152,9 @@ class AdapterPool:
             yield
 
     @contextmanager
-    def per_sample(self, mixes: Sequence[Chosen], *, images: int | None = None) -> Generator[None, None, None]:
+    def per_sample(
+        self, mixes: Sequence[Chosen], *, images: int | None = None, scheduler: Any = None
+    ) -> Generator[None, None, None]:
         """Load adapters of this pool, and give every prompt of a batch its own mix inside the `with` block.
 
         On leaving, the adapters that were active before are active again. Other threads wait until then.
@@ -161,12 +163,13 @@ class AdapterPool:
             mixes: one mix per prompt; names and strengths as for `Adapters.activate`, of adapters in this pool or
                 loaded otherwise.
             images: number of images per prompt; defaults to the `num_images_per_prompt` of the pipeline call.
+            scheduler: the scheduler that steps a loop of your own; defaults to the pipeline's.
 
         Raises:
             AdapterError: an adapter cannot be read or loaded, or `Adapters.per_sample` refuses a mix.
         """
         with self._in_models(name for mix in mixes for name in _names(mix)):
-            with self._adapters.per_sample(mixes, images=images):
+            with self._adapters.per_sample(mixes, images=images, scheduler=scheduler):
                 yield
 
     def close(self) -> None:
@@ -219,9 +222,10 @@ class AdapterPool:
             # If two requests waited for it, both use the first one's: it must not be in the models twice.
             plan = self._plans.setdefault(name, plan)
             self._plans.move_to_end(name)
+            excess = self.bytes - self.budget
             for other in list(self._plans):
-                if self.bytes > self.budget and other not in (name, *self._resident):
-                    del self._plans[other]
+                if excess > 0 and other not in (name, *self._resident):
+                    excess -= self._plans.pop(other).bytes
             return plan
 
     def _make_room(self, wanted: Sequence[str]) -> None:
@@ -249,8 +253,3 @@ class AdapterPool:
 def _names(adapters: Chosen) -> Iterable[str]:
     """Return the names of the chosen adapters."""
     return [adapters] if isinstance(adapters, str) else list(adapters)
-
-
-def _size(plan: Plan) -> int:
-    """Return the bytes of the planned adapters."""
-    return sum(adapter.bytes for adapter in plan.adapters.values())

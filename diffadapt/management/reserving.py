@@ -1,7 +1,7 @@
 """Reserve slots on the models of a pipeline, as large as files, settings and loaded adapters need them."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -15,19 +15,24 @@ from diffadapt.files.checkpoint import Source
 from diffadapt.files.read import read
 from diffadapt.loading.plan import plan
 from diffadapt.management.creation import new_layers
-from diffadapt.management.owner import Owner
+from diffadapt.management.owner import Owner, exclusive_method
+from diffadapt.management.regional import prepare_regions_
+from diffadapt.management.request_contexts import RequestContexts
 from diffadapt.management.seating import ByComponent, seat_
 from diffadapt.management.snapshot import AdapterSnapshot
 from diffadapt.runtime.adapter_layer import AdapterLayer
 from diffadapt.runtime.attach import reserve_, unreserve_
 from diffadapt.runtime.components import is_text_encoder
 from diffadapt.runtime.foreign_hooks import compute_dtype, execution_device
+from diffadapt.runtime.slots.common_forms import common_needs, lower_in_common
 from diffadapt.runtime.slots.forms import lower
 from diffadapt.runtime.slots.reservation import Reservation
 from diffadapt.runtime.slots.slot import Needs
 from diffadapt.runtime.targets import Targets, refuse_peft
+from diffadapt.types import TYPES
 from diffadapt.types.config import AdapterConfig
 from diffadapt.types.layer_spec import LayerSpec
+from diffadapt.types.parameter import PARAMETER
 from diffadapt.types.tensor_ops import converted
 
 Request: TypeAlias = Source | AdapterConfig | Mapping[str, AdapterConfig]
@@ -54,10 +59,71 @@ class Reserved:
         return f"slots for {self.slots} on {where} layers, {self.bytes / 2**20:.1f} MiB"
 
 
+class PreparedModels(RequestContexts):
+    """Adapters by name, on models that can be prepared to take others without a recompile."""
+
+    @exclusive_method
+    def prepare_hotswap(
+        self,
+        sources: Requests = (),
+        *,
+        slots: int | None = None,
+        rank: int = 0,
+        samples: int = 0,
+        components: Iterable[str] | None = None,
+        types: str | Iterable[str] = (),
+        regions: bool = False,
+    ) -> Reserved:
+        """Reserve slots for adapters, so that a compiled pipeline takes them without a recompile.
+
+        Call it before compiling. From then on adapters are written into the reserved slots: loading, swapping,
+        removing, activating, rescaling and disabling them compiles nothing. An adapter that does not fit raises an
+        error and changes nothing. Adapters that are loaded already get seats, too. Slots of an earlier call are
+        released.
+
+        Args:
+            sources: adapters that the slots have to fit: files, folders, hub ids, state dicts (only headers are read),
+                or settings as for `add_adapter`, such as `LoraConfig(rank=64, target_modules="all-linear")`, for all
+                denoisers, or component -> settings. Every layer that one of them changes gets slots for the largest
+                rank and for every adapter type that occurs on it.
+            slots: how many adapters of that size fit at once; defaults to the number of active ones, at least 1.
+            rank: reserve at least this rank on every layer with low-rank changes.
+            samples: how many prompts `per_sample` will be used with at most; with 0 it cannot be used.
+            components: reserve slots on these components only; defaults to all.
+            types: names of adapter types ("oft", "lokr", ...) of which any adapter has to fit, with blocks or factors
+                of any size. They run in a common form, which is as large as the weight of a layer for every slot, on
+                every layer with slots. Rotations of outputs (LyCORIS' OFT) need a source of that kind, too.
+            regions: whether compiled models take masks (`regions`) without a recompile. Otherwise they are compiled
+                once more for the first. A call then costs as much without masks as with them.
+
+        Raises:
+            AdapterError: a source cannot be read or applied, more adapters are active than `slots`, there is nothing to
+                reserve for, or an unknown type. Nothing has changed then.
+        """
+        names = [types] if isinstance(types, str) else list(types)
+        return prepare_hotswap_(self._owner, sources, slots, rank, samples, components, names, regions)
+
+    @exclusive_method
+    def release_slots(self) -> None:
+        """Release all slots that `prepare_hotswap` reserved. Compiled models are compiled again at their next call."""
+        release_slots_(self._owner)
+
+
 def prepare_hotswap_(
-    owner: Owner, sources: Requests, slots: int | None, rank: int, samples: int, components: Iterable[str] | None
+    owner: Owner,
+    sources: Requests,
+    slots: int | None,
+    rank: int,
+    samples: int,
+    components: Iterable[str] | None,
+    types: Sequence[str],
+    regions: bool = False,
 ) -> Reserved:
     """Reserve slots on the models of `owner` and give the loaded adapters seats; see `Adapters.prepare_hotswap`."""
+    known = {adapter_type.name for adapter_type in TYPES if adapter_type.stages is not PARAMETER.stages}
+    unknown = [name for name in types if name not in known]
+    if unknown:
+        raise AdapterError(f"types: no {', '.join(map(repr, unknown))}, expected some of {', '.join(sorted(known))}")
     snapshot = owner.snapshot()
     active = snapshot.running
     least = max(1, len(active))
@@ -68,7 +134,8 @@ def prepare_hotswap_(
     if not wanted:
         raise AdapterError("nothing to reserve for: pass files, folders or settings, or load an adapter first")
     models = snapshot.models
-    reserved = reserve_all_(models, needs_of(models, wanted), count, rank=rank, samples=samples)
+    needs = needs_of(models, wanted, types)
+    reserved = reserve_all_(models, needs, count, rank=rank, samples=samples, common=types)
     snapshot = owner.snapshot()
     for component, bank in snapshot.banks.items():
         bank.call.by_rows = not owner.counts_prompts
@@ -76,6 +143,7 @@ def prepare_hotswap_(
             # An adapter in training stays outside the slots, which are copies of its parameters.
             is_trained = any(parameter.requires_grad for parameter in adapter.parameters())
             adapter.outside_slots = component not in reserved.layers or (adapter.outside_slots and is_trained)
+    prepare_regions_(snapshot, regions)
     seat_(snapshot, active)
     for name in snapshot.adapters:
         if name not in active:
@@ -93,8 +161,14 @@ def release_slots_(owner: Owner) -> None:
     owner.changed()
 
 
-def needs_of(models: Mapping[str, nn.Module], wanted: Iterable[ByComponent]) -> dict[str, dict[str, Needs]]:
+def needs_of(
+    models: Mapping[str, nn.Module], wanted: Iterable[ByComponent], common: Collection[str] = ()
+) -> dict[str, dict[str, Needs]]:
     """Return the needs of adapters by component and module path. Only the shapes of their tensors are used.
+
+    Args:
+        wanted: the layers of every adapter.
+        common: names of adapter types of which any adapter has to fit on these layers.
 
     Raises:
         AdapterError: an adapter gives a layer more inputs than it has now.
@@ -110,7 +184,13 @@ def needs_of(models: Mapping[str, nn.Module], wanted: Iterable[ByComponent]) -> 
                     )
                 need = needs.setdefault(component, {}).setdefault(path, Needs(layer.spec))
                 dtype = dtypes[component]
-                need.cover(lower(_on_meta(layer, dtype), partial(_meta_weight, layer.spec, dtype)))
+                lowered = lower_in_common if layer.adapter_type.name in common else lower
+                need.cover(lowered(_on_meta(layer, dtype), partial(_meta_weight, layer.spec, dtype)))
+    for component, layers in needs.items() if common else ():
+        for need in layers.values():
+            for adapter_type in TYPES:
+                if adapter_type.name in common:
+                    need.cover(common_needs(adapter_type, need.spec, dtypes[component]))
     return needs
 
 
@@ -121,6 +201,7 @@ def reserve_all_(
     *,
     rank: int = 0,
     samples: int = 0,
+    common: Collection[str] = (),
 ) -> Reserved:
     """Reserve slots on models, in the place of those that were reserved before.
 
@@ -129,6 +210,7 @@ def reserve_all_(
         slots: how many adapters with these needs fit at once.
         rank: the smallest number of rows per adapter on layers with low-rank changes.
         samples: how many samples of a batch can have strengths of their own; 0 for one strength for all.
+        common: names of the adapter types that run in their common form.
     """
     made: dict[str, tuple[Reservation, dict[str, nn.Module]]] = {}
     for component, layers in needs.items():
@@ -136,7 +218,8 @@ def reserve_all_(
         for need in layers.values():
             need.rows = max(need.rows, rank) if need.rows else 0
         with torch.inference_mode(False):
-            reservation = Reservation(layers, slots, compute_dtype(modules), execution_device(modules), samples)
+            where = compute_dtype(modules), execution_device(modules)
+            reservation = Reservation(layers, slots, *where, samples, common)
         hosts = Targets(models[component]).modules
         for path in layers:
             with naming(f"{component}.{path}"):

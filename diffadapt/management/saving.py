@@ -22,7 +22,9 @@ def save_adapter(owner: Owner, name: str, path: str | os.PathLike[str], format: 
     adapters = {component: loaded.components[component].layers for component in targets}
     state = AdapterState(
         {
-            component: {at: layer.state for at, layer in layers.items() if layer.twin_of is None}
+            component: {
+                at: layers[at].state for at in targets[component].in_order(layers) if layers[at].twin_of is None
+            }
             for component, layers in adapters.items()
         },
         loaded.metadata,

@@ -16,6 +16,7 @@ from diffadapt.management.snapshot import AdapterSnapshot
 from diffadapt.merging.merge import original_weight
 from diffadapt.runtime.adapter_layer import AdapterLayer
 from diffadapt.runtime.bank import Bank, bank_of
+from diffadapt.runtime.slots.common_forms import lower_in_common
 from diffadapt.runtime.slots.forms import Form, Forms, lower
 from diffadapt.runtime.slots.reservation import Arrangement, Reservation
 
@@ -143,7 +144,8 @@ def _lowered(layers: Mapping[str, AdapterLayer], bank: Bank, reservation: Reserv
             # A layer that is not attached yet may read the bias.
             layer.__dict__.setdefault("host", bank.hosts[path])
             # The original weight: adapters that are merged now may not be when this adapter runs.
-            forms[path] = lower(layer, partial(original_weight, bank, path, layer.spec), reservation.device, term_of)
+            lowered = lower_in_common if layer.adapter_type.name in reservation.common else lower
+            forms[path] = lowered(layer, partial(original_weight, bank, path, layer.spec), reservation.device, term_of)
     return forms
 
 

@@ -13,7 +13,15 @@ from diffadapt.runtime.adapter import Adapter
 from diffadapt.runtime.attach import refresh_
 from diffadapt.runtime.bank import Bank, bank_of
 from diffadapt.runtime.components import is_text_encoder
-from diffadapt.strengths.by_prefix import SharedStrengths, Strength, check_strength, numbers_at, resolve_prefixes
+from diffadapt.runtime.locks import is_held_elsewhere
+from diffadapt.strengths.by_prefix import (
+    SampleStrengths,
+    SharedStrengths,
+    Strength,
+    check_strength,
+    numbers_at,
+    resolve_prefixes,
+)
 from diffadapt.strengths.schedules import START, Moment
 from diffadapt.tokens.learned_tokens import LearnedTokens, learned_tokens_of, vectors_by_token
 
@@ -23,8 +31,9 @@ Chosen: TypeAlias = str | Iterable[str] | Mapping[str, Strength]
 _LONGEST_SCALE = 40
 _MOST_NAMED = 6
 
-LayerStrengths: TypeAlias = float | list[float]
-"""One strength for all layers of an adapter on one model, or one per layer in the order of `Adapter.layers`."""
+LayerStrengths: TypeAlias = float | list[float] | list[list[float]]
+"""One strength for all layers of an adapter on one model, or one per layer in the order of `Adapter.layers`, or a list
+for every sample of a batch: of one strength for all layers, or of one per layer."""
 
 
 @dataclass
@@ -150,8 +159,9 @@ class AdapterSnapshot:
         for component, model in models.items():
             bank = bank_of(model)
             if bank is not None:
-                # Layers may have been replaced since the last call of the model.
-                bank.find_layers(model)
+                if not is_held_elsewhere(model):
+                    # Layers may have been replaced since the last call of the model.
+                    bank.find_layers(model)
                 self.banks[component] = bank
                 for name, adapter in bank.adapters.items():
                     found.setdefault(name, {})[component] = adapter
@@ -255,6 +265,9 @@ class AdapterSnapshot:
         Raises:
             AdapterError: the strength is not a finite number, or with `strict` a prefix matches no layer.
         """
+        if isinstance(strength, SampleStrengths):
+            samples = [self.strengths(name, one, components, strict=strict, moment=moment) for one in strength]
+            return {c: _by_sample([sample[c] for sample in samples], len(a.layers)) for c, a in components.items()}
         check_strength(name, strength)
         numbers = numbers_at(strength, moment)
         if not isinstance(numbers, Mapping):
@@ -336,6 +349,12 @@ def _by_embedding(adapter: Adapter, paths: Sequence[str], prefixes: Iterable[str
             best[primary] = max(best[primary], numbers[path], key=lambda number: lengths[number])
             best[path] = best[primary]
     return [found[best[path]] for path, _ in layers]
+
+
+def _by_sample(strengths: Sequence[LayerStrengths], layers: int) -> list[list[float]]:
+    """Return strengths of all samples in lists of the same length: 1, or the number of layers."""
+    listed = any(isinstance(one, list) for one in strengths)
+    return [one if isinstance(one, list) else [one] * (layers if listed else 1) for one in strengths]  # type: ignore[list-item]
 
 
 def _short(strength: Strength) -> str:

@@ -84,17 +84,18 @@ def plan_source(
 
 def prefetch_source(
     owner: Owner,
-    source: Source,
+    source: Source | Plan,
     *,
     where: Location | None,
     components: Iterable[str] | None,
     strict: bool,
     dtype: torch.dtype | None,
+    format: str | None = None,
 ) -> Plan:
     """Read a source and plan it in CPU memory; see `Adapters.prefetch`."""
     cpu = torch.device("cpu")
     with ordinary_tensors():
-        planned = plan_source(owner, source, where=where, components=components, dtype=dtype, device=cpu)
+        planned = plan_source(owner, source, where=where, components=components, dtype=dtype, device=cpu, format=format)
     planned.refuse_faults(strict)
     for component, adapter in planned.adapters.items():
         adapter.train(planned.targets[component].model.training)

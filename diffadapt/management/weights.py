@@ -19,6 +19,9 @@ def merge_adapters_(owner: Owner, names: tuple[str, ...], compact: bool | None, 
     if any(bank.call.samples for bank in snapshot.banks.values()):
         raise AdapterError("merge: inside per_sample every sample has its own strengths; leave the block first")
     chosen = names or tuple(snapshot.running)
+    regional = [bank.call.regions for bank in snapshot.banks.values() if bank.call.regions is not None]
+    if any(name in regions.masks for name in chosen for regions in regional):
+        raise AdapterError("merge: a merged adapter acts everywhere; leave the block of regions first")
     if not chosen:
         raise AdapterError("nothing to merge: no adapter is active, or all that are active are merged already")
     for name in chosen:

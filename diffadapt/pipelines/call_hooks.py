@@ -67,23 +67,22 @@ class EncodePromptHook:
                 continue
             if is_text_encoder(name):
                 banks.append(bank)
-            if bank.call.samples:
+            if bank.call.expected:
                 _count_prompts(bank.call, bound)
             bank.call.by_rows = False
             if not is_text_encoder(name):
                 _count_images(bank.call, bound)
-                if bank.call.samples and not bank.call.images and _is_compiled(self.pipe.components[name]):
+                if bank.call.expected and not bank.call.images and _is_compiled(self.pipe.components[name]):
                     raise AdapterError(
                         "per_sample: this pipeline does not say how many images it draws of each prompt; pass images="
                     )
-        value = None if scale is None else torch.as_tensor(scale, dtype=torch.float32)
         for bank in banks:
-            bank.call.outer = bank.call.value = value
+            bank.call.outer = bank.call.value = bank.call.scale(scale)
         try:
             return encode(*bound.args, **bound.kwargs)
         finally:
             for bank in banks:
-                bank.call.outer = bank.call.value = None
+                bank.call.outer = bank.call.value = bank.call.neutral
 
 
 class ProgressBarHook:
@@ -113,13 +112,14 @@ class ProgressBarHook:
 
 
 def _count_prompts(call: CallState, bound: inspect.BoundArguments) -> None:
-    """Raise `AdapterError` if an `encode_prompt` is not called with as many prompts as there are mixes."""
+    """Raise `AdapterError` if an `encode_prompt` is not called with as many prompts as there are mixes or masks."""
     prompts = _number_of_prompts(bound.arguments)
-    if prompts is not None and prompts != call.samples:
-        raise AdapterError(
-            f"per_sample: {call.samples} mixes, but the pipeline encodes {prompts} prompts; pass as many prompts and "
-            "negative prompts as samples"
-        )
+    for count, what in call.expected:
+        if prompts is not None and prompts != count:
+            raise AdapterError(
+                f"{what}, but the pipeline encodes {prompts} prompts; pass as many prompts and negative prompts as "
+                "samples"
+            )
     call.counted = call.counted or prompts is not None
 
 
@@ -133,7 +133,7 @@ def _count_images(call: CallState, bound: inspect.BoundArguments) -> None:
     given = [bound.arguments.get(name, parameters[name].default) for name in _IMAGES if name in parameters]
     images = given[0] if given and isinstance(given[0], int) else 1
     if call.asks_images:
-        call.images = images if given or not call.samples else 0
+        call.images = images if given or not call.expected else 0
     elif given and images != call.images:
         raise AdapterError(
             f"per_sample: images is {call.images}, but the pipeline draws {images} images of each prompt; leave images "

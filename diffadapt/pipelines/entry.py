@@ -31,9 +31,9 @@ def load_adapter(
     pipe: Any,
     source: Source | Plan,
     name: str | None = None,
+    scale: Strength = 1.0,
     *,
     adapter_name: str | None = None,
-    scale: Strength = 1.0,
     components: Iterable[str] | None = None,
     weight_name: str | None = None,
     subfolder: str | None = None,
@@ -127,6 +127,7 @@ def adapters_of(owner: Any) -> Adapters:
             counts_prompts=True,
             feeds_control=feeds_control(owner),
             follow=lambda listener: ProgressBarHook.install(owner, listener),
+            pipeline=owner,
         )
     )
 
@@ -135,10 +136,10 @@ def load_adapter_into_model(
     model: Any,
     source: Source | Plan,
     name: str | None = None,
+    scale: Strength = 1.0,
     *,
     adapter_name: str | None = None,
     component: str | None = None,
-    scale: Strength = 1.0,
     weight_name: str | None = None,
     subfolder: str | None = None,
     revision: str | None = None,

@@ -5,10 +5,12 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from diffadapt.runtime import compose
 from diffadapt.runtime.adapter_layer import AdapterLayer
+from diffadapt.runtime.base_weight import is_plain
 from diffadapt.runtime.class_mixing import Mixin, mix_, unmix_
 
 ACTIVE = "_diffadapt_active"
@@ -23,6 +25,11 @@ class Adapted(Mixin):
 
     # Empty, because a class that someone derived from this one stays with the layer after its adapters are removed.
     _diffadapt_active: tuple[AdapterLayer, ...] = ()
+
+    @torch.compiler.assume_constant_result
+    def _has_plain_weight(self) -> bool:
+        # A method, since older versions of torch take no module as an argument of a constant function.
+        return is_plain(self)  # type: ignore[arg-type]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the layer's output with its active adapter layers."""

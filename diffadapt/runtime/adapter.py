@@ -125,12 +125,14 @@ class Adapter(LayerTree):
         self.strength: Strength = 1.0
         self.active = False
         self.outside_slots = False
+        self._samples: frozenset[int] | None = None
         for path, layer in self.layers.items():
             self._insert(path, layer)
             if layer.spec.kind == "parameter":
                 layer.__dict__["parameter"] = path.rpartition(".")[2]
         self._scales = torch.tensor([layer.scale for layer in self.layers.values()], dtype=torch.float64)
-        device = next((p.device for p in self.parameters() if p.device.type != "meta"), torch.device("cpu"))
+        tensors = (tensor for layer in self.layers.values() for tensor in layer._parameters.values())
+        device = next((t.device for t in tensors if t is not None and not t.is_meta), torch.device("cpu"))
         self._assign_gates(torch.zeros(len(self.layers), dtype=torch.float32, device=device))
         self.set_strengths(1.0)
 
@@ -170,8 +172,8 @@ class Adapter(LayerTree):
         """Set the gates to the scales times `strengths`, in a single write.
 
         Args:
-            strengths: one strength for all layers, or one per layer in the order of `layers`, or such a list for every
-                sample.
+            strengths: one strength for all layers, or one per layer in the order of `layers`, or a list for every
+                sample, with one strength for all layers or one per layer.
         """
         factor = strengths if isinstance(strengths, float) else torch.tensor(strengths, dtype=torch.float64)
         self.set_gates(self._scales * factor)
@@ -184,6 +186,11 @@ class Adapter(LayerTree):
                 self._assign_gates(torch.empty(gates.shape, dtype=torch.float32, device=self._gates.device))
         self._gates.copy_(gates)
         self._update_copies()
+        samples = frozenset(gates.any(1).nonzero().flatten().tolist()) if gates.ndim == 2 else None
+        if samples != self._samples:
+            self._samples = samples
+            for layer in self.layers.values():
+                layer.__dict__["samples"] = samples
 
     @property
     def scales(self) -> list[float]:

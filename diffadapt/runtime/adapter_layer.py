@@ -6,7 +6,6 @@ back. `compose.py` combines prepared layers into the output or the weight of the
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -17,9 +16,14 @@ from torch import Tensor, nn
 from diffadapt.runtime.base_weight import BaseWeight, bias_of
 from diffadapt.runtime.cached import Cached, sum_of_terms
 from diffadapt.runtime.call_state import CallState
+from diffadapt.runtime.dropout import Dropout
+from diffadapt.runtime.quick_module import QuickModule
+from diffadapt.runtime.regions.blending import blended
+from diffadapt.runtime.regions.fields import Region
 from diffadapt.types.adapter_type import AdapterType, Stage, Surroundings, Tensors
 from diffadapt.types.layer_spec import LayerSpec
 from diffadapt.types.layer_state import LayerState, scale_of
+from diffadapt.types.lora import LORA
 from diffadapt.types.tensor_ops import add, converted, whole
 
 BANK = "diffadapt"
@@ -27,22 +31,6 @@ BANK = "diffadapt"
 
 PATCH_DELTA = "patch_delta"
 """Name of the prepared tensor that a type runs as at the stage "patch": `W (T - I)`, in the shape of the weight."""
-
-
-@dataclass(frozen=True)
-class Dropout:
-    """Dropout probabilities of an adapter layer, which apply in training; see `AdapterConfig` and `RankedConfig`.
-
-    Attributes:
-        input: for an element of the input or, if the type has `AdapterType.blocks`, for a block of a rotation.
-        rank: for a component of the rank.
-        module: for the whole adapter layer, once per call.
-    """
-
-    input: float = 0.0
-    rank: float = 0.0
-    module: float = 0.0
-
 
 _NO_DROPOUT = Dropout()
 
@@ -59,15 +47,30 @@ class PreparedLayer(NamedTuple):
         gate: scale x strength x call scale: 0-d, or (rows,) for an input whose rows have gates of their own. With
             `layer.gates_ranks` it is (rank,) or (rows, rank).
         dtype: the dtype to compute in.
+        field: a further factor for every position of the host's output (and rank with `layer.gates_ranks`), or `None`.
     """
 
     layer: "AdapterLayer"
     tensors: Tensors
     gate: Tensor
     dtype: torch.dtype
+    field: Tensor | None = None
+
+    def at(self, vectors: Tensor) -> "PreparedLayer":
+        """Return the layer with the field for the positions of `vectors`, which the host gets or returns."""
+        region = self.layer.region
+        if region is None:
+            return self
+        return PreparedLayer(self.layer, self.tensors, self.gate, self.dtype, region.field(vectors, self.layer.spec))
+
+    def everywhere(self) -> "PreparedLayer":
+        """Return the layer without its field."""
+        return self if self.field is None else PreparedLayer(self.layer, self.tensors, self.gate, self.dtype)
 
     def apply_map(self, vectors: Tensor, axis: int, transposed: bool = False, onto: Tensor | None = None) -> Tensor:
         """Return `onto + gate * (T - 1) vectors`, where the second term is computed in the adapter's dtype."""
+        if self.field is not None and onto is not None:
+            return blended(onto, self.everywhere().apply_map(vectors, axis, transposed, onto), self.field)
         layer, vectors = self.layer, vectors.to(self.dtype)
         if self.gate.ndim:
             change = layer.adapter_type.apply_map(
@@ -95,11 +98,23 @@ class PreparedLayer(NamedTuple):
     def add_change(self, output: Tensor, input: Tensor) -> Tensor:
         """Return `output` plus the additive change for `input`. `output` may be overwritten."""
         layer = self.layer
+        if self.field is not None and not self._gates_in_rank_space:
+            return blended(output, self.everywhere().add_change(output.clone(), input), self.field)
         input = self.adapter_input(input)
+        if self.field is not None:
+            gate = layer.spec.along_channels(self.gate, output.ndim) if self.gate.ndim else self.gate
+            return self._delta_output(input, gate * self.field, output)
         if self.gate.ndim and not layer.gates_ranks:
             change = self._delta_output(input, _one(input), None)
             return add(change * _per_row(self.gate, change).to(change.dtype), output)
         return self._delta_output(input, self.gate, output)
+
+    @property
+    def _gates_in_rank_space(self) -> bool:
+        """Whether the type multiplies the gate in rank space, and so takes one per position."""
+        layer = self.layer
+        is_plain = layer.adapter_type is LORA and "lora_bias" not in self.tensors and not self.gate.ndim
+        return layer.gates_ranks or is_plain
 
     def _delta_output(self, input: Tensor, gate: Tensor, onto: Tensor | None) -> Tensor:
         layer = self.layer
@@ -130,7 +145,7 @@ class PreparedLayer(NamedTuple):
         return layer.adapter_type.as_low_rank(self.tensors, layer.spec)
 
 
-class AdapterLayer(nn.Module):
+class AdapterLayer(QuickModule):
     """The part of an adapter that acts on one layer of the model, its host. The parameters are the type's tensors.
 
     Attributes:
@@ -140,8 +155,7 @@ class AdapterLayer(nn.Module):
         dropout: dropout probabilities.
         settings: the numbers of the type that are not tensors.
         stages: where the type acts on the host.
-        inputs: the number of input features that the adapter's own tensors cover. It is less than `spec.in_features`
-            while another adapter needs more inputs.
+        inputs: the input features that its own tensors cover; fewer than the host has if another adapter needs more.
         widens: whether `inputs` is more than the host has without adapters.
         gates_ranks: whether the gate has one element per rank; true for some slots only.
         parameter: the parameter of the host that the layer changes.
@@ -150,9 +164,13 @@ class AdapterLayer(nn.Module):
         call: the state of the current call of the model; set when the adapter is attached.
         host: the layer of the model; set when the adapter is attached.
         siblings: the other parts of the same layer of a file, if the type is `joint`; empty by default.
+        region: where in the picture the layer acts, while the adapter has a mask.
+        samples: the samples in which the gate is not zero; `None` if samples have no gates of their own.
     """
 
     gates_ranks = False
+    region: Region | None = None
+    samples: frozenset[int] | None = None
     twin_of: str | None = None
     parameter: str = "weight"
     adapter_type: AdapterType
@@ -215,7 +233,7 @@ class AdapterLayer(nn.Module):
                 # Positions are no parameters, which optimisers and counts of parameters go by.
                 self._buffers[name] = tensor
                 continue
-            if not isinstance(tensor, nn.Parameter):
+            if type(tensor) is Tensor or not isinstance(tensor, nn.Parameter):
                 tensor = nn.Parameter(tensor, requires_grad=trainable and name not in adapter_type.fixed)
             self._parameters[name] = tensor
 
@@ -241,7 +259,7 @@ class AdapterLayer(nn.Module):
     @property
     def scale(self) -> float:
         """`alpha / rank`; see `scale_of`."""
-        return scale_of(self.alpha, self.rank, self.settings)
+        return 1.0 if self.alpha is None else scale_of(self.alpha, self.rank, self.settings)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -286,10 +304,11 @@ class AdapterLayer(nn.Module):
             gate = gate.to(device)
         if gate.ndim > self.gates_ranks:
             gate = self.call.spread(gate, rows)
-        if self.call.value is not None:
-            gate = gate * self.call.value.to(device)
+        value = self.call.value
+        if value is not None and (torch.compiler.is_compiling() or value is not self.call.neutral):
+            gate = gate * value.to(device)
         if self.training:
-            tensors, gate = self._apply_dropout(tensors, gate)
+            tensors, gate = self.dropout.applied(self.adapter_type, tensors, gate)
         return PreparedLayer(self, tensors, gate, self.dtype)
 
     def prepare(
@@ -334,7 +353,7 @@ class AdapterLayer(nn.Module):
     @property
     def base_weight(self) -> BaseWeight:
         """The host's own weight, canonical and decoded when it is called."""
-        return BaseWeight(self.host, self.spec, self.__dict__.setdefault("_rows", {}))
+        return BaseWeight(self.host, self.spec, self.__dict__)
 
     def _prepared_tensors(self) -> Tensors:
         if not self.adapter_type.is_prepared and "patch" not in self.stages:
@@ -358,21 +377,6 @@ class AdapterLayer(nn.Module):
         assert self._term is not None
         return self._term.value
 
-    def _apply_dropout(self, tensors: Tensors, gate: Tensor) -> tuple[Tensors, Tensor]:
-        dropout, changed = self.dropout, dict(self.adapter_type.in_training(tensors))
-        if dropout.rank:
-            for name, axis in self.adapter_type.masked.items():
-                if name in changed:
-                    mask = _slice_mask(changed[name], axis, dropout.rank) / (1 - dropout.rank)
-                    changed[name] = changed[name] * mask
-        if dropout.input:
-            for name, axis in self.adapter_type.blocks.items():
-                if name in changed:
-                    changed[name] = changed[name] * _slice_mask(changed[name], axis, dropout.input)
-        if dropout.module:
-            gate = gate * (torch.rand((), dtype=torch.float32, device=gate.device) >= dropout.module)
-        return changed, gate
-
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         # The state dict of an adapted model is the base model's, so loading one must not ask for adapter parameters.
         if BANK not in prefix.split("."):
@@ -391,10 +395,3 @@ def _one(like: Tensor) -> Tensor:
 def _per_row(gates: Tensor, values: Tensor) -> Tensor:
     """Reshape (rows,) gates so that they broadcast over `values`, of shape (rows, ...)."""
     return gates.view(-1, *(1,) * (values.ndim - 1))
-
-
-def _slice_mask(tensor: Tensor, axis: int, probability: float) -> Tensor:
-    """Return ones, with zeros for slices dropped along `axis`, in a shape that broadcasts over `tensor`."""
-    shape = [1] * tensor.ndim
-    shape[axis] = tensor.shape[axis]
-    return (torch.rand(shape, dtype=torch.float32, device=tensor.device) >= probability).to(tensor.dtype)

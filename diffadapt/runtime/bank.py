@@ -5,6 +5,7 @@ While a call runs with gradients, the bank also replaces the checkpointing funct
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +16,11 @@ from diffadapt.runtime.adapter import Adapter, LayerTree
 from diffadapt.runtime.adapter_layer import BANK, AdapterLayer
 from diffadapt.runtime.call_state import SCALE_KWARGS, CallState, scale_of_call
 from diffadapt.runtime.disk_offload import keep_in_memory_, note_groups_, why_not_writable
-from diffadapt.runtime.foreign_hooks import diffusers_scales_with_peft, is_bypassed, layer_devices
+from diffadapt.runtime.foreign_hooks import is_bypassed, is_fusible, layer_devices, scales_with_peft
 from diffadapt.runtime.gradient_flow import GradientFlow
-from diffadapt.runtime.locks import refuse_other_threads
-from diffadapt.runtime.replaced_layers import Watch, find_again_, module_at, refuse_problems, reseat_
+from diffadapt.runtime.replaced_layers import Lookup, Watch, find_again_, module_at, refuse_problems, reseat_
 from diffadapt.runtime.slots.reservation import Reservation
-from diffadapt.runtime.text_cache import AdapterState, caches_text, forget_text_
+from diffadapt.runtime.text_cache import AdapterState, forget_text_
 from diffadapt.runtime.undo import Undo
 
 RESERVED = "reserved.slots"
@@ -44,6 +44,7 @@ class Bank(nn.Module):
         lost: module paths of layers that were replaced after an adapter was merged into their weights.
         undo: a way back for every base tensor that the merged adapters changed.
         replacing: learned tokens that replace parts of the model's output, each with `replaced(ids, output)`.
+        model: the model that has this bank, weakly; `None` for a copy that was not called yet.
     """
 
     def __init__(self) -> None:
@@ -56,6 +57,7 @@ class Bank(nn.Module):
         self.lost: set[str] = set()
         self.undo: list[Undo] = []
         self.replacing: tuple[nn.Module, ...] = ()
+        self.model: ref[nn.Module] | None = None
         # `None` makes the next call of the model look for its layers.
         self._watch: Watch | None = None
         # What has to be asked of the model's layers when adapters are trained; `None` makes the next such call find it.
@@ -66,6 +68,8 @@ class Bank(nn.Module):
         self._device_map: Any = None
         # Modules whose checkpointing function is replaced during this call, with their own function.
         self._checkpointed: list[tuple[nn.Module, Any]] = []
+        # The masks, adapters and seats that layers last got their regions for; `None` without masks.
+        self._assigned: tuple[object, ...] | None = None
         # The adapters outside the slots that the last `refresh_` made active; `None` makes the next one set all layers.
         self._outside: tuple[Adapter, ...] | None = ()
 
@@ -75,7 +79,7 @@ class Bank(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what is copied and pickled. A copy looks for its own layers."""
-        return {**self.__dict__, "_watch": None, "_gradient_flow": None, "_cached_with": None}
+        return {**self.__dict__, "_watch": None, "_gradient_flow": None, "_cached_with": None, "model": None}
 
     @property
     def reservation(self) -> Reservation | None:
@@ -91,7 +95,8 @@ class Bank(nn.Module):
     @property
     def adapters(self) -> dict[str, Adapter]:
         """The adapters by name, in the order in which they were attached."""
-        children = ((name, child) for name, child in self._modules.items() if isinstance(child, Adapter))
+        # A list, since another thread may be loading an adapter.
+        children = ((name, child) for name, child in list(self._modules.items()) if isinstance(child, Adapter))
         return {_adapter_name(name) if "%" in name else name: child for name, child in children}
 
     def find_layers(self, model: nn.Module) -> dict[str, str]:
@@ -178,8 +183,23 @@ class Bank(nn.Module):
         refuse_problems({path: problems[path] for path in acting})
 
     @torch.compiler.assume_constant_result
-    def refuse_replaced_traced(self, model: nn.Module) -> None:
-        """Do what `refuse_replaced` does, while a graph is traced. This leaves nothing in the graph."""
+    def refuse_replaced_traced(self) -> bool:
+        """Do what `refuse_replaced` does, while a graph is traced, and leave nothing in the graph.
+
+        The model is no argument, because older versions of torch take no module as an argument of a constant function.
+
+        Returns:
+            Whether the bank knows its model; a copy does from its first call outside a graph on.
+        """
+        model = None if self.model is None else self.model()
+        if model is None:
+            return False
+        self.refuse_replaced(model)
+        return True
+
+    @torch.compiler.assume_constant_result
+    def refuse_replaced_traced_in(self, model: nn.Module) -> None:
+        """Do what `refuse_replaced_traced` does for a copy that does not know its model."""
         self.refuse_replaced(model)
 
     def follow_in_text_cache(self, model: nn.Module, kwargs: Mapping[str, Any]) -> None:
@@ -219,7 +239,7 @@ class Bank(nn.Module):
 
     def children(self) -> Iterator[nn.Module]:
         """Return the adapters and slots, for everything that moves, casts or switches a model as a whole."""
-        return (child for child in self._modules.values() if child is not None)
+        return (child for child in list(self._modules.values()) if child is not None)
 
     def forward(self, input: Any) -> Any:
         """Return the input. A root that calls all its children in turn (`nn.Sequential`) also calls the bank."""
@@ -232,7 +252,7 @@ class Bank(nn.Module):
         return super().state_dict(*args, **kwargs)
 
     def before_call(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Read the per-call scale and the batch size of a call. This is a forward pre-hook of the model.
+        """Read the per-call scale and the batch size of a call, and return its arguments as the model gets them.
 
         diffusers' pipelines pass the scale as `scale` in one of three keyword arguments; without peft it is taken out
         of them, since diffusers would warn that it has no effect.
@@ -250,15 +270,21 @@ class Bank(nn.Module):
                 )
         self._restore_checkpointing()
         scale = scale_of_call(kwargs)
-        value = self.call.outer if scale is None else torch.as_tensor(scale, dtype=torch.float32)
-        for name in SCALE_KWARGS if scale is not None and not diffusers_scales_with_peft() else ():
+        value = self.call.outer if scale is None else self.call.scale(scale)
+        for name in SCALE_KWARGS if scale is not None and not scales_with_peft(model) else ():
             options = kwargs.get(name)
             if isinstance(options, dict):
-                kwargs[name] = {key: option for key, option in options.items() if key != "scale"}
+                # `None`, as without a scale: a compiled graph depends on whether there is a dict.
+                kwargs[name] = {key: option for key, option in options.items() if key != "scale"} or None
         self.call.value = value
         self.call.batch = _batch_of(args, kwargs)
-        if not torch.compiler.is_compiling():
-            # A compiled graph must not depend on what is checked here.
+        self.call.is_ragged = any(map(_is_ragged, (*args, *kwargs.values())))
+        self.call.row_samples = None
+        reservation = self.reservation
+        if reservation is not None and reservation.samples and self.call.batch:
+            self.call.assign_rows(reservation.device)
+        if not torch.compiler.is_compiling() or self.call.row_samples is not None:
+            # A graph that contains the call depends on what is checked here only if it assigns the rows itself.
             self.call.refuse_unknown_rows()
         if value is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._bind_checkpointing(model, value)
@@ -269,6 +295,7 @@ class Bank(nn.Module):
         self._restore_checkpointing()
         self.call.value = self.call.outer
         self.call.batch = 0
+        self.call.row_samples = None
         if not self.replacing:
             # The output is not touched, so that a compiler which traces this hook separately need not trace it.
             return None
@@ -296,36 +323,6 @@ class Bank(nn.Module):
             module.__dict__["_gradient_checkpointing_func"] = checkpoint
 
 
-@torch.compiler.disable
-def check_call(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-    """Let adapters follow layers that were replaced before a call. This is a forward pre-hook of the model.
-
-    A compiled model runs its hooks before its graph, and would freeze the answer if it compiled this one. Where the
-    call is itself part of a graph, `_check_traced_call` stands in.
-
-    Raises:
-        AdapterError: another thread holds the model, an adapter cannot follow its layer, or adapters would be trained
-            with wrong gradients.
-    """
-    bank = bank_of(model)
-    if bank is None:
-        return
-    refuse_other_threads(model)
-    bank.refuse_replaced(model)
-    if caches_text(model):
-        bank.follow_in_text_cache(model, kwargs)
-    if torch.is_grad_enabled():
-        bank.refuse_wrong_gradients(model)
-
-
-@torch.compiler.substitute_in_graph(check_call, skip_signature_check=True)  # type: ignore[arg-type]
-def _check_traced_call(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-    """Do what `check_call` does while a graph is traced that contains the call."""
-    bank = bank_of(model)
-    if bank is not None:
-        bank.refuse_replaced_traced(model)
-
-
 def child_name(adapter: str) -> str:
     """Return the name of the bank's child for an adapter: its own, without dots, which separate names of modules."""
     return adapter.replace("%", "%25").replace(".", "%2E")
@@ -344,14 +341,23 @@ def bank_of(model: nn.Module) -> Bank | None:
 
 def fusible_attentions(model: nn.Module, paths: Iterable[str]) -> Iterator[tuple[str, nn.Module]]:
     """Yield each path with its parent module, if diffusers can fuse the projections of that parent."""
-    parents: dict[str, nn.Module | None] = {"": model}
+    lookup = Lookup(model)
     for path in paths:
         parent_path = path.rpartition(".")[0]
-        if parent_path not in parents:
-            parents[parent_path] = module_at(model, parent_path)
-        parent = parents[parent_path]
-        if parent is not None and hasattr(parent, "fused_projections"):
+        parent = lookup.parent(parent_path) or module_at(model, parent_path)
+        if parent is not None and is_fusible(parent):
             yield path, parent
+
+
+def _is_ragged(argument: Any) -> bool:
+    """Return whether an argument is a list of tensors of different lengths.
+
+    Z-Image, the model that takes such lists, pads them to multiples of 32.
+    """
+    if not isinstance(argument, list):
+        return False
+    rows: list[Any] = argument  # type: ignore[assignment]
+    return len({-(-len(row) // 32) for row in rows if isinstance(row, Tensor) and row.ndim}) > 1
 
 
 def _batch_of(args: Any, kwargs: Mapping[str, Any]) -> int:

@@ -19,12 +19,12 @@ _CHUNK = 4096
 class BaseWeight:
     """The weight of a layer, to be read whole (by calling this) or by rows, which copies nothing else."""
 
-    def __init__(self, host: nn.Module, spec: LayerSpec, kept: dict[Any, Tensor] | None = None) -> None:
+    def __init__(self, host: nn.Module, spec: LayerSpec, owner: dict[str, Any] | None = None) -> None:
         """
         Args:
-            kept: where to keep the rows of a quantised weight, which is decoded as a whole.
+            owner: the `__dict__` in which the last rows of a quantised weight, which is decoded as a whole, are kept.
         """
-        self._host, self._spec, self._kept = host, spec, kept
+        self._host, self._spec, self._owner = host, spec, {} if owner is None else owner
 
     def __call__(self) -> Tensor:
         """Return the weight, canonical and decoded; see `weight_of`."""
@@ -34,7 +34,7 @@ class BaseWeight:
         """Return rows of the weight as the layer stores it, of shape (len(ids), columns), in float32 or float64."""
         if torch.compiler.is_compiling():
             weight = self._host._parameters.get("weight")
-            if weight is None or not _is_plain(self._host):
+            if weight is None or not _traced_as_plain(self._host):
                 return self._rows_outside(ids)  # type: ignore[no-any-return]
             rows = weight.detach()[ids.to(weight.device)]
             return rows.to(torch.promote_types(rows.dtype, torch.float32))
@@ -52,14 +52,13 @@ class BaseWeight:
             return rows if rows.dtype == torch.float64 else rows.float()
         version = None if tensor is None or tensor.is_inference() else tensor._version
         key = id(self._host), id(tensor), version, tuple(ids.tolist())
-        if self._kept is None or key not in self._kept:
+        kept: dict[Any, Tensor] = self._owner.setdefault("_rows", {})
+        if key not in kept:
             values = decoded(self._host, "weight")
             rows = values[ids.to(values.device)].clone()
-            if self._kept is None:
-                return rows
-            self._kept.clear()
-            self._kept[key] = rows
-        return self._kept[key]
+            kept.clear()
+            kept[key] = rows
+        return kept[key]
 
     def chunks(self) -> Iterator[Tensor]:
         """Yield all rows of the weight as the layer stores it, a few at a time if the storage allows it."""
@@ -79,14 +78,25 @@ def weight_of(host: nn.Module, spec: LayerSpec) -> Tensor:
     if not torch.compiler.is_compiling():
         return spec.to_stored(decoded(host, "weight"))
     weight = host._parameters.get("weight")
-    if weight is not None and _is_plain(host):
+    if weight is not None and _traced_as_plain(host):
         return spec.to_stored(weight.detach().to(torch.promote_types(weight.dtype, torch.float32)))
     return spec.to_stored(_decoded_outside(host))  # type: ignore[arg-type]
 
 
+def _traced_as_plain(host: nn.Module) -> bool:
+    """Return `is_plain(host)` while a graph is traced, as a constant."""
+    # Layers with adapters have a method for it.
+    own = getattr(host, "_has_plain_weight", None)
+    return _is_plain(host) if own is None else own()
+
+
 @torch.compiler.assume_constant_result
 def _is_plain(host: nn.Module) -> bool:
-    """Return whether the weight of `host` is stored as the numbers it stands for. This runs while a graph is traced.
+    return is_plain(host)
+
+
+def is_plain(host: nn.Module) -> bool:
+    """Return whether the weight of `host` is stored as the numbers it stands for.
 
     Raises:
         AdapterError: the weight can be decoded neither in the graph nor between two graphs.

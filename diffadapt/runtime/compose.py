@@ -19,6 +19,8 @@ from diffadapt.errors import AdapterError
 from diffadapt.runtime.adapter_layer import BANK, AdapterLayer, PreparedLayer, TermOf
 from diffadapt.runtime.call_state import scale_of_call
 from diffadapt.runtime.foreign_hooks import input_device
+from diffadapt.runtime.regions.blending import advanced
+from diffadapt.runtime.row_factors import add_by_row
 from diffadapt.types.adapter_type import Tensors
 from diffadapt.types.layer_spec import LayerSpec
 from diffadapt.types.tensor_ops import FLOAT8
@@ -39,21 +41,48 @@ def run(layers: Sequence[AdapterLayer], host: nn.Module, call: Callable[..., Any
     if device is not None and device != input.device:
         input = input.to(device)
         args, kwargs = _with_input(input, args, kwargs)
+    in_regions = layers[0].call.regions is not None
     if all(layer.is_additive for layer in layers):
         output = _overwritable(host, call(*args, **kwargs))
-        return _add_changes([layer.prepare_for_call(output.device, len(input)) for layer in layers], output, input)
+        prepared = [layer.prepare_for_call(output.device, len(input)) for layer in layers]
+        return _add_changes([p.at(output) for p in prepared] if in_regions else prepared, output, input)
     if any("parameter" in layer.stages for layer in layers):
         return _with_parameters(layers, host, call, args, kwargs, input)
     spec = layers[0].spec
     prepared = [layer.prepare_for_call(input.device, len(input)) for layer in layers]
-    mapped = _apply_maps(prepared, "input", input, spec.channel_axis)
-    if mapped is not input:
-        args, kwargs = _with_input(mapped, args, kwargs)
-    output = _overwritable(host, call(*args, **kwargs))
+    if in_regions and (spec.kind != "linear" or not input.is_contiguous()):
+        output, prepared = _map_by_output(prepared, host, call, args, kwargs, input)
+    else:
+        prepared = [p.at(input) for p in prepared] if in_regions else prepared
+        mapped = _apply_maps(prepared, "input", input, spec.channel_axis)
+        if mapped is not input:
+            args, kwargs = _with_input(mapped, args, kwargs)
+        output = _overwritable(host, call(*args, **kwargs))
     output = _add_changes([p for p in prepared if "patch" in p.layer.stages], output, input)
     if any("output" in layer.stages or "gain" in layer.stages for layer in layers):
         output = _map_and_scale(prepared, output, _bias_of(host, output), spec)
     return _add_changes([p for p in prepared if "add" in p.layer.stages], output, input)
+
+
+def _map_by_output(
+    prepared: list[PreparedLayer], host: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any, input: Tensor
+) -> tuple[Tensor, list[PreparedLayer]]:
+    """Return the output of `host` with its input maps, and `prepared` for the positions of that output.
+
+    A position of the output of a convolution depends on several of its input, so the outputs with and without each map
+    are blended. Blended inputs would do for a linear layer, but the layout of its input decides how it rounds. Only
+    calls with regions need this.
+    """
+    output = before = call(*args, **kwargs)
+    prepared = [p.at(output) for p in prepared]
+    mapped = input
+    for p in prepared:
+        if "input" in p.layer.stages:
+            mapped = p.everywhere().apply_map(input, p.layer.spec.channel_axis, onto=mapped)
+            args, kwargs = _with_input(mapped.to(input.dtype), args, kwargs)
+            after = call(*args, **kwargs)
+            output, before = advanced(output, before, after, p.field), after
+    return _overwritable(host, output), prepared
 
 
 def _with_parameters(
@@ -85,7 +114,8 @@ def _with_parameters(
                 "the samples one by one"
             )
         prepared = layer.prepare_for_call(own.device, 1)
-        change = layer.adapter_type.delta_weight(prepared.tensors, layer.spec) * prepared.gate.to(prepared.dtype)
+        gate = prepared.gate if layer.region is None else prepared.gate * layer.region.uniform().to(own.device)
+        change = layer.adapter_type.delta_weight(prepared.tensors, layer.spec) * gate.to(prepared.dtype)
         dtype = prepared.dtype if own.dtype in FLOAT8 else own.dtype
         changed[layer.parameter] = (own.to(torch.promote_types(dtype, change.dtype)) + change).to(dtype)
     host.__dict__.update(changed)
@@ -233,25 +263,47 @@ def _map_and_scale(
         mapped = _apply_maps(prepared, "output", output, spec.channel_axis)
         unmapped = [p for p in prepared if not p.layer.adapter_type.gains_bias]
         if host_bias is not None and any("output" in p.layer.stages for p in unmapped):
-            has_row_gates = any(p.gate.ndim for p in unmapped if "output" in p.layer.stages)
-            biases = host_bias.expand(len(output), -1) if has_row_gates else host_bias
-            change = spec.along_channels(_apply_maps(unmapped, "output", biases, -1) - biases, output.ndim)
+            change = _aligned_bias(unmapped, host_bias, output, spec) - spec.along_channels(host_bias, output.ndim)
             mapped = mapped - change if torch.is_grad_enabled() else mapped.sub_(change)
         output = mapped
-    gains = [(p.gated_gain(), p.layer.adapter_type.gains_bias) for p in prepared if "gain" in p.layer.stages]
+    gains = [(_aligned_gain(p, output), p.layer.adapter_type.gains_bias) for p in prepared if "gain" in p.layer.stages]
     if not gains:
         return output
-    if host_bias is not None:
-        host_bias = _mapped_bias(prepared, host_bias, len(output))
     total = _sum([values for values, _ in gains])
     unscaled = [values for values, gains_bias in gains if not gains_bias]
-    back = _sum(unscaled) * -host_bias if host_bias is not None and unscaled else torch.zeros_like(total)
-    total, back = (spec.along_channels(vector.to(output.dtype), output.ndim) for vector in (total, back))
+    if host_bias is not None and unscaled:
+        maps = [p for p in prepared if p.layer.adapter_type.gains_bias]
+        back = _sum(unscaled) * -_aligned_bias(maps, host_bias, output, spec)
+    else:
+        back = torch.zeros_like(total)
+    total, back = total.to(output.dtype), back.to(output.dtype)
     if output.dtype in (torch.float32, torch.float64):
         return torch.addcmul(back, output, 1 + total)
     # In half precision, `1 + total` would round small gains away.
     output = torch.addcmul(output, output, total)
     return output.add_(back) if host_bias is not None and unscaled else output
+
+
+def _aligned_gain(prepared: PreparedLayer, output: Tensor) -> Tensor:
+    """Return `gate * (s - 1)` in a shape that broadcasts over `output`."""
+    gain = prepared.layer.spec.along_channels(prepared.gated_gain(), output.ndim)
+    return gain if prepared.field is None else gain * prepared.field
+
+
+def _aligned_bias(prepared: Sequence[PreparedLayer], bias: Tensor, output: Tensor, spec: LayerSpec) -> Tensor:
+    """Return the bias after the output maps of `prepared`, in a shape that broadcasts over `output`."""
+    maps = [p for p in prepared if "output" in p.layer.stages]
+    rows = len(output) if any(p.gate.ndim for p in maps) else 0
+    biases = bias.expand(rows, -1) if rows else bias
+    if all(p.field is None for p in maps):
+        return spec.along_channels(_apply_maps(maps, "output", biases, -1), output.ndim)
+    before = biases
+    total = aligned = spec.along_channels(biases, output.ndim)
+    for p in maps:
+        before = p.everywhere().apply_map(biases, -1, onto=before)
+        after = spec.along_channels(before, output.ndim)
+        total, aligned = advanced(total, aligned, after, p.field), after
+    return total.to(bias.dtype)
 
 
 def _sum(vectors: Sequence[Tensor]) -> Tensor:
@@ -266,20 +318,38 @@ def _add_changes(prepared: Sequence[PreparedLayer], output: Tensor, input: Tenso
     if len(prepared) > 1 and prepared[0].layer.spec.groups == 1:
         factors = [(p, p.as_low_rank() if p.dtype == prepared[0].dtype else None) for p in prepared]
         shared = [(p, low) for p, low in factors if low is not None]
-        if len(shared) > 1:
+        by_row = add_by_row(shared, input, output) if len(shared) > 1 else None
+        if by_row is not None:
+            output, prepared = by_row, [p for p, low in factors if low is None]
+        elif len(shared) > 1:
             downs, ups, gates = zip(*((down, up, p.rank_gates(down.shape[0])) for p, (down, up) in shared), strict=True)
-            # Some gates may be per row of the input, others the same for all rows.
-            rows = [len(gate) for gate in gates if gate.ndim > 1]
-            if rows:
-                gates = tuple(gate.expand(rows[0], -1) for gate in gates)
             first = prepared[0]
+            if any(p.field is not None for p, _ in shared):
+                gate = _gates_by_position([p for p, _ in shared], gates, output)
+            else:
+                # Some gates may be per row of the input, others the same for all rows.
+                rows = [len(gate) for gate in gates if gate.ndim > 1]
+                gate = torch.cat([gate.expand(rows[0], -1) for gate in gates] if rows else gates, -1)
             output = first.layer.spec.low_rank(
-                first.adapter_input(input), torch.cat(downs), torch.cat(ups, dim=1), torch.cat(gates, -1), output
+                first.adapter_input(input), torch.cat(downs), torch.cat(ups, dim=1), gate, output
             )
             prepared = [p for p, low in factors if low is None]
     for p in prepared:
         output = p.add_change(output, input)
     return output
+
+
+def _gates_by_position(prepared: Sequence[PreparedLayer], gates: Sequence[Tensor], output: Tensor) -> Tensor:
+    """Return the gates of all ranks at every position, in a shape that broadcasts over activations in rank space."""
+    aligned: list[Tensor] = []
+    for p, gate in zip(prepared, gates, strict=True):
+        gate = p.layer.spec.along_channels(gate, output.ndim)
+        gate = gate if p.field is None else gate * p.field
+        aligned.append(gate.view(*(1,) * (output.ndim - gate.ndim), *gate.shape))
+    axis = prepared[0].layer.spec.channel_axis % output.ndim
+    shape = torch.broadcast_shapes(*(gate.select(axis, 0).shape for gate in aligned))
+    expanded = [gate.expand(*shape[:axis], gate.shape[axis], *shape[axis:]) for gate in aligned]
+    return torch.cat(expanded, axis)
 
 
 def _bias_of(host: nn.Module, output: Tensor) -> Tensor | None:

@@ -26,12 +26,12 @@ def compute_dtype(modules: Sequence[nn.Module]) -> torch.dtype:
     Args:
         modules: all modules of the model.
     """
-    for module in _hooked(modules):
-        casting = _diffusers_hook(module, "layerwise_casting")
-        if casting is not None:
-            return casting.compute_dtype
     sizes: dict[torch.dtype, int] = {}
     for module in modules:
+        if "_diffusers_hook" in module.__dict__:
+            casting = _diffusers_hook(module, "layerwise_casting")
+            if casting is not None:
+                return casting.compute_dtype
         size, dtype = _matrix(module)
         if dtype is not None:
             sizes[dtype] = sizes.get(dtype, 0) + size
@@ -45,12 +45,14 @@ def compute_dtype(modules: Sequence[nn.Module]) -> torch.dtype:
 
 def _matrix(module: nn.Module) -> tuple[int, torch.dtype | None]:
     """Return the size of a layer's weight and the dtype that the layer computes in; `None` if it does not say."""
-    is_embedding = isinstance(module, nn.Embedding)
-    own = module.__dict__.get("dtype" if is_embedding else "compute_dtype")
-    if isinstance(own, torch.dtype):
-        # A quantised layer, whose packed weight may be floating-point, too (`quant_storage` of bitsandbytes).
-        names = ("num_embeddings", "embedding_dim") if is_embedding else ("out_features", "in_features")
-        return math.prod(getattr(module, name, 1) for name in names), own
+    attributes = module.__dict__
+    if "compute_dtype" in attributes or "dtype" in attributes:
+        is_embedding = isinstance(module, nn.Embedding)
+        own = attributes.get("dtype" if is_embedding else "compute_dtype")
+        if isinstance(own, torch.dtype):
+            # A quantised layer, whose packed weight may be floating-point, too (`quant_storage` of bitsandbytes).
+            names = ("num_embeddings", "embedding_dim") if is_embedding else ("out_features", "in_features")
+            return math.prod(getattr(module, name, 1) for name in names), own
     weight = module._parameters.get("weight")
     if weight is None or weight.ndim < 2 or not weight.is_floating_point() or weight.dtype in FLOAT8:
         return 0, None
@@ -86,9 +88,11 @@ def layer_devices(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str
     found: dict[str, torch.device] = {}
     for path, layer in layers.items():
         device = _offload_device(layer)
-        if device is None:
-            device = next((p.device for p in layer._parameters.values() if p is not None), torch.device("meta"))
-        if device.type != "meta":
+        for parameter in layer._parameters.values() if device is None else ():
+            if parameter is not None:
+                device = parameter.device
+                break
+        if device is not None and device.type != "meta":
             found[path] = device
     if len(set(found.values())) < 2:
         return {}
@@ -103,6 +107,12 @@ def input_device(layer: nn.Module) -> torch.device | None:
         if device is not None and not getattr(hook, "io_same_device", False):
             return torch.device(device)
     return None
+
+
+def is_fusible(module: nn.Module) -> bool:
+    """Return whether diffusers can fuse projections of a module."""
+    # It takes a module ten times as long as a class to miss an attribute.
+    return "fused_projections" in module.__dict__ or hasattr(type(module), "fused_projections")
 
 
 def is_bypassed(attention: nn.Module, name: str) -> bool:
@@ -135,6 +145,11 @@ def diffusers_scales_with_peft() -> bool:
     return bool(getattr(utils, "USE_PEFT_BACKEND", False))
 
 
+def scales_with_peft(model: nn.Module) -> bool:
+    """Return whether diffusers hands the scale of a call of `model` to layers of peft in it."""
+    return diffusers_scales_with_peft() and any(hasattr(module, "base_layer") for module in model.modules())
+
+
 def _parameters(modules: Sequence[nn.Module]) -> Iterator[nn.Parameter]:
     return (parameter for module in modules for parameter in module._parameters.values() if parameter is not None)
 
@@ -160,7 +175,7 @@ def _onload_device(module: nn.Module) -> torch.device | None:
 
 def _offload_device(module: nn.Module) -> torch.device | None:
     """Return the device to which accelerate brings the weights of a module for its call, if it offloads them."""
-    for hook in accelerate_hooks(module):
+    for hook in accelerate_hooks(module) if "_hf_hook" in module.__dict__ else ():
         if getattr(hook, "offload", False) and hook.execution_device is not None:
             # It may be a bare index, which means the accelerator of that number, as in torch.
             return torch.device(hook.execution_device)

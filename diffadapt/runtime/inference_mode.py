@@ -9,7 +9,8 @@ import torch
 @contextmanager
 def ordinary_tensors() -> Generator[None, None, None]:
     """Make tensors that are created in this block ordinary ones, also inside `torch.inference_mode`."""
-    if not torch.is_inference_mode_enabled():
+    # A graph is not traced in inference mode, and cannot ask for it.
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
         yield
         return
     # Leaving inference mode turns gradients on.

@@ -4,7 +4,7 @@ Which adapters act is state of the model, and it must not change between the fir
 `pipe.adapters.activated` and similar context managers lock the models of a request. Meanwhile another thread that
 wants to change their adapters waits, and a call of such a model from another thread is refused, since it would run with
 adapters that were not meant for it. Calls inside a compiled graph are not checked, since a graph does not know its
-thread.
+thread. Reading what is loaded, and planning files for the models, needs no lock.
 """
 
 import threading
@@ -59,13 +59,16 @@ def exclusive(models: Iterable[nn.Module]) -> Generator[None, None, None]:
         yield
 
 
+def is_held_elsewhere(model: nn.Module) -> bool:
+    """Return whether another thread holds `model`."""
+    lock = _locks.get(model)
+    return lock is not None and lock.owner not in (None, threading.get_ident())
+
+
 def refuse_other_threads(model: nn.Module) -> None:
     """Raise `AdapterError` if another thread holds `model`."""
-    if torch.compiler.is_compiling():
-        return
-    lock = _locks.get(model)
-    if lock is not None and lock.owner not in (None, threading.get_ident()):
+    if not torch.compiler.is_compiling() and is_held_elsewhere(model):
         raise AdapterError(
             f"another thread has activated adapters on this {type(model).__name__} for a request of its own; run this "
-            "request inside pipe.adapters.activated(...), too: it waits for its turn"
+            "request inside pipe.adapters.activated(...) or pipe.adapters.exclusive(), too: it waits for its turn"
         )

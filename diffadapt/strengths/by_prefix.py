@@ -9,9 +9,32 @@ from diffadapt.errors import AdapterError
 from diffadapt.strengths.schedules import Moment, Schedule
 
 Amount: TypeAlias = float | Schedule
-Strength: TypeAlias = Amount | Mapping[str, Amount]
 NumericStrength: TypeAlias = float | Mapping[str, float]
 AmountT = TypeVar("AmountT", bound=Amount)
+
+
+class SampleStrengths(tuple["Strength", ...]):
+    """The strengths of one adapter for the samples of a batch, one after the other."""
+
+    __slots__ = ()
+
+    def refuse_missing_steps(self, name: str, steps: int) -> None:
+        """Raise `AdapterError` if the schedule of a sample names a step that a run of `steps` steps does not have.
+
+        All rows of a batch are drawn in the same run, so a schedule over steps may be meant for another one.
+        """
+        for row, strength in enumerate(self):
+            for amount in strength.values() if isinstance(strength, Mapping) else (strength,):
+                last = amount.last_step if isinstance(amount, Schedule) else None
+                if last is not None and last > steps - 1:
+                    raise AdapterError(
+                        f"per_sample: the schedule of {name!r} in mixes[{row}] goes up to step {last:g}, but this run, "
+                        f"which all prompts of the batch share, has the steps 0 to {steps - 1}; give its positions as "
+                        "fractions, or draw prompts with another number of steps in a call of their own"
+                    )
+
+
+Strength: TypeAlias = Amount | Mapping[str, Amount] | SampleStrengths
 
 
 class SharedStrengths(dict[str, AmountT]):
@@ -41,11 +64,13 @@ def check_strength(name: str, strength: object) -> None:
 
 def is_scheduled(strength: Strength) -> bool:
     """Return whether a strength changes during a run."""
+    if isinstance(strength, SampleStrengths):
+        return any(map(is_scheduled, strength))
     values = strength.values() if isinstance(strength, Mapping) else (strength,)
     return any(isinstance(value, Schedule) for value in values)
 
 
-def numbers_at(strength: Strength, moment: Moment) -> NumericStrength:
+def numbers_at(strength: Amount | Mapping[str, Amount], moment: Moment) -> NumericStrength:
     """Return the strength with every schedule replaced by its value at `moment`."""
 
     def number(amount: Amount) -> float:

@@ -45,7 +45,7 @@ def follow(scheduler: Any, owner: object, listener: Listener | None, *, running:
         new = owner not in clock.listeners
         clock.listeners[owner] = listener
         if new and running:
-            clock.notify()
+            clock.notify(begins=True)
     elif clock is not None:
         clock.listeners.pop(owner, None)
         if not clock.listeners:
@@ -96,18 +96,19 @@ class _Clock:
         elif name == "set_begin_index":
             self.begin = self.index = self.scheduler.begin_index or 0
         if name != "scale_model_input":
-            self.notify()
+            self.notify(begins=name == "set_timesteps")
         return result
 
-    def notify(self) -> None:
-        """Call all listeners with the current moment."""
+    def notify(self, begins: bool = False) -> None:
+        """Call all listeners with the current moment. `begins` is whether a run begins."""
         order = getattr(self.scheduler, "order", 1)
         timesteps = self.scheduler.timesteps
         begin = self.begin or 0
         steps = max(1, math.ceil((len(timesteps) - begin) / order))
         step = min(max(0, self.index - begin) // order, steps - 1)
-        for listener in self.listeners.values():
-            listener(Moment(step, steps, lambda: self._sigma(begin + step * order)))
+        # A listener may end its listening.
+        for listener in list(self.listeners.values()):
+            listener(Moment(step, steps, lambda: self._sigma(begin + step * order), begins))
 
     def _move_to(self, timestep: Any) -> bool:
         """Set the position to that of a timestep, and return whether it changed."""

@@ -30,11 +30,13 @@ class Moment:
         step: the number of the current step, from 0.
         steps: the number of steps in the run, without any that it skips at the start.
         noise: returns sigma. It is a function because reading sigma may have to wait for the GPU.
+        begins: whether the run begins now.
     """
 
     step: int
     steps: int
     noise: Callable[[], float] = field(compare=False)
+    begins: bool = field(default=False, compare=False)
 
     def on(self, axis: Axis) -> float:
         """Return the position on an axis."""
@@ -54,6 +56,11 @@ class Schedule:
     def at(self, moment: Moment) -> float:
         """Return the strength at `moment`."""
         raise NotImplementedError
+
+    @property
+    def last_step(self) -> float | None:
+        """The last step that the schedule names; `None` if its positions are no steps."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,10 @@ class Linear(Schedule):
     @property
     def _positions(self) -> tuple[float, float]:
         return (0.0, 1.0) if self.between is None else self.between
+
+    @property
+    def last_step(self) -> float | None:
+        return self._positions[1] if self.over == "step" else None
 
     def at(self, moment: Moment) -> float:
         first, last = self._positions
@@ -141,6 +152,10 @@ class Piecewise(Schedule):
         if not points or positions != sorted(positions):
             raise AdapterError(f"Piecewise: points are {points}, expected at least one, with ascending positions")
         _check_range("Piecewise", positions, self.over)
+
+    @property
+    def last_step(self) -> float | None:
+        return self.points[-1][0] if self.over == "step" else None
 
     def at(self, moment: Moment) -> float:
         position, points = moment.on(self.over), self.points

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 _NOTED: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
@@ -65,9 +66,12 @@ def note_disk_group(layer: nn.Module, group: Any) -> None:
 
 def _disk_group(layer: nn.Module, parameter: Tensor) -> Any:
     groups = list(disk_groups(layer))
-    noted = _NOTED.get(layer) if _NOTED else None
+    # Within a call, which a graph is, the hook has read the parameter, and older versions of torch do not trace this.
+    noted = None if torch.compiler.is_compiling() else _NOTED.get(layer)
     if noted is not None and any(group is noted for group in disk_groups(noted.offload_leader)):
         groups.append(noted)
+    if not groups:
+        return None
     return next((group for group in groups if parameter in group.tensor_to_key), None)
 
 

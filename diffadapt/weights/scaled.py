@@ -63,7 +63,8 @@ def _encode(layer: nn.Module, name: str, values: Tensor) -> dict[str, Tensor]:
 
 def _rounded(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Return scales in their dtype; powers of two are rounded up, since smaller ones would cut the largest values."""
-    if dtype == torch.float8_e8m0fnu:
+    # torch 2.6 has no such dtype.
+    if dtype == getattr(torch, "float8_e8m0fnu", None):
         scale = torch.exp2(torch.log2(scale).ceil())
     return scale.to(dtype)
 

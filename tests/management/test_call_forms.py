@@ -3,7 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 import diffadapt
 from diffadapt import AdapterError, Linear
@@ -43,6 +45,11 @@ ACTIVATIONS: dict[str, tuple[Callable[[Any], object], dict[str, Any]]] = {
     "remove several": (lambda found: found.remove("a", "b"), {}),
     "del": (lambda found: found.__delitem__("a"), {"b": 1.0}),
     "scale": (lambda found: setattr(found["a"], "scale", 0.5), {"a": 0.5, "b": 1.0}),
+    "a number of NumPy": (lambda found: found.activate({"a": np.float32(0.5)}), {"a": 0.5}),
+    "an integer of NumPy": (lambda found: found.activate("a", np.int64(2)), {"a": 2.0}),
+    "numbers of torch": (lambda found: found.activate(["a", "b"], torch.tensor([0.5, 2.0])), {"a": 0.5, "b": 2.0}),
+    "prefixes of NumPy": (lambda found: found.activate({"a": {"unet": np.float32(0.5)}}), {"a": {"unet": 0.5}}),
+    "scale of torch": (lambda found: setattr(found["a"], "scale", torch.tensor(0.5)), {"a": 0.5, "b": 1.0}),
 }
 
 
@@ -69,6 +76,10 @@ def test_loading_takes_the_strength_by_position_and_the_name_in_the_words_of_dif
     assert pipe.adapters.active["default_0"] == 0.8
     assert pipe.load_adapter(sources["c"], adapter_name="x").name == "x"
     assert pipe.load_adapter(sources["c"], 0.5, adapter_name="y").name == "y"
+    assert pipe.load_adapter(sources["c"], "z", 0.25).name == "z"
+    assert pipe.adapters["z"].scale == 0.25
+    pipe.adapters.remove("z")
+    assert pipe.load_adapter(sources["c"], "z", np.float32(0.25)).name == "z"
     assert pipe.adapters["y"].scale == 0.5
     model = models.unet_sd15()
     assert diffadapt.load_adapter(model, sources["c"], adapter_name="x", scale=0.5).name == "x"
@@ -88,6 +99,12 @@ REFUSED: dict[str, tuple[Callable[[Any], object], str]] = {
     "a number as scheduler": (lambda found: found.scheduled("a", 0.5), "no scheduler"),
     "two names": (lambda found: found.load({}, "x", adapter_name="y"), "two names"),
     "two strengths": (lambda found: found.load({}, 0.5, scale=0.8), "two strengths"),
+    "strengths in a merge": (lambda found: found.merge({"a": 0.5}), "takes no strengths; set those before"),
+    "a strength in a merge": (lambda found: found.merge("a", 0.5), "0.5 is no name of an adapter.*takes no strengths"),
+    "strengths to remove": (lambda found: found.remove({"a": 0.5}), "takes no strengths"),
+    "one of two merged": (lambda found: (found.merge(), found.unmerge("a")), r"merged are a, b.*undone together"),
+    "no source": (lambda found: found.load(None), "not a NoneType"),
+    "several sources": (lambda found: found.load(["a", "b"]), "not a list; load several files one by one"),
     "a list as a name": (lambda found: found.load({}, ["x"]), "no name for an adapter"),
 }
 
@@ -98,6 +115,7 @@ def test_a_form_without_a_meaning_is_refused_in_a_sentence(name: str, pipe: Any)
     with pytest.raises(AdapterError, match=message):
         do(pipe.adapters)
     assert pipe.adapters.names == ["a", "b"]
+    pipe.adapters.unmerge(pipe.adapters.merged)
 
 
 def test_a_pipeline_is_no_model_to_add_an_adapter_to(pipe: Any) -> None:
@@ -105,6 +123,8 @@ def test_a_pipeline_is_no_model_to_add_an_adapter_to(pipe: Any) -> None:
         diffadapt.add_adapter(pipe, diffadapt.LoraConfig(rank=2, target_modules="to_q"))
     with pytest.raises(AdapterError, match="LoraConfig"):
         diffadapt.add_adapter(pipe.unet, {"rank": 2})
+    with pytest.raises(AdapterError, match="target_modules is 5, expected names of layers"):
+        diffadapt.LoraConfig(rank=2, target_modules=5)
     with pytest.raises(AdapterError, match="no name for an adapter"):
         diffadapt.add_adapter(pipe.unet, diffadapt.LoraConfig(rank=2, target_modules="to_q"), "a/b")
 

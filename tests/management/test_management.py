@@ -428,7 +428,7 @@ def test_a_failed_save_leaves_the_old_file(
     def fail(*args: Any, **options: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("diffadapt.files.write.save_file", fail)
+    monkeypatch.setattr("diffadapt.files.write.raw_bytes", fail)
     with pytest.raises(OSError, match="disk full"):
         pipe.adapters.save("ink", file)
     assert [entry.name for entry in tmp_path.iterdir()] == ["pixel.safetensors"]

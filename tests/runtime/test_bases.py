@@ -191,7 +191,8 @@ SOME = [
 def _suits(variant: Variant, base: Base) -> bool:
     """Return whether a variant has a meaning on a base. Rotations of inputs have none for ids."""
     adapter_type, options = variant
-    if base.kind not in adapter_type.layers or adapter_type.name == "lora-parameter":
+    if base.kind not in adapter_type.layers or adapter_type.name in ("lora-parameter", "adamss"):
+        # The sizes of an AdaMSS depend on clusters of the weight's singular vectors, in which rounding settles ties.
         return False
     if options.get("use_tucker"):
         return base.kind == "conv"

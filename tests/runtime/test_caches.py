@@ -13,6 +13,7 @@ from tests.support import loras, spellings
 from tests.support.cases import for_each
 from tests.support.compare import assert_differs, assert_same
 from tests.support.small_models import flux, predict
+from tests.support.versions import diffusers, needs
 
 pytestmark = pytest.mark.slow
 
@@ -35,6 +36,7 @@ CACHES: dict[str, Callable[[], Any]] = {
 
 def run(model: Any, cache: str, change: Callable[[int], None] | None = None) -> list[Tensor]:
     """Return the output of every step of a run with a cache, and check that the cache skips some of the work."""
+    needs("diffusers", "0.35", "cache_context")
     model.enable_cache(CACHES[cache]())
     called: list[int] = []
     last = model.single_transformer_blocks[-1].attn.to_q
@@ -80,10 +82,8 @@ class Nucleus:
     """A small model whose text can be cached, and a fixed input."""
 
     def __init__(self) -> None:
-        from diffusers import NucleusMoEImageTransformer2DModel
-
         torch.manual_seed(0)
-        self.model: Any = NucleusMoEImageTransformer2DModel(
+        self.model: Any = diffusers.NucleusMoEImageTransformer2DModel(
             in_channels=16,
             out_channels=4,
             num_layers=2,

@@ -14,6 +14,7 @@ import diffadapt
 from tests.support import loras, models, small_models, spellings
 from tests.support.compare import assert_differs, assert_same, assert_unchanged, snapshot
 from tests.support.small_models import predict, unet
+from tests.support.versions import needs
 
 pytestmark = pytest.mark.slow
 
@@ -106,6 +107,7 @@ def test_a_model_compiled_in_place_is_not_recompiled(counter: CompileCounterWith
 
 @torch.no_grad()
 def test_individually_compiled_blocks_follow_a_new_strength(counter: CompileCounterWithBackend) -> None:
+    needs("diffusers", "0.35", "compile_repeated_blocks")
     model = small_models.flux()
     load(model, layers_of(model), "a")
     eager = predict(model)
@@ -126,6 +128,22 @@ def test_a_compiled_model_follows_the_call_scale(counter: CompileCounterWithBack
     with torch._dynamo.config.patch(error_on_recompile=False):
         assert_same(predict(compiled, scale=0.5), expected(flux, (layers, 0.5)))
         assert_same(predict(compiled), expected(flux, (layers, 1.0)))
+
+
+@torch.no_grad()
+def test_the_first_call_scale_on_slots_compiles_nothing(counter: CompileCounterWithBackend) -> None:
+    needs("torch", "2.13", "a first call scale without a recompile")
+    model = flux()
+    layers = layers_of(model)
+    diffadapt.adapters(model).prepare_hotswap(spellings.peft_names({"transformer": layers}))
+    load(model, layers, "a")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    full = predict(compiled)
+    assert_same(full, expected(flux, (layers, 1.0)))
+    for scale in (0.5, -0.25):
+        assert_same(predict(compiled, scale=scale), expected(flux, (layers, scale)))
+    assert torch.equal(predict(compiled), full)
+    assert counter.frame_count == 1
 
 
 def test_a_compiled_model_has_the_same_gradients(counter: CompileCounterWithBackend) -> None:

@@ -17,6 +17,7 @@ import diffadapt
 from diffadapt import AdapterError
 from tests.support import files, models
 from tests.support.compare import assert_differs, assert_same, assert_unchanged, snapshot
+from tests.support.versions import needs
 
 Tensors = dict[str, Tensor]
 LATENT, WIDTH, HEAD = 16, models.WIDTH, 16
@@ -302,6 +303,7 @@ def test_offloading_that_keeps_copies_is_refused() -> None:
     pipe = control_pipeline()
     pipe.transformer.enable_group_offload(CPU, offload_type="leaf_level")
     hook = pipe.transformer.x_embedder._diffusers_hook.get_hook("group_offloading")
+    needs("diffusers", "0.35", "GroupOffloadingHook.config")
     hook.config.offload_to_disk_path = "somewhere"
     refused(pipe, control_lora(), "group offloading keeps a copy")
 
@@ -453,7 +455,7 @@ def test_a_failure_in_another_component_takes_the_new_inputs_back(monkeypatch: p
         for side, shape in (("A", (2, WIDTH)), ("B", (WIDTH, 2)))
     }
     file = {**lora(f"transformer.{X}", WIDTH, 2 * LATENT, 3), **encoder}
-    locked = pipe.text_encoder.get_submodule("encoder.layers.0.self_attn.q_proj")
+    locked = pipe.text_encoder.get_submodule(models.CLIP_ROOT + "encoder.layers.0.self_attn.q_proj")
 
     class Locked(type(locked)):  # type: ignore[misc]
         def __setattr__(self, name: str, value: object) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import diffadapt
 from tests.support.cases import for_each
 from tests.support.compare import assert_same
+from tests.support.versions import needs
 
 
 class Model(nn.Module):
@@ -53,6 +54,7 @@ def offload_(target: nn.Module, kind: str, folder: Path) -> None:
     if kind == "accelerate":
         disk_offload(target, str(folder), execution_device=torch.device("cpu"))
         return
+    needs("diffusers", "0.34", "offload_to_disk_path")
     options: dict[str, Any] = {"num_blocks_per_group": 1} if kind == "block_level" else {}
     cpu = torch.device("cpu")
     apply_group_offloading(target, cpu, offload_type=kind, offload_to_disk_path=str(folder), **options)

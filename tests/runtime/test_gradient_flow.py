@@ -11,6 +11,7 @@ import diffadapt
 from diffadapt.runtime.adapter import Adapter
 from tests.support.bases import BASES, INPUTS, silenced
 from tests.support.cases import for_each
+from tests.support.versions import imported
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -107,7 +108,7 @@ def test_a_float_model_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @for_each(name=("torchao int8", "torchao int8 dynamic"))
 def test_a_model_of_torchao(name: str) -> None:
-    pytest.importorskip("torchao")
+    imported("torchao")
     layer = NAMED[name].layer()
     model = nn.Sequential(nn.Linear(INPUTS, INPUTS).requires_grad_(False), layer)
     if name == "torchao int8":

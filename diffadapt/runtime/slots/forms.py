@@ -76,21 +76,18 @@ def lower(
     forms: list[Form] = []
     remaining: list[Stage] = [stage for stage in layer.stages if stage not in ("patch", "gain")]
     if "patch" in layer.stages:
-        forms.append(_slot_form(adapter_type, ("patch",), {PATCH_DELTA: tensors[PATCH_DELTA]}))
+        forms.append(slot_form(adapter_type, ("patch",), {PATCH_DELTA: tensors[PATCH_DELTA]}))
     if "gain" in layer.stages:
-        gain = adapter_type.gain(tensors)
-        gain = gain.to(torch.promote_types(gain.dtype, torch.float32)).unsqueeze(1)
-        ia3, content = (_IA3, {"ia3_l": gain + 1}) if adapter_type.gains_bias else (_IA3_LYCORIS, {"ia3_w": gain})
-        forms.append(_slot_form(ia3, ("gain",), content))
+        forms.append(gain_form(adapter_type, tensors))
     low_rank = adapter_type.as_low_rank(tensors, spec) if "add" in remaining and spec.groups == 1 else None
     if low_rank is not None:
         remaining.remove("add")
         forms.append(rows_form(*low_rank))
         bias = adapter_type.delta_bias(tensors)
         if bias is not None:
-            forms.append(_slot_form(FULL, ("add",), {"diff_b": bias}))
+            forms.append(slot_form(FULL, ("add",), {"diff_b": bias}))
     if remaining:
-        forms.append(_slot_form(adapter_type, tuple(remaining), tensors))
+        forms.append(slot_form(adapter_type, tuple(remaining), tensors))
     return forms
 
 
@@ -99,7 +96,15 @@ def rows_form(down: Tensor, up: Tensor) -> Form:
     return Form(ROWS, LORA, ("add",), {"lora_down": down, "lora_up": up}, down.shape[0])
 
 
-def _slot_form(adapter_type: AdapterType, stages: tuple[Stage, ...], tensors: Tensors) -> Form:
+def gain_form(adapter_type: AdapterType, tensors: Tensors) -> Form:
+    """Return the form of the output scales of a type, from its prepared tensors."""
+    gain = adapter_type.gain(tensors)
+    gain = gain.to(torch.promote_types(gain.dtype, torch.float32)).unsqueeze(1)
+    ia3, content = (_IA3, {"ia3_l": gain + 1}) if adapter_type.gains_bias else (_IA3_LYCORIS, {"ia3_w": gain})
+    return slot_form(ia3, ("gain",), content)
+
+
+def slot_form(adapter_type: AdapterType, stages: tuple[Stage, ...], tensors: Tensors) -> Form:
     """Return a form that takes a whole slot, which must have the same type, stages and shapes."""
     shapes = tuple(sorted((name, tuple(tensor.shape)) for name, tensor in tensors.items()))
     key = adapter_type.name, adapter_type.twin_of, adapter_type.gains_bias, stages, shapes

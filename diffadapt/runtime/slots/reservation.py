@@ -11,6 +11,7 @@ Adapters of different types share slots where an exact common form exists (`form
 | `ROWS` | low-rank changes, `down` (R, in / groups, *kernel) and `up` (out, R) | as many rows as its rank |
 | IA3 | a factor per output (the magnitudes of a DoRA, ...) | one slot |
 | full, bias only | a change of the bias | one slot |
+| common | matrices as large as the weight, for types named in `common` (`common_forms`) | one slot each |
 | the type's own | prepared tensors in their shapes | one slot |
 
 The gates of all slots of a model are views of one flat tensor, as the gates of an adapter are (`LayerTree`). Free rows
@@ -18,7 +19,7 @@ have zeros in their tensors and their gates.
 """
 
 import re
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,9 +28,11 @@ from torch import Tensor
 from diffadapt.errors import AdapterError
 from diffadapt.runtime.adapter import LayerTree
 from diffadapt.runtime.adapter_layer import AdapterLayer
+from diffadapt.runtime.slots.common_forms import bytes_in_common
 from diffadapt.runtime.slots.forms import ROWS, Form, Forms, rows_form
 from diffadapt.runtime.slots.row_ranges import Rows, first_rows, joined_rows, without_rows
 from diffadapt.runtime.slots.slot import Needs, Seat, Slot
+from diffadapt.types import TYPES
 
 
 class Reservation(LayerTree):
@@ -38,10 +41,17 @@ class Reservation(LayerTree):
     Attributes:
         slots: module path of the model -> the slots there, in the order in which they run.
         seated: adapter name -> its seat; the adapter seated longest comes first.
+        common: names of the adapter types that run in their common form.
     """
 
     def __init__(
-        self, needs: Mapping[str, Needs], count: int, dtype: torch.dtype, device: torch.device, samples: int = 0
+        self,
+        needs: Mapping[str, Needs],
+        count: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        samples: int = 0,
+        common: Collection[str] = (),
     ) -> None:
         """Make empty slots.
 
@@ -51,8 +61,10 @@ class Reservation(LayerTree):
             dtype: the dtype to compute in.
             device: the device of the slots.
             samples: how many samples of a batch can have gates of their own; 0 for one gate for all samples.
+            common: names of the adapter types that run in their common form.
         """
         super().__init__()
+        self.common = frozenset(common)
         self.seated: dict[str, Seat] = {}
         self.slots: dict[str, tuple[Slot, ...]] = {}
         cells = 0
@@ -75,6 +87,11 @@ class Reservation(LayerTree):
     def device(self) -> torch.device:
         """The device of the slots, or the first of several."""
         return self._gates.device
+
+    @property
+    def gates(self) -> Tensor:
+        """The gates of all slots, (cells,) or (samples, cells)."""
+        return self._gates
 
     @property
     def samples(self) -> int:
@@ -162,7 +179,11 @@ class Reservation(LayerTree):
         for name, values in gates.items():
             seat = self.seated[name]
             values = values.to(flat).index_select(-1, seat.layers)
-            flat.index_copy_(-1, seat.cells, values.expand(*flat.shape[:-1], -1))
+            if values.ndim > 1:
+                # There may be fewer samples than the slots have gates for.
+                flat[: len(values)].index_copy_(-1, seat.cells, values)
+            else:
+                flat.index_copy_(-1, seat.cells, values.expand(*flat.shape[:-1], -1))
         self._update_copies()
 
     def leaves(self) -> Iterator[tuple[str, AdapterLayer]]:
@@ -228,7 +249,8 @@ class Reservation(LayerTree):
     def _no_room(self, path: str, form: Form, free: Mapping[Slot, Rows]) -> str:
         slots = [slot for slot in self.slots.get(path, ()) if slot.key == form.key]
         if not slots:
-            return f"{path}: {form} expected, no slots are reserved there{' for it' if path in self.slots else ''}"
+            found = f"{path}: {form} expected, no slots are reserved there"
+            return f"{found} for it{self._cost_of_common(path, form)}" if path in self.slots else found
         size = len(slots[0].cells)
         if form.rows > size:
             return f"{path}: {form} expected, slots for rank {size} are reserved there"
@@ -236,6 +258,17 @@ class Reservation(LayerTree):
         takers = {name for name, seat in self.seated.items() if any(slot in slots for slot, _ in seat.taken)}
         what = f"{left} of {size} rows are" if form.key == ROWS else f"{left} of {len(slots)} slots are"
         return f"{path}: {form} expected, {what} free there; {', '.join(sorted(takers))} took the others"
+
+    def _cost_of_common(self, path: str, form: Form) -> str:
+        """Return how to reserve slots for any adapter of the type of `form`, and what one costs."""
+        name = form.adapter_type.name
+        if name in self.common or form.key == ROWS or form.adapter_type not in TYPES:
+            return ""
+        sizes = {p: bytes_in_common(form.adapter_type, s[0].spec, s[0].dtype) / 2**20 for p, s in self.slots.items()}
+        return (
+            f"; prepare_hotswap(..., types=[{name!r}]) reserves room for any {name}, which takes {sizes[path]:.2g} MiB "
+            f"on this layer and {sum(sizes.values()):.2g} MiB on all of them for each slot"
+        )
 
 
 @dataclass(frozen=True)
