@@ -2,6 +2,7 @@
 #
 #   PYTHON     interpreter to create the environment with; the pinned versions need 3.11 or newer
 #   PIP_ARGS   further arguments for pip, such as an index with the torch build for your machine
+#   PORT       port of `make serve`
 #
 # These three select another environment; `make test-oldest` and `make test-newest` set them:
 #
@@ -11,9 +12,10 @@
 
 PYTHON ?= python3
 PIP_ARGS ?=
+PORT ?= 8000
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
-EXTRAS ?= docs,quant,test,train
+EXTRAS ?= docs,quant,serve,test,train
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -23,13 +25,16 @@ TORCH ?= $(shell sed -n 's/^\(torch[=<>][^ ;]*\).*/\1/p' $(CONSTRAINTS))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test unit lint docs check fix bench matrix dist test-oldest test-newest clean
+.PHONY: help demo serve test unit lint docs check fix bench matrix dist test-oldest test-newest clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 demo: $(STAMP)  ## draw pictures with and without adapters
 	$(BIN)/diffadapt demo
+
+serve: $(STAMP)  ## serve the embedded pipeline at http://127.0.0.1:PORT, until Ctrl-C
+	@exec $(BIN)/python -m examples.serving --port $(PORT)
 
 test: $(STAMP)  ## run the tests
 	$(PYTEST)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from diffadapt.management.rank_allocation import RankAllocator
     from diffadapt.management.reserving import Reserved
     from diffadapt.management.snapshot import LoadedAdapter
+    from diffadapt.management.upcoming import UpcomingAdapter
     from diffadapt.on_disk.derived_loras import combine_files, resize
     from diffadapt.on_disk.extraction import Extraction, extract
     from diffadapt.on_disk.merged_models import merge_files
@@ -38,12 +39,15 @@ if TYPE_CHECKING:
     from diffadapt.training.options import TrainingOptions
     from diffadapt.training.run import train
     from diffadapt.types.adalora import AdaLoraConfig
+    from diffadapt.types.adamss import AdaMSSConfig
     from diffadapt.types.boft import BOFTConfig
     from diffadapt.types.c3a import C3AConfig
     from diffadapt.types.config import AdapterConfig
     from diffadapt.types.deft import DEFTConfig
     from diffadapt.types.delora import DeLoRAConfig
+    from diffadapt.types.dylora import DyLoRAConfig
     from diffadapt.types.fourierft import FourierFTConfig
+    from diffadapt.types.frod import FRoDConfig
     from diffadapt.types.full import FullConfig
     from diffadapt.types.glora import GLoRAConfig
     from diffadapt.types.glora_peft import GLoRAPEFTConfig
@@ -61,7 +65,9 @@ if TYPE_CHECKING:
     from diffadapt.types.randlora import RandLoraConfig
     from diffadapt.types.road import RoAdConfig
     from diffadapt.types.shira import SHiRAConfig
+    from diffadapt.types.singular import OSFConfig, TLoRAConfig
     from diffadapt.types.supertuning import SuperTuningConfig
+    from diffadapt.types.tinylora import TinyLoRAConfig
     from diffadapt.types.tokens import TokensConfig
     from diffadapt.types.unilora import UniLoraConfig
     from diffadapt.types.vblora import VBLoRAConfig
@@ -71,6 +77,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "AdaLoraConfig",
+    "AdaMSSConfig",
     "Adapter",
     "AdapterConfig",
     "AdapterError",
@@ -84,7 +91,9 @@ __all__ = [
     "DEFTConfig",
     "DeLoRAConfig",
     "Diverged",
+    "DyLoRAConfig",
     "Extraction",
+    "FRoDConfig",
     "FourierFTConfig",
     "FullConfig",
     "GLoRAConfig",
@@ -101,6 +110,7 @@ __all__ = [
     "LoraConfig",
     "MiSSConfig",
     "OFTConfig",
+    "OSFConfig",
     "PEANuTConfig",
     "PSOFTConfig",
     "PVeRAConfig",
@@ -114,9 +124,12 @@ __all__ = [
     "SHiRAConfig",
     "Schedule",
     "SuperTuningConfig",
+    "TLoRAConfig",
+    "TinyLoRAConfig",
     "TokensConfig",
     "TrainingOptions",
     "UniLoraConfig",
+    "UpcomingAdapter",
     "UsageError",
     "VBLoRAConfig",
     "VeRAConfig",
@@ -143,6 +156,7 @@ __all__ = [
 # torch takes a second to import, which the command line need not wait for.
 _ORIGINS = {
     "AdaLoraConfig": ("diffadapt.types.adalora", "AdaLoraConfig"),
+    "AdaMSSConfig": ("diffadapt.types.adamss", "AdaMSSConfig"),
     "Adapter": ("diffadapt.runtime.adapter", "Adapter"),
     "AdapterConfig": ("diffadapt.types.config", "AdapterConfig"),
     "AdapterError": ("diffadapt.errors", "AdapterError"),
@@ -156,7 +170,9 @@ _ORIGINS = {
     "DEFTConfig": ("diffadapt.types.deft", "DEFTConfig"),
     "DeLoRAConfig": ("diffadapt.types.delora", "DeLoRAConfig"),
     "Diverged": ("diffadapt.errors", "Diverged"),
+    "DyLoRAConfig": ("diffadapt.types.dylora", "DyLoRAConfig"),
     "Extraction": ("diffadapt.on_disk.extraction", "Extraction"),
+    "FRoDConfig": ("diffadapt.types.frod", "FRoDConfig"),
     "FourierFTConfig": ("diffadapt.types.fourierft", "FourierFTConfig"),
     "FullConfig": ("diffadapt.types.full", "FullConfig"),
     "GLoRAConfig": ("diffadapt.types.glora", "GLoRAConfig"),
@@ -173,6 +189,7 @@ _ORIGINS = {
     "LoraConfig": ("diffadapt.types.lora", "LoraConfig"),
     "MiSSConfig": ("diffadapt.types.miss", "MiSSConfig"),
     "OFTConfig": ("diffadapt.types.oft", "OFTConfig"),
+    "OSFConfig": ("diffadapt.types.singular", "OSFConfig"),
     "PEANuTConfig": ("diffadapt.types.peanut", "PEANuTConfig"),
     "PSOFTConfig": ("diffadapt.types.psoft", "PSOFTConfig"),
     "PVeRAConfig": ("diffadapt.types.vera", "PVeRAConfig"),
@@ -186,9 +203,12 @@ _ORIGINS = {
     "SHiRAConfig": ("diffadapt.types.shira", "SHiRAConfig"),
     "Schedule": ("diffadapt.strengths.schedules", "Schedule"),
     "SuperTuningConfig": ("diffadapt.types.supertuning", "SuperTuningConfig"),
+    "TLoRAConfig": ("diffadapt.types.singular", "TLoRAConfig"),
+    "TinyLoRAConfig": ("diffadapt.types.tinylora", "TinyLoRAConfig"),
     "TokensConfig": ("diffadapt.types.tokens", "TokensConfig"),
     "TrainingOptions": ("diffadapt.training.options", "TrainingOptions"),
     "UniLoraConfig": ("diffadapt.types.unilora", "UniLoraConfig"),
+    "UpcomingAdapter": ("diffadapt.management.upcoming", "UpcomingAdapter"),
     "UsageError": ("diffadapt.errors", "UsageError"),
     "VBLoRAConfig": ("diffadapt.types.vblora", "VBLoRAConfig"),
     "VeRAConfig": ("diffadapt.types.vera", "VeRAConfig"),

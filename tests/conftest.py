@@ -3,11 +3,13 @@
 import importlib
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+from tests.support import versions
 
 if TYPE_CHECKING:
     from torch._dynamo.testing import CompileCounterWithBackend
@@ -18,6 +20,16 @@ with warnings.catch_warnings():
     # diffusers imports the quantisation backends that are installed, and those warn of what torch deprecates.
     warnings.simplefilter("ignore")
     importlib.import_module("diffusers.loaders.peft")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call() -> Generator[None, object, object]:
+    """Skip a test that fails because an old version of a library lacks a model."""
+    try:
+        return (yield)
+    except Exception as error:
+        skip = versions.too_old(error)
+        raise error if skip is None else skip from error
 
 
 @pytest.fixture(scope="session", autouse=True)

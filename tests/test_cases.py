@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.support.cases import for_each
+from tests.support.versions import TooOld
 
 
 def test_every_failing_case_is_reported_by_its_name() -> None:
@@ -38,6 +39,20 @@ def test_a_test_without_a_case_that_runs_fails(values: list[int]) -> None:
 
     with pytest.raises((AssertionError, pytest.fail.Exception), match=r"no cases|not here"):
         check()
+
+
+def test_cases_that_an_old_version_lacks_are_left_out_and_skip_the_test_if_there_are_no_others() -> None:
+    ran: list[int] = []
+
+    def check(value: int, least: int) -> None:
+        if value < least:
+            raise TooOld(f"{value} needs a newer version")
+        ran.append(value)
+
+    for_each(value=range(3))(check)(least=1)
+    assert ran == [1, 2]
+    with pytest.raises(pytest.skip.Exception, match="0 needs a newer version"):
+        for_each(value=range(3))(check)(least=3)
 
 
 def test_every_case_starts_from_the_same_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

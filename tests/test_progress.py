@@ -57,6 +57,13 @@ def test_long_work_shows_what_it_does(monkeypatch: pytest.MonkeyPatch, tmp_path:
     pipe.adapters.unmerge()
     pipe.adapters.to_lora("a", "b")
     pipe.adapters.save("a", tmp_path / "a.safetensors")
-    diffadapt.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "kohya", models={"unet": pipe.unet})
+    models_of = {"unet": pipe.unet}
+    diffadapt.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "kohya", models=models_of)
+    diffadapt.resize(tmp_path / "a.safetensors", tmp_path / "c.safetensors", rank=1, models=models_of)
+    pipe.save_pretrained(tmp_path / "base")
+    source = [(str(tmp_path / "a.safetensors"), 1.0)]
+    diffadapt.merge_files(tmp_path / "base" / "unet", source, tmp_path / "merged", models=models_of)
+    diffadapt.extract(tmp_path / "base" / "unet", tmp_path / "merged", rank=1, models=models_of)
     shown = terminal.getvalue()
-    assert all(doing in shown for doing in ("loading", "merging", "converting unet"))
+    every = ("loading", "merging", "converting unet", "writing", "copying", "extracting")
+    assert [doing for doing in every if doing not in shown] == []

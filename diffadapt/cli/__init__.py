@@ -1,12 +1,13 @@
 """The `diffadapt` command. A new subcommand is one file with a `Command`, and one line in `COMMANDS`."""
 
 import argparse
+import json
 import logging
 import os
 import re
 import sys
 from collections.abc import Container, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import TextIO
 
 import diffadapt
@@ -51,13 +52,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
-        with _without_library_logs():
-            command.run(options)
+        # What libraries and previews print must not be taken for the result.
+        with _without_library_logs(), redirect_stdout(sys.stderr) if options.json else nullcontext():
+            result = command.run(options)
     except (AdapterError, OSError) as error:
         print(f"{_in_red('diffadapt:', sys.stderr)} {_in_options(str(error), vars(options))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
+    text = json.dumps(result.data, indent=2, ensure_ascii=False) if options.json else result.text
+    # Of several processes that train together, one reports.
+    if text and os.environ.get("RANK", "0") == "0":
+        print(text)
     return 0
 
 
@@ -71,7 +77,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"diffadapt {diffadapt.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for command in COMMANDS:
-        command.add_options(commands.add_parser(command.name, help=command.help))
+        own = commands.add_parser(command.name, help=command.help)
+        command.add_options(own)
+        own.add_argument(
+            "--json", action="store_true", help="print the result as JSON on stdout, and all else on stderr"
+        )
     return parser
 
 

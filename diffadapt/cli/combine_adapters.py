@@ -2,7 +2,7 @@
 
 from argparse import ArgumentParser, Namespace
 
-from diffadapt.cli.command import Command, add_models, models_arguments, with_strength
+from diffadapt.cli.command import Command, Result, add_models, conversion_as_json, models_arguments, with_strength
 
 _METHODS = ("svd", "cat", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 
@@ -18,13 +18,14 @@ def _add_options(parser: ArgumentParser) -> None:
     add_models(parser)
 
 
-def _run(options: Namespace) -> None:
+def _run(options: Namespace) -> Result:
     from diffadapt.on_disk.derived_loras import combine_files
     from diffadapt.to_lora.combine import Combination
 
     combination = Combination(options.method, density=options.density, rank=options.rank, energy=options.energy)
     adapters = [with_strength(text) for text in options.adapters]
-    print(combine_files(adapters, options.output, combination, format=options.to, **models_arguments(options)))
+    done = combine_files(adapters, options.output, combination, format=options.to, **models_arguments(options))
+    return Result(str(done), {"output": options.output, "format": options.to, **conversion_as_json(done)})
 
 
 COMBINE = Command("combine", "write one LoRA made from several adapters", _add_options, _run)

@@ -1,9 +1,22 @@
 """What every command of `diffadapt` has in common: its form, and the options that say which file is meant."""
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command has done.
+
+    Attributes:
+        text: what is printed for people; empty for nothing.
+        data: what `--json` prints, in the types of JSON.
+    """
+
+    text: str
+    data: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -14,13 +27,14 @@ class Command:
         name: the word on the command line.
         help: one line for the list of commands.
         add_options: declares the options.
-        run: does the work. It imports what it needs itself, so that the help does not wait for torch.
+        run: does the work and returns what is printed. It imports what it needs itself, so that the help does not wait
+            for torch.
     """
 
     name: str
     help: str
     add_options: Callable[[ArgumentParser], None]
-    run: Callable[[Namespace], None]
+    run: Callable[[Namespace], Result]
 
 
 def add_source(parser: ArgumentParser) -> None:
@@ -67,5 +81,16 @@ def report_as_json(report: Any) -> dict[str, Any]:
     found: dict[str, Any] = {name: getattr(report, name) for name in fields}
     found["scales"] = {name: str(scales) for name, scales in report.scales.items()}
     for name in ("unused", "notes"):
-        found[name] = [{"key": fault.key, "reason": fault.reason} for fault in getattr(report, name)]
+        found[name] = faults_as_json(getattr(report, name))
     return found
+
+
+def conversion_as_json(conversion: Any) -> dict[str, Any]:
+    """Return a `Conversion` in the types of JSON."""
+    layers = [asdict(layer) for layer in conversion.layers]
+    return {"exact": conversion.exact, "error": conversion.error, "layers": layers}
+
+
+def faults_as_json(faults: Iterable[Any]) -> list[dict[str, str]]:
+    """Return faults in the types of JSON."""
+    return [{"key": fault.key, "reason": fault.reason} for fault in faults]

@@ -6,7 +6,7 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import Any
 
-from diffadapt.cli.command import Command
+from diffadapt.cli.command import Command, Result
 from diffadapt.errors import AdapterError
 
 _LABEL_LETTERS = 24
@@ -29,7 +29,7 @@ def _add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="device to run on, such as cuda (default: %(default)s)")
 
 
-def _run(options: Namespace) -> None:
+def _run(options: Namespace) -> Result:
     import torch
     from diffusers import DiffusionPipeline
 
@@ -61,7 +61,7 @@ def _run(options: Namespace) -> None:
     rows = ["\n".join([name, *textwrap.wrap(prompt, _LABEL_LETTERS)]) for prompt in options.prompt for name in names]
     pictures = [drawn[start : start + width] for start in range(0, len(drawn), width)]
     labelled_grid(pictures, rows, [f"{strength:g}" for strength in options.strength]).save(output)
-    print(output)
+    return Result(str(output), {"output": str(output), "rows": len(pictures), "columns": width})
 
 
 def _number(text: str) -> float:

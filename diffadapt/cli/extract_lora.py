@@ -2,7 +2,7 @@
 
 from argparse import ArgumentParser, Namespace
 
-from diffadapt.cli.command import Command, add_models, models_arguments
+from diffadapt.cli.command import Command, Result, add_models, conversion_as_json, faults_as_json, models_arguments
 
 
 def _add_options(parser: ArgumentParser) -> None:
@@ -15,20 +15,20 @@ def _add_options(parser: ArgumentParser) -> None:
     add_models(parser)
 
 
-def _run(options: Namespace) -> None:
+def _run(options: Namespace) -> Result:
     from diffadapt.on_disk.extraction import extract
 
-    print(
-        extract(
-            options.base,
-            options.tuned,
-            options.output,
-            rank=options.rank,
-            energy=options.energy,
-            format=options.to,
-            **models_arguments(options),
-        )
+    done = extract(
+        options.base,
+        options.tuned,
+        options.output,
+        rank=options.rank,
+        energy=options.energy,
+        format=options.to,
+        **models_arguments(options),
     )
+    account = {**conversion_as_json(done.conversion), "left_out": faults_as_json(done.left_out)}
+    return Result(str(done), {"output": options.output, "format": options.to or done.format, **account})
 
 
 EXTRACT = Command("extract", "write the LoRA between a model and its finetuned version", _add_options, _run)

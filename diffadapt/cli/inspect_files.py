@@ -1,19 +1,17 @@
 """`diffadapt inspect`: explain an adapter file without loading it."""
 
-import json
 from argparse import ArgumentParser, Namespace
 
-from diffadapt.cli.command import Command, add_source, report_as_json, source_arguments
+from diffadapt.cli.command import Command, Result, add_source, report_as_json, source_arguments
 
 
 def _add_options(parser: ArgumentParser) -> None:
     add_source(parser)
     parser.add_argument("--metadata", action="store_true", help="also print the file's metadata")
     parser.add_argument("--plot", metavar="PICTURE", help="draw where the adapter acts, by block and projection")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON, with the metadata")
 
 
-def _run(options: Namespace) -> None:
+def _run(options: Namespace) -> Result:
     from diffadapt.pipelines.inspection import inspect
     from diffadapt.pipelines.saved import models_of
 
@@ -23,13 +21,8 @@ def _run(options: Namespace) -> None:
         from diffadapt.on_disk.plots import plot_sizes
 
         plot_sizes(options.file, options.plot, models=target, **source_arguments(options))
-    if options.json:
-        print(json.dumps(report_as_json(report), indent=2, ensure_ascii=False))
-        return
-    print(report)
-    if options.metadata:
-        for key, value in report.metadata.items():
-            print(f"  {key} = {value}")
+    metadata = [f"  {key} = {value}" for key, value in report.metadata.items()] if options.metadata else []
+    return Result("\n".join([str(report), *metadata]), report_as_json(report))
 
 
 INSPECT = Command("inspect", "explain an adapter file without loading it", _add_options, _run)

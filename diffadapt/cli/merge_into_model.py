@@ -2,7 +2,7 @@
 
 from argparse import ArgumentParser, Namespace
 
-from diffadapt.cli.command import Command, add_models, models_arguments, with_strength
+from diffadapt.cli.command import Command, Result, add_models, models_arguments, with_strength
 
 
 def _add_options(parser: ArgumentParser) -> None:
@@ -12,11 +12,13 @@ def _add_options(parser: ArgumentParser) -> None:
     add_models(parser)
 
 
-def _run(options: Namespace) -> None:
+def _run(options: Namespace) -> Result:
     from diffadapt.on_disk.merged_models import merge_files
 
     adapters = [with_strength(text) for text in options.adapters]
-    print(merge_files(options.base, adapters, options.output, **models_arguments(options)))
+    written = merge_files(options.base, adapters, options.output, **models_arguments(options))
+    merged = [{"adapter": source, "strength": strength} for source, strength in adapters]
+    return Result(str(written), {"output": str(written), "adapters": merged})
 
 
 MERGE = Command("merge", "write a model with adapters merged into its weights", _add_options, _run)

@@ -2,7 +2,7 @@
 
 from argparse import ArgumentParser, Namespace
 
-from diffadapt.cli.command import Command, add_models, models_arguments
+from diffadapt.cli.command import Command, Result, add_models, conversion_as_json, models_arguments
 
 
 def _add_options(parser: ArgumentParser) -> None:
@@ -14,11 +14,12 @@ def _add_options(parser: ArgumentParser) -> None:
     add_models(parser)
 
 
-def _run(options: Namespace) -> None:
+def _run(options: Namespace) -> Result:
     from diffadapt.on_disk.derived_loras import resize
 
     limits = {"rank": options.rank, "energy": options.energy}
-    print(resize(options.file, options.output, format=options.to, **limits, **models_arguments(options)))
+    done = resize(options.file, options.output, format=options.to, **limits, **models_arguments(options))
+    return Result(str(done), {"output": options.output, "format": options.to, **conversion_as_json(done)})
 
 
 RESIZE = Command("resize", "write an adapter as a LoRA of a smaller rank", _add_options, _run)

@@ -2,7 +2,7 @@
 
 from argparse import ArgumentParser, Namespace
 
-from diffadapt.cli.command import Command
+from diffadapt.cli.command import Command, Result
 from diffadapt.training.option_sources import add_options, options_from
 
 
@@ -11,11 +11,12 @@ def _add_options(parser: ArgumentParser) -> None:
     add_options(parser)
 
 
-def _run(options: Namespace) -> None:
+def _run(options: Namespace) -> Result:
     chosen = options_from(options.config, vars(options))
     from diffadapt.training.run import train
 
-    train(chosen)
+    # The trainer itself says what it does.
+    return Result("", {"output": str(train(chosen)), "dry_run": chosen.dry_run})
 
 
 TRAIN = Command("train", "train an adapter: diffadapt train config.toml [--option value]", _add_options, _run)

@@ -16,6 +16,7 @@ from diffadapt.formats.document import AdapterState
 from diffadapt.loading.conversion import planned_on
 from diffadapt.loading.plan import Plan, plan
 from diffadapt.on_disk.extraction import layer_state
+from diffadapt.progress import with_progress
 from diffadapt.runtime.adapter import Adapter
 from diffadapt.to_lora.change import WeightedLayer
 from diffadapt.to_lora.combine import Combination
@@ -120,7 +121,7 @@ def _derive(
     found: dict[str, dict[str, LayerState]] = {}
     rows: list[ConvertedLayer] = []
     for component, paths in by_layer.items():
-        for path, layers in paths.items():
+        for path, layers in with_progress(paths.items(), f"converting {component}"):
             where = f"{component}.{path}"
             with naming(where):
                 change, approximation = make(layers)

@@ -14,6 +14,7 @@ from diffadapt.formats import writer
 from diffadapt.formats.document import AdapterState, Document
 from diffadapt.on_disk.placing import Parameter, Placed, place_all, targets_for
 from diffadapt.on_disk.whole_models import ModelSource, WholeModel, open_model, same_numbers
+from diffadapt.progress import with_progress
 from diffadapt.runtime.targets import Targets
 from diffadapt.to_lora.change import Change
 from diffadapt.to_lora.derive import stored_lora
@@ -195,7 +196,7 @@ class _Differences:
         rows: list[ConvertedLayer] = []
         # Parameters of one layer are next to each other in few files.
         paths = dict.fromkeys((p.component, p.path) for p in self._places[0].parameters)
-        for component, path in paths:
+        for component, path in with_progress(paths, "extracting"):
             where = f"{component}.{path}"
             with naming(where):
                 layer, row = self._layer(component, path, where)

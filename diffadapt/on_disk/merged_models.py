@@ -22,6 +22,7 @@ from diffadapt.merging.moves import refuse_non_finite, within_range
 from diffadapt.merging.weight_update import merge_dtype
 from diffadapt.on_disk.placing import Parameter, Placed, Stored, place_all, targets_for
 from diffadapt.on_disk.whole_models import StoredLayer, WholeModel, beside, open_model
+from diffadapt.progress import with_progress
 from diffadapt.runtime import compose
 from diffadapt.runtime.adapter import Adapter
 from diffadapt.to_lora.change import WeightedLayer
@@ -122,11 +123,10 @@ class _Merger:
     def changed(self, file: Path) -> Iterator[tuple[str, Tensor]]:
         """Yield the tensors of a file that adapters change, by their names in it."""
         prefix, tensors = self._whole.files[file], OpenFile(file).tensors
-        for key in tensors:
-            parts = self._by_key.get(prefix + key)
-            if parts is not None:
-                with naming(prefix + key):
-                    yield from self._merged(key, prefix, parts, tensors)
+        touched = [key for key in tensors if prefix + key in self._by_key]
+        for key in with_progress(touched, "merging", "tensor"):
+            with naming(prefix + key):
+                yield from self._merged(key, prefix, self._by_key[prefix + key], tensors)
 
     def _merged(
         self, key: str, prefix: str, parts: Sequence[tuple[Parameter, Stored]], tensors: Mapping[str, Tensor]

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from diffadapt.errors import UsageError
 from diffadapt.training.block_checkpointing import blocks_of
 
 
@@ -15,12 +16,28 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def refuse_deepspeed() -> None:
+    """Raise `UsageError` if accelerate's config asks for DeepSpeed, whose engine would have to run the whole step.
+
+    It spreads the state of the optimiser over processes, and an adapter has hardly any.
+    """
+    if _asks_for("ACCELERATE_USE_DEEPSPEED"):
+        raise UsageError(
+            "accelerate's config asks for DeepSpeed, which the trainer does not support: an adapter has hardly any "
+            "optimiser state to spread; run `accelerate config` again and choose multi-GPU, or FSDP to spread the base"
+        )
+
+
+def _asks_for(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "true")
+
+
 def shard_base(model: nn.Module) -> None:
     """Spread the frozen weights of a model's blocks over the processes if accelerate's config asks for FSDP.
 
     The adapters are in no block, so they stay whole, and are trained and saved as without FSDP.
     """
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() not in ("1", "true") or not is_distributed():
+    if not _asks_for("ACCELERATE_USE_FSDP") or not is_distributed():
         return
     from torch.distributed.fsdp import fully_shard
 

@@ -18,6 +18,7 @@ from diffadapt.training import checkpoint, saving
 from diffadapt.training.base_model import PRECISIONS, BaseModel, default_resolution
 from diffadapt.training.block_checkpointing import checkpoint_blocks
 from diffadapt.training.caches import Store, digest
+from diffadapt.training.caption_length import note_on_long_captions
 from diffadapt.training.data.caption_variants import CaptionVariants
 from diffadapt.training.data.draws import CLASS, INSTANCE
 from diffadapt.training.data.folders import Example
@@ -36,7 +37,7 @@ from diffadapt.training.objective import HELPER, Objective
 from diffadapt.training.option_checks import check_options, class_prompts
 from diffadapt.training.options import TrainingOptions, default_of
 from diffadapt.training.previews import draw, ensure_class_pictures, missing_class_pictures
-from diffadapt.training.processes import shard_base
+from diffadapt.training.processes import refuse_deepspeed, shard_base
 from diffadapt.training.report_page import write_report
 
 DATA_REPORT, CONTACT_SHEET = "data.txt", "contact-sheet.png"
@@ -60,6 +61,7 @@ def train(options: TrainingOptions, pipe: Pipeline | None = None) -> Path:
         AdapterError: the model cannot be trained.
     """
     check_options(options, has_base=pipe is not None)
+    refuse_deepspeed()
     data = read_data(options)
     with torch.random.fork_rng(), explained_memory_errors():
         return Run(options, data, pipe).train()
@@ -98,7 +100,7 @@ class Run:
     def train(self) -> Path:
         """Train and save; see `train`."""
         options, main = self.options, self.accelerator.is_main_process
-        report = describe(self.samples, self.data.notes)
+        report = describe(self.samples, [*self.data.notes, *self._notes_on_captions()])
         self.say(report)
         if options.dry_run:
             (self.folder / DATA_REPORT).write_text(report + "\n", encoding="utf-8")
@@ -265,6 +267,12 @@ class Run:
     def _reference_size(self, reference: Size, target: Size) -> Size:
         height, width = self.family.reference_size(self.pipe, (reference[1], reference[0]), (target[1], target[0]))
         return width, height
+
+    def _notes_on_captions(self) -> list[str]:
+        variants, examples = self.samples.variants, self.data.examples
+        captions = [variants.with_trigger(caption) for example in examples for caption in example.captions]
+        note = note_on_long_captions(self.pipe, captions, self.options.max_sequence_length or self.family.max_tokens)
+        return [] if note is None else [note]
 
     def _class_pictures(self) -> list[Example]:
         options = self.options

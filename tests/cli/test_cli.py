@@ -7,11 +7,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import diffadapt
-from diffadapt.cli import main
+from diffadapt.cli import COMMANDS, main
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny_pipeline"
 INK = str(TINY / "adapters" / "ink.safetensors")
@@ -56,6 +57,41 @@ def test_what_was_converted_as_json(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert json.loads(capsys.readouterr().out) == {"output": output, "format": "kohya"}
 
 
+@pytest.mark.slow
+def test_every_command_prints_its_result_as_json_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def result(*arguments: object) -> dict[str, Any]:
+        assert main([*map(str, arguments), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    file = tmp_path / "made.safetensors"
+    resized = result("resize", INK, file, "--rank", 2, "--pipeline", TINY)
+    assert (resized["output"], resized["exact"], 0 < resized["error"] < 1) == (str(file), False, True)
+    assert {layer["rank"] for layer in resized["layers"]} == {2}
+    combined = result("combine", f"{INK}:0.5", INK, file, "--method", "cat", "--pipeline", TINY)
+    assert (combined["exact"], combined["format"]) == (True, "diffusers")
+    base, merged = TINY / "unet", tmp_path / "unet"
+    assert result("merge", base, f"{INK}:0.7", merged, "--pipeline", TINY) == {
+        "output": str(merged),
+        "adapters": [{"adapter": INK, "strength": 0.7}],
+    }
+    extracted = result("extract", base, merged, file, "--rank", 1, "--pipeline", TINY)
+    assert extracted["left_out"] == []
+    assert len(extracted["layers"]) >= 100
+    picture = tmp_path / "grid.png"
+    call = ("--pipeline", TINY, "--prompt", "a", "--steps", 1, "--strength", 0, 1, "--output", picture)
+    assert result("grid", INK, *call) == {"output": str(picture), "rows": 1, "columns": 2}
+    monkeypatch.setattr("diffadapt.demo.run", lambda *_: print("a line for people"))
+    assert result("demo", "--output", picture) == {"output": str(picture)}
+    config = TINY.parent / "dreambooth" / "configs" / "tiny-critter.toml"
+    trained = result("train", config, "--dry_run", "--output_dir", tmp_path / "run")
+    assert trained["dry_run"]
+    assert Path(trained["output"]).is_file()
+    commands = {command.name for command in COMMANDS}
+    assert commands == {"inspect", "convert", "resize", "combine", "extract", "merge", "grid", "train", "demo"}
+
+
 @pytest.mark.parametrize(
     ("terminal", "environment", "is_red"),
     [(True, {}, True), (False, {}, False), (True, {"NO_COLOR": "1"}, False), (True, {"TERM": "dumb"}, False)],
@@ -94,10 +130,12 @@ def test_exit_statuses_are_in_the_help_and_in_the_documents(
 def test_warnings_that_other_libraries_log_stay_off_the_screen_and_ours_do_not(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def warn(*_: object, **__: object) -> str:
+    inspect = diffadapt.inspect
+
+    def warn(*arguments: Any, **options: Any) -> diffadapt.Report:
         for name in ("transformers.models", "diffusers", "diffadapt.formats"):
             logging.getLogger(name).warning("from %s", name)
-        return "done"
+        return inspect(*arguments, **options)
 
     monkeypatch.setattr("diffadapt.pipelines.inspection.inspect", warn)
     levels = [logging.getLogger(name).level for name in ("diffusers", "transformers")]

@@ -5,12 +5,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
 from tests.support import stored_layers as stored
 from tests.support.stored_layers import INPUTS, OUT, SHAPES, Kind, float_layer, silenced
+from tests.support.versions import TooOld
 
 __all__ = [
     "BASES",
@@ -61,7 +61,7 @@ class Base:
                 try:
                     importlib.import_module(self.needs)
                 except ImportError as error:
-                    pytest.skip(f"{self.name}: {self.needs} is not installed ({error})")
+                    raise TooOld(f"{self.name}: {self.needs} is not installed ({error})") from error
         weight, bias = values(seed, self.kind)
         with silenced(), torch.random.fork_rng():
             torch.manual_seed(seed)  # some quantisers draw random numbers

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from diffusers.models.transformers.transformer_ideogram4 import LLM_TOKEN_INDICATOR, OUTPUT_IMAGE_INDICATOR
 from torch import Generator, Tensor, nn
 
 Draw = Callable[[Generator], Any]
@@ -97,8 +96,15 @@ def _indicated(text: int = _TOKENS, image: int = _SIDE * _SIDE) -> dict[str, Dra
         "encoder_hidden_states": _normal(tokens, 64),
         "position_ids": _same(torch.arange(tokens)[:, None].expand(-1, 3)),
         "segment_ids": _same(torch.zeros(tokens, dtype=torch.long)),
-        "indicator": _same(torch.tensor([LLM_TOKEN_INDICATOR] * text + [OUTPUT_IMAGE_INDICATOR] * image)),
+        "indicator": lambda _: _kinds_of_tokens(text, image),
     }
+
+
+def _kinds_of_tokens(text: int, image: int) -> Tensor:
+    # diffusers 0.33 has no such module.
+    from diffusers.models.transformers.transformer_ideogram4 import LLM_TOKEN_INDICATOR, OUTPUT_IMAGE_INDICATOR
+
+    return torch.tensor([LLM_TOKEN_INDICATOR] * text + [OUTPUT_IMAGE_INDICATOR] * image)
 
 
 _STEP = {"timestep": _uniform(1000)}

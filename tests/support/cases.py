@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import pytest
 import torch
 
+from tests.support.versions import TooOld, too_old
+
 Test = TypeVar("Test", bound=Callable[..., None])
 Values = Iterable[Any] | Callable[[dict[str, Any]], Iterable[Any]]
 
@@ -21,7 +23,7 @@ def for_each(**cases: Values) -> Callable[[Test], Test]:
 
     `pytest.mark.parametrize` makes every case a test of its own, which costs more than a small case itself. Here, too,
     every case starts from the same seed and has its own `tmp_path` and `monkeypatch`, and all cases run even if some
-    fail. A case must not skip; leave it out of the values instead.
+    fail. A case must not skip, except for an old version of a library (`versions`); leave it out of the values instead.
 
     Args:
         cases: Argument name -> the values it takes, or a function that returns them for the test's other arguments.
@@ -31,17 +33,26 @@ def for_each(**cases: Values) -> Callable[[Test], Test]:
         @wraps(test)
         def run(**given: Any) -> None:
             failures: dict[str, BaseException] = {}
+            skipped: list[TooOld] = []
             number = -1
             for number, case in enumerate(_combinations(cases, given)):
                 torch.default_generator.manual_seed(0)
                 with pytest.MonkeyPatch.context() as monkeypatch:
                     try:
                         test(**given | _own_fixtures(given, number, monkeypatch) | case)
+                    except TooOld as skip:
+                        skipped.append(skip)
                     except (Exception, pytest.fail.Exception, pytest.skip.Exception) as error:
+                        skip = too_old(error)
+                        if skip is not None:
+                            skipped.append(skip)
+                            continue
                         failures[", ".join(map(_name, case.values()))] = error
             assert number >= 0, "no cases"
             if failures:
                 pytest.fail(_report(failures, number + 1), pytrace=False)
+            if len(skipped) == number + 1:
+                raise skipped[0]
 
         signature = inspect.signature(test)
         left = [parameter for name, parameter in signature.parameters.items() if name not in cases]

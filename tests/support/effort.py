@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-_PARSER: Any = importlib.import_module("re._parser")
+# Python 3.10 has the parser elsewhere.
+_PARSER: Any = importlib.import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
 _MOST = 2 * 10**5
 """Number of steps after which an expression is given up: with names of a few hundred characters it takes forever."""
 _CLASSES: dict[str, Callable[[str], bool]] = {

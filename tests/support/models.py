@@ -27,22 +27,33 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from tokenizers import Tokenizer
+from tokenizers.models import Unigram
+from tokenizers.pre_tokenizers import Metaspace
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
 )
+
+from tests.support import versions
 
 if TYPE_CHECKING:
     # diffusers 0.33 has none.
     from diffusers import ModularPipeline
 
 TRANSFORMERS = int(transformers.__version__.split(".")[0])
+CLIP_ROOT = "" if TRANSFORMERS >= 5 else "text_model."
+"""The beginning of the paths in a text encoder of CLIP."""
+
 WIDTH = 32
 PROMPT = "a fox"
 
@@ -60,9 +71,16 @@ def clip_tokenizer() -> CLIPTokenizer:
         return CLIPTokenizer(*map(str, files), model_max_length=16)
 
 
-def t5_tokenizer() -> T5Tokenizer:
+def t5_tokenizer() -> PreTrainedTokenizerBase:
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     letters = [(letter, -2.0) for letter in string.ascii_lowercase]
+    if TRANSFORMERS < 5:
+        # There, T5Tokenizer reads files of SentencePiece.
+        words = Tokenizer(Unigram([*vocabulary, *letters], unk_id=2))
+        words.pre_tokenizer = Metaspace()
+        words.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+        special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+        return PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=16, **special)
     return T5Tokenizer(vocab=[*vocabulary, *letters], extra_ids=0, model_max_length=16)
 
 
@@ -206,10 +224,8 @@ def sdxl() -> StableDiffusionXLPipeline:
 
 
 def sdxl_modular() -> "ModularPipeline":
-    from diffusers import StableDiffusionXLAutoBlocks
-
     whole = sdxl()
-    pipe = StableDiffusionXLAutoBlocks().init_pipeline()
+    pipe = versions.diffusers.StableDiffusionXLAutoBlocks().init_pipeline()
     pipe.update_components(**{name: part for name, part in whole.components.items() if part is not None})
     return pipe
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diffadapt.weights import gguf_k_quants
+from tests.support.versions import needs
 
 OUT, INPUTS = 256, 512
 
@@ -132,6 +133,7 @@ def gguf(qtype: str) -> Any:
 
 
 def bfl_fp8(weight: Tensor, bias: Tensor) -> nn.Module:
+    needs("diffusers", "0.42", "BFLFP8RLinear")
     from diffusers.quantizers.bfl.utils import BFLFP8RLinear, quantize_fp8r
 
     layer = BFLFP8RLinear(*weight.shape[::-1], bias=True, compute_dtype=torch.float32)
@@ -141,6 +143,7 @@ def bfl_fp8(weight: Tensor, bias: Tensor) -> nn.Module:
 
 
 def bfl_nvfp4(weight: Tensor, bias: Tensor) -> nn.Module:
+    needs("diffusers", "0.42", "BFLNVFP4Linear")
     from diffusers.quantizers.bfl.utils import BFLNVFP4Linear, quantize_nvfp4
 
     layer = BFLNVFP4Linear(*weight.shape[::-1], bias=True, compute_dtype=torch.float32)
@@ -184,6 +187,7 @@ def cast(dtype: torch.dtype) -> Any:
 
 def transformers_fp8(blocks: tuple[int, int] | None) -> Any:
     def make(weight: Tensor, bias: Tensor) -> nn.Module:
+        needs("transformers", "5.4", "FP8Linear")
         from transformers.integrations import finegrained_fp8
 
         layer: Any = finegrained_fp8.FP8Linear(*weight.shape[::-1], blocks, has_bias=True)
@@ -206,6 +210,7 @@ def transformers_fp8(blocks: tuple[int, int] | None) -> Any:
 
 
 def transformers_fp8_embedding(weight: Tensor, _: None) -> nn.Module:
+    needs("transformers", "5.4", "FP8Embedding")
     from transformers.integrations.finegrained_fp8 import FP8Embedding
 
     layer = FP8Embedding(*weight.shape)

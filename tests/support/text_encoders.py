@@ -4,8 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
+
+from tests.support.versions import transformers
 
 _SIZES: dict[str, Any] = {
     "hidden_size": 32,

@@ -5,11 +5,10 @@ Text encoders have as many layers as the pipelines read. Latents of autoencoders
 
 from typing import Any
 
-import diffusers
-import transformers
 from torch import nn
 
 from tests.support.tiny_tokenizers import IMAGE_TOKEN, VIDEO_TOKEN, VISION_START, VOCABULARY, tokenizer
+from tests.support.versions import diffusers, transformers
 
 _CLIP_LENGTH = 16
 WIDTH = 32

@@ -4,17 +4,17 @@ Nothing has to be set on them after they were loaded from a folder. Only the pro
 cannot be saved.
 """
 
-import warnings
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import diffusers
 import torch
 from torch import nn
 
 from tests.support import tiny_parts as parts
+from tests.support.silence import ignored
 from tests.support.tiny_tokenizers import TinyProcessor, tokenizer
+from tests.support.versions import diffusers, needs
 
 _SQUARE: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 16}
 
@@ -430,6 +430,7 @@ def _hunyuan_image(**config: Any) -> Any:
 
 
 def _wan(experts: int = 1, **config: Any) -> Any:
+    needs("diffusers", "0.34", "Wan without ftfy")
     denoisers = [
         diffusers.WanTransformer3DModel(
             in_channels=4,
@@ -533,7 +534,7 @@ def shared(name: str) -> Any:
 def tiny(name: str) -> Any:
     """Return the pipeline `name`, in eval mode and frozen, always with the same weights, none of which are zero."""
     # Diffusers' own models use deprecated parts of it.
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(category=FutureWarning, action="ignore"):
+    with torch.random.fork_rng(devices=[]), ignored(FutureWarning):
         torch.manual_seed(0)
         pipe = _BUILDERS[name]()
         for part in pipe.components.values():

@@ -5,7 +5,9 @@ from typing import Any
 import torch
 from PIL import Image
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
-from transformers import BatchFeature, PreTrainedTokenizerFast, Qwen2VLImageProcessorPil
+from transformers import BatchFeature, PreTrainedTokenizerFast
+
+from tests.support.versions import transformers
 
 _SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<|im_start|>", "<|im_end|>")
 _PICTURE = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
@@ -45,6 +47,7 @@ def tokenizer(length: int = 512, adds: str = "$A", pad: str = "<pad>") -> PreTra
         bos_token="<bos>",
         unk_token="<unk>",
         model_max_length=length,
+        model_input_names=["input_ids", "attention_mask"],
         chat_template=_CHAT,
     )
 
@@ -54,7 +57,7 @@ class TinyProcessor:
 
     def __init__(self, patch: int, largest: int) -> None:
         self.tokenizer = tokenizer()
-        self.pictures = Qwen2VLImageProcessorPil(
+        self.pictures = transformers.Qwen2VLImageProcessorPil(
             patch_size=patch, merge_size=2, size={"shortest_edge": (2 * patch) ** 2, "longest_edge": largest}
         )
 

@@ -159,7 +159,9 @@ def test_the_saved_lora_of_every_type_draws_the_same_picture(adapter_type: Adapt
     pipe = models.sd15()
     base = draw(pipe)
     options = options_for_unet(adapter_type)
-    options["init"] = adapter_type.name == "started_lora" and options["init"]
+    if adapter_type.name not in ("osf", "tlora"):
+        # Random numbers in the place of these two's singular vectors are so large that pictures amplify rounding.
+        options["init"] = adapter_type.name == "started_lora" and options["init"]
     targets = [*ATTENTION, "conv1"] if "conv" in adapter_type.layers else [*ATTENTION]
     diffadapt.add_adapter(pipe.unet, adapter_type.config(target_modules=targets, **options), "a")
     with torch.no_grad():

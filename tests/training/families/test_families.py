@@ -2,7 +2,6 @@
 
 import importlib
 import inspect
-import warnings
 from typing import Any
 
 import diffusers
@@ -15,6 +14,7 @@ from diffadapt.errors import AdapterError
 from diffadapt.training.families import FAMILIES, TrainingFamily, family_of, latents
 from tests.support import training_oracle as oracle
 from tests.support.cases import for_each
+from tests.support.silence import ignored
 from tests.support.tiny_pipelines import TINY, shared, tiny
 
 TOKENS = oracle.TOKENS
@@ -174,7 +174,7 @@ def test_distilled_models_are_recognised_by_their_configs() -> None:
     krea2.register_to_config(is_distilled=True)
     zimage.register_modules(scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
     sd.register_modules(scheduler=diffusers.LCMScheduler())
-    with warnings.catch_warnings(category=DeprecationWarning, action="ignore"):  # NumPy's, in the scheduler
+    with ignored(DeprecationWarning):  # NumPy's, in the scheduler
         ancestral = diffusers.EulerAncestralDiscreteScheduler(timestep_spacing="trailing")
     sdxl.register_modules(scheduler=ancestral)
     for pipe, sign in (
