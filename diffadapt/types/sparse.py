@@ -164,7 +164,17 @@ def _sorted_csr(rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int,
     return _csr(rows[order], columns[order], values[order], shape), order
 
 
-class _CsrProduct(torch.autograd.Function):
+class _ProductFunction(torch.autograd.Function):
+    """A way to compute `sparse_product` that keeps the input and the matrix for the backward pass, and nothing else."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Save the input and the matrix for `backward`."""
+        *tensors, _ = inputs
+        ctx.save_for_backward(*tensors)
+
+
+class _CsrProduct(_ProductFunction):
     """`sparse_product` by PyTorch's products with sparse matrices."""
 
     @staticmethod
@@ -175,12 +185,6 @@ class _CsrProduct(torch.autograd.Function):
         for part, result in _chunks(input, output):
             result.copy_((matrix @ part.t()).t())
         return output
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """Save the input and the matrix for `backward`."""
-        *tensors, _ = inputs
-        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, None]:
@@ -198,7 +202,7 @@ class _CsrProduct(torch.autograd.Function):
         return input_grad, None, None, values_grad, None
 
 
-class _SparseProduct(torch.autograd.Function):
+class _SparseProduct(_ProductFunction):
     """`sparse_product` in chunks of tokens, without keeping what was gathered for the backward pass."""
 
     @staticmethod
@@ -208,12 +212,6 @@ class _SparseProduct(torch.autograd.Function):
         for part, result in _chunks(input, output):
             result.copy_(_product(part, rows, columns, values, size))
         return output
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """Save the input and the matrix for `backward`."""
-        *tensors, _ = inputs
-        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, None]:
