@@ -211,6 +211,7 @@ def methods() -> list[Row]:
         ("OSF, half kept", diffadapt.OSFConfig, {}, peft.OSFConfig, {}, Goal()),
         ("OSF, 16 trained", diffadapt.OSFConfig, {"kept": 1264}, peft.OSFConfig, {"effective_rank": 1264}, Goal()),
         ("FRoD 1 %", diffadapt.FRoDConfig, {}, peft.FrodConfig, {"progressbar": False}, Goal()),
+        ("AdaMSS r100", diffadapt.AdaMSSConfig, {}, peft.AdamssConfig, {}, Goal()),
         ("PEANuT r32", diffadapt.PEANuTConfig, {"rank": 32}, peft.PeanutConfig, {"r": 32}, Goal()),
         ("SuperTuning", diffadapt.SuperTuningConfig, {}, peft.SupertuningConfig, {}, Goal()),
         (
@@ -310,6 +311,19 @@ def rows(layer: str) -> list[Row]:
                 Goal(1.22, 1.35),
             )
         )
+        found += [
+            Row(
+                "T-LoRA r16",
+                ours(diffadapt.TLoRAConfig, rank=16),
+                lycoris_and_bypass(lycoris.TLoraModule, 16),
+            ),
+            Row(
+                "DyLoRA r16, blocks of 4",
+                ours(diffadapt.DyLoRAConfig, rank=16, block_size=4),
+                # Its bypass raises an error.
+                {"lycoris": with_lycoris(lycoris.DyLoraModule, 16, block_size=4)},
+            ),
+        ]
         found += methods()
     return found
 

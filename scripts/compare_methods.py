@@ -12,11 +12,13 @@ and noise. Measured are:
 Every result is a line of `results.jsonl` in the work folder; a run that was interrupted continues with the missing
 ones. Run it in the background, it takes hours:
 
-    python scripts/compare_methods.py [--steps 300] [--seeds 3] [--only lora,vera] [--work .cache/compare_methods]
+    python scripts/compare_methods.py [--steps 120] [--seeds 3] [--only lora,vera] [--work .cache/compare_methods]
     python scripts/compare_methods.py --report          # docs/methods.md and docs/methods.png, from the results
 """
 
 import argparse
+import contextlib
+import functools
 import json
 import statistics
 import time
@@ -58,7 +60,7 @@ PROMPTS = {
     ],
     "ink": UNRELATED,
 }
-BATCH = 6
+BATCH = 4
 
 
 @dataclass(frozen=True)
@@ -89,32 +91,36 @@ METHODS: dict[str, Method] = {
     "LoHa": Method(diffadapt.LoHaConfig, ranks(2, 4), {"rank": 4}),
     "LoKr": Method(diffadapt.LoKrConfig, ranks(4, 8, 16, factor=4), {"rank": 8}),
     "OFT": Method(diffadapt.OFTConfig, ranks(2, 4, 8, 16, 32, name="block_size"), {"block_size": 8}),
+    "BOFT": Method(diffadapt.BOFTConfig, ranks(2, 4, 8, 16, 32, name="block_size"), {"block_size": 8}),
     "HRA": Method(diffadapt.HRAConfig, ranks(4, 8, 16), {"rank": 8}),
     "MiSS": Method(diffadapt.MiSSConfig, ranks(4, 8, 16), {"rank": 16}, 1e-3),
     "GraLoRA": Method(diffadapt.GraLoRAConfig, ranks(4, 8), {"rank": 16}),
     "DeLoRA": Method(diffadapt.DeLoRAConfig, ranks(4, 8, strength=4.0), {"rank": 8, "strength": 4.0}),
     "HiRA": Method(diffadapt.HiRAConfig, ranks(4, 8), {"rank": 16}, 5e-3),
     "DEFT": Method(diffadapt.DEFTConfig, ranks(4, 8), {"rank": 8}),
-    "AdaLoRA": Method(diffadapt.AdaLoraConfig, ranks(4, 8, target_rank=4), {"rank": 12, "target_rank": 8}),
-    "DyLoRA": Method(diffadapt.DyLoRAConfig, ranks(4, 8, block_size=1), {"rank": 8, "block_size": 1}),
+    "AdaLoRA": Method(diffadapt.AdaLoraConfig, ranks(4, 8, target_rank=4), {"rank": 12, "target_rank": 8}, 1e-2),
+    "DyLoRA": Method(diffadapt.DyLoRAConfig, ranks(4, 8, block_size=1), {"rank": 8, "block_size": 1}, 5e-3),
     "T-LoRA": Method(diffadapt.TLoRAConfig, ranks(4, 8), {"rank": 16}, 1e-3),
-    "OSF": Method(diffadapt.OSFConfig, ranks(0.97, 0.93, 0.9, 0.85, name="kept"), {"kept": 0.5}, 5e-4),
+    "OSF": Method(diffadapt.OSFConfig, ranks(0.97, 0.93, 0.9, 0.85, name="kept"), {"kept": 0.5}, 1e-2),
     "AdaMSS": Method(diffadapt.AdaMSSConfig, ranks(1, 2, 4, 8, name="cluster_rank", rank=32), {"rank": 32}),
-    "TinyLoRA": Method(diffadapt.TinyLoRAConfig, ranks(64, 256, 1024, name="length"), {}, 2e-2),
+    "TinyLoRA": Method(diffadapt.TinyLoRAConfig, ranks(64, 256, 1024, name="length"), {}, 1e-4),
     "FRoD": Method(diffadapt.FRoDConfig, ranks(0.01, 0.02, 0.05, 0.1, name="density"), {}, 2e-3),
     "PSOFT": Method(diffadapt.PSOFTConfig, ranks(8, 16, 24, 32), {"rank": 24}),
-    "C3A": Method(diffadapt.C3AConfig, ranks(32, 16, 8, name="block_size"), {"block_size": 16}, 2e-2),
+    "C3A": Method(diffadapt.C3AConfig, ranks(32, 16, 8, name="block_size"), {"block_size": 16}, 1e-1),
     "FourierFT": Method(
-        diffadapt.FourierFTConfig, ranks(200, 500, 1000, name="frequencies"), {"frequencies": 1000}, 2e-2
+        diffadapt.FourierFTConfig, ranks(200, 500, 1000, name="frequencies"), {"frequencies": 1000}, 3e-3
     ),
-    "WaveFT": Method(diffadapt.WaveFTConfig, ranks(200, 500, 1000, name="frequencies"), {"frequencies": 1000}),
+    "WaveFT": Method(diffadapt.WaveFTConfig, ranks(200, 500, 1000, name="frequencies"), {"frequencies": 1000}, 3e-4),
     "SHiRA": Method(diffadapt.SHiRAConfig, ranks(2, 4, 8), {"rank": 4}),
     "VeRA": Method(diffadapt.VeRAConfig, ranks(64, 256, 1024), {"rank": 256}, 2e-2),
+    "PVeRA": Method(diffadapt.PVeRAConfig, ranks(64, 256, 1024), {"rank": 256}, 2e-2),
     "RandLora": Method(diffadapt.RandLoraConfig, ranks(32, 16, 8), {"rank": 8}, 1e-3),
     "VB-LoRA": Method(diffadapt.VBLoRAConfig, ranks(2, 4, vectors=64, length=16), {"length": 16, "vectors": 64}, 1e-2),
     "UniLora": Method(diffadapt.UniLoraConfig, ranks(2000, 8000, 20000, name="length"), {"length": 2000}, 1e-2),
     "RoAd": Method(diffadapt.RoAdConfig, ranks(1, 2, 4, name="variant", group_size=2), {"group_size": 2}, 1e-2),
     "IA3": Method(diffadapt.IA3Config, [{}], {}, 1e-2),
+    "GLoRA": Method(diffadapt.GLoRAConfig, ranks(1, 2, 4), {"rank": 4}, 1e-3),
+    "GLoRA of PEFT": Method(diffadapt.GLoRAPEFTConfig, ranks(1, 2, 4), {"rank": 4}, 1e-3),
     "PEANuT": Method(diffadapt.PEANuTConfig, ranks(4, 8), {"rank": 8}),
     "SuperTuning": Method(diffadapt.SuperTuningConfig, ranks(0.97, 0.95, 0.9, name="sparsity"), {}),
     "full": Method(diffadapt.FullConfig, [{}], {}, 2e-4),
@@ -131,10 +137,12 @@ def pictures_of(task: str) -> tuple[Tensor, list[str]]:
     ]
 
 
+@functools.cache
 def load_pipeline() -> StableDiffusionPipeline:
-    """Load the embedded pipeline without progress bars."""
+    """Load the embedded pipeline without progress bars, once: removing an adapter restores every bit of it."""
     pipe = StableDiffusionPipeline.from_pretrained(PIPELINE, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
+    pipe.unet.requires_grad_(False)
     return pipe
 
 
@@ -152,16 +160,26 @@ def trainable(adapter: diffadapt.Adapter) -> list[torch.nn.Parameter]:
     return [parameter for parameter in adapter.parameters() if parameter.requires_grad]
 
 
-def within(pipe: StableDiffusionPipeline, method: Method, budget: int) -> AdapterConfig:
-    """Return the largest settings of a method with at most `budget` parameters, or its smallest ones."""
-    chosen = method.make(target_modules=LAYERS, **method.sizes[0])
-    for options in method.sizes[1:]:
-        config = method.make(target_modules=LAYERS, **options)
-        count = sum(p.numel() for p in trainable(diffadapt.add_adapter(pipe.unet, config, "count")))
-        pipe.adapters.remove("count")
-        if count <= budget:
-            chosen = config
-    return chosen
+@functools.cache
+def settings(name: str, kind: str) -> AdapterConfig:
+    """Return a method's own settings, or its largest ones that have no more parameters than a LoRA of rank 8.
+
+    If even the smallest settings have more parameters, they are taken.
+    """
+    method = METHODS[name]
+    if kind == "default":
+        return method.make(target_modules=LAYERS, **method.default)
+    configs = [method.make(target_modules=LAYERS, **options) for options in method.sizes]
+    budget = size(diffadapt.LoraConfig(rank=8, target_modules=LAYERS))
+    return next((config for config in reversed(configs[1:]) if size(config) <= budget), configs[0])
+
+
+def size(config: AdapterConfig) -> int:
+    """Return how many parameters are trained with these settings."""
+    pipe = load_pipeline()
+    count = sum(p.numel() for p in trainable(diffadapt.add_adapter(pipe.unet, config, "count")))
+    pipe.adapters.remove("count")
+    return count
 
 
 def train(
@@ -213,30 +231,26 @@ def peak_of_step(pipe: StableDiffusionPipeline) -> int:
 
 def run(name: str, kind: str, task: str, seed: int, steps: int, work: Path, judge_steps: int = 800) -> dict[str, Any]:
     """Train one adapter and return its figures."""
-    torch.manual_seed(seed)
     pipe, judge = load_pipeline(), tiny_judge.load_judge(work, steps=judge_steps)
-    pipe.unet.requires_grad_(False)
-    method = METHODS[name]
-    budget = sum(p.numel() for p in trainable(diffadapt.add_adapter(pipe.unet, lora_of_rank_8(), "budget")))
-    pipe.adapters.remove("budget")
-    if kind == "budget":
-        config = within(pipe, method, budget)
-    else:
-        config = method.make(target_modules=LAYERS, **method.default)
+    config = settings(name, kind)
+    torch.manual_seed(seed)
     before = drawn(pipe, UNRELATED, seed)
     adapter = diffadapt.add_adapter(pipe.unet, config, "mine")
-    parameters = sum(p.numel() for p in trainable(adapter))
-    peak = peak_of_step(pipe)
-    speed = train(pipe, adapter, task, seed, steps, method.rate)
-    with torch.no_grad():
-        pictures = drawn(pipe, PROMPTS[task], seed)
-        mine, wanted = (F.normalize(judge.features(p * 2 - 1), dim=1) for p in (pictures, pictures_of(task)[0]))
-        after, plain = (F.normalize(judge.features(p * 2 - 1), dim=1) for p in (drawn(pipe, UNRELATED, seed), before))
     try:
-        file = pipe.adapters.save("mine", work / "files" / f"{name}-{kind}-{task}-{seed}.safetensors", format="kohya")
-        size = Path(file).stat().st_size
-    except diffadapt.AdapterError:
-        size = 4 * parameters
+        parameters = sum(p.numel() for p in trainable(adapter))
+        peak = peak_of_step(pipe)
+        for parameter in trainable(adapter):
+            parameter.grad = None
+        speed = train(pipe, adapter, task, seed, steps, METHODS[name].rate)
+        pictures, unrelated = drawn(pipe, PROMPTS[task], seed), drawn(pipe, UNRELATED, seed)
+        file_size = smallest_file(pipe, work / "files" / f"{name}-{kind}-{task}-{seed}")
+    finally:
+        pipe.adapters.remove("mine")
+    with torch.no_grad():
+        wanted = pictures_of(task)[0]
+        mine, wanted, after, plain = (
+            F.normalize(judge.features(p * 2 - 1), dim=1) for p in (pictures, wanted, unrelated, before)
+        )
     sample = work / "pictures" / f"{name}-{kind}-{task}-{seed}.png"
     sample.parent.mkdir(parents=True, exist_ok=True)
     to_image(pictures[0]).save(sample)
@@ -251,13 +265,21 @@ def run(name: str, kind: str, task: str, seed: int, steps: int, work: Path, judg
         "drift": 1 - (after * plain).sum(1).mean().item(),
         "speed": speed,
         "peak": peak,
-        "bytes": size,
+        "bytes": file_size,
     }
 
 
-def lora_of_rank_8() -> AdapterConfig:
-    """Return the settings whose number of parameters is the budget."""
-    return diffadapt.LoraConfig(rank=8, target_modules=LAYERS)
+def smallest_file(pipe: StableDiffusionPipeline, path: Path) -> int:
+    """Save the adapter in the formats that hold it, and return the size of the smallest in bytes.
+
+    A kohya file has the projections that layers share once for every layer, and a PEFT folder once.
+    """
+    sizes: list[int] = []
+    for format, name in (("kohya", path.with_name(path.name + ".safetensors")), ("peft", path)):
+        with contextlib.suppress(diffadapt.AdapterError):
+            saved = Path(pipe.adapters.save("mine", name, format=format))
+            sizes.append(sum(file.stat().st_size for file in ([saved] if saved.is_file() else saved.rglob("*.*"))))
+    return min(sizes)
 
 
 def results(work: Path) -> list[dict[str, Any]]:
@@ -269,12 +291,20 @@ def results(work: Path) -> list[dict[str, Any]]:
 def missing(work: Path, names: list[str], seeds: int, steps: int) -> Iterator[tuple[str, str, str, int]]:
     """Yield the runs without a result: method, kind of settings, task and seed."""
     done = {(r["method"], r["kind"], r["task"], r["seed"]) for r in results(work) if r["steps"] == steps}
-    for seed in range(seeds):
-        for task in PROMPTS:
-            for name in names:
-                for kind in ("budget", "default"):
+    for kind in ("budget", "default"):
+        for seed in range(seeds):
+            for task in PROMPTS:
+                for name in names:
                     if (name, kind, task, seed) not in done:
                         yield name, kind, task, seed
+
+
+def same_run(work: Path, name: str, kind: str, task: str, seed: int, steps: int) -> dict[str, Any] | None:
+    """Return the result of the run with the other kind of settings, if both kinds are the same settings."""
+    if settings(name, "budget") != settings(name, "default"):
+        return None
+    wanted = {"method": name, "task": task, "seed": seed, "steps": steps}
+    return next(({**r, "kind": kind} for r in results(work) if wanted.items() <= r.items()), None)
 
 
 def spread(values: list[float], digits: int = 3) -> str:
@@ -309,6 +339,9 @@ def report(work: Path) -> None:
                 f"{own[0]['bytes'] / 2**10:.0f} KiB",
             ]
             lines.append(f"| {' | '.join(cells)} |")
+    seeds = min(len({r["seed"] for r in found if r["method"] == name}) for name in {r["method"] for r in found})
+    setup = f"Steps per run: {found[0]['steps']}; pictures per step: {BATCH}; seeds per figure: at least {seeds}."
+    lines[:0] = [setup, ""]
     text = PAGE.read_text()
     start, end = text.index(START) + len(START), text.index(END)
     PAGE.write_text(f"{text[:start]}\n\n" + "\n".join([*lines, "", PICTURE_LINE]) + f"\n\n{text[end:]}")
@@ -337,7 +370,7 @@ def sheet(work: Path, columns: int = 9, side: int = 96) -> None:
 def main() -> None:
     """Run what is missing, or write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=300, help="training steps of every run (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=120, help="training steps of every run (default: %(default)s)")
     parser.add_argument("--judge_steps", type=int, default=800, help="training steps of the judge, the first time")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default: %(default)s)")
     parser.add_argument("--only", default="", help="names of the methods to run, separated by commas")
@@ -352,7 +385,8 @@ def main() -> None:
     wanted = [name.lower() for name in options.only.split(",") if name]
     names = [name for name in METHODS if not wanted or name.lower() in wanted]
     for name, kind, task, seed in list(missing(options.work, names, options.seeds, options.steps)):
-        figures = run(name, kind, task, seed, options.steps, options.work, options.judge_steps)
+        figures = same_run(options.work, name, kind, task, seed, options.steps)
+        figures = figures or run(name, kind, task, seed, options.steps, options.work, options.judge_steps)
         with (options.work / "results.jsonl").open("a") as file:
             file.write(json.dumps(figures) + "\n")
         print(f"{name} {kind} {task} {seed}: similarity {figures['similarity']:.3f}, drift {figures['drift']:.3f}")

@@ -5,22 +5,36 @@ from typing import Any
 
 from diffadapt.errors import AdapterError, Fault
 from diffadapt.formats.format import Header
-from diffadapt.formats.metadata import parse_json
+from diffadapt.formats.metadata import finite_number, parse_json
 from diffadapt.types.singular import STARTS
 
 _ENTRY = "ss_network_args"
 _USUAL_BLOCK = 4
 
 
-def start_of_tlora(header: Header) -> dict[str, float]:
-    """Return the settings of a T-LoRA: the components that its training began with, if the header says so."""
+def settings_of_tlora(header: Header) -> dict[str, float]:
+    """Return the settings of a T-LoRA, as far as the header knows them.
+
+    They are the components that its training began with, and how many act at a timestep, by the names of the paper's
+    code or of SimpleTuner.
+
+    Raises:
+        AdapterError: a setting is no number, or none that can be.
+    """
     given = _arguments(header)
     if _algorithm(given) != "tlora":
         return {}
-    if str(given.get("use_data_init", True)).lower() in ("false", "0"):
-        return {"start": float(STARTS.index("random"))}
+    found: dict[str, float] = {}
+    for name, other in (("min_rank", "tlora_min_rank"), ("alpha_rank_scale", "tlora_alpha")):
+        value = given.get(name, given.get(other))
+        if value is not None:
+            found[name] = _number(value, name)
+    if found.get("min_rank", 0) < 0 or found.get("alpha_rank_scale", 1) <= 0:
+        raise AdapterError(f"{_ENTRY} in the file's metadata has {found}, expected min_rank >= 0, alpha_rank_scale > 0")
     start = given.get("sig_type", "principal")
-    return {"start": float(STARTS.index(start))} if start in STARTS else {}
+    if str(given.get("use_data_init", True)).lower() in ("false", "0"):
+        start = "random"
+    return {**found, "start": float(STARTS.index(start))} if start in STARTS else found
 
 
 def notes(header: Header) -> Iterable[Fault]:
@@ -36,6 +50,13 @@ def notes(header: Header) -> Iterable[Fault]:
             f"a DyLoRA of LyCORIS with blocks of {size}: it was {size} times as strong in training as its file says, "
             f"and as it is loaded; a strength of {size} restores that",
         )
+
+
+def _number(value: Any, name: str) -> float:
+    try:
+        return finite_number(float(value), name)
+    except (TypeError, ValueError) as error:
+        raise AdapterError(f"{name}={value!r} in the file's {_ENTRY} is no number") from error
 
 
 def _arguments(header: Header) -> Mapping[str, Any]:

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from diffadapt.merging.memory import Scratch
 from diffadapt.runtime import compose
-from diffadapt.runtime.adapter_layer import AdapterLayer, PreparedLayer, TermOf
+from diffadapt.runtime.adapter_layer import AdapterLayer, TermOf
+from diffadapt.runtime.prepared_layer import PreparedLayer
 from diffadapt.types.adapter_type import Tensors
 from diffadapt.types.tensor_ops import converted
 

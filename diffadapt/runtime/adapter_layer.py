@@ -1,16 +1,10 @@
-"""The part of an adapter that acts on one layer: its parameters (`AdapterLayer`), and what one call needs of them
-(`PreparedLayer`).
-
-An adapter layer computes in the dtype of its parameters: the input is cast to that dtype, and only the result is cast
-back. `compose.py` combines prepared layers into the output or the weight of the model's layer.
-"""
+"""The part of an adapter that acts on one layer: its parameters. `PreparedLayer` is what one call needs of them."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffadapt.runtime.base_weight import BaseWeight, bias_of
@@ -18,13 +12,11 @@ from diffadapt.runtime.cached import Cached, sum_of_terms
 from diffadapt.runtime.call_state import CallState
 from diffadapt.runtime.dropout import Dropout
 from diffadapt.runtime.quick_module import QuickModule
-from diffadapt.runtime.regions.blending import blended
 from diffadapt.runtime.regions.fields import Region
 from diffadapt.types.adapter_type import AdapterType, Stage, Surroundings, Tensors
 from diffadapt.types.layer_spec import LayerSpec
 from diffadapt.types.layer_state import LayerState, scale_of
-from diffadapt.types.lora import LORA
-from diffadapt.types.tensor_ops import add, converted, whole
+from diffadapt.types.tensor_ops import converted, whole
 
 BANK = "diffadapt"
 """Name of the child module that holds a model's adapters."""
@@ -36,113 +28,6 @@ _NO_DROPOUT = Dropout()
 
 TermOf: TypeAlias = Callable[["AdapterLayer"], Tensor]
 """Returns `AdapterLayer.joint_term` of an adapter layer."""
-
-
-class PreparedLayer(NamedTuple):
-    """An adapter layer prepared for one call of its host, or for one weight: the formulas of its type, gate included.
-
-    Attributes:
-        layer: the adapter layer.
-        tensors: its prepared tensors, on the device to compute on.
-        gate: scale x strength x call scale: 0-d, or (rows,) for an input whose rows have gates of their own. With
-            `layer.gates_ranks` it is (rank,) or (rows, rank).
-        dtype: the dtype to compute in.
-        field: a further factor for every position of the host's output (and rank with `layer.gates_ranks`), or `None`.
-    """
-
-    layer: "AdapterLayer"
-    tensors: Tensors
-    gate: Tensor
-    dtype: torch.dtype
-    field: Tensor | None = None
-
-    def at(self, vectors: Tensor) -> "PreparedLayer":
-        """Return the layer with the field for the positions of `vectors`, which the host gets or returns."""
-        region = self.layer.region
-        if region is None:
-            return self
-        return PreparedLayer(self.layer, self.tensors, self.gate, self.dtype, region.field(vectors, self.layer.spec))
-
-    def everywhere(self) -> "PreparedLayer":
-        """Return the layer without its field."""
-        return self if self.field is None else PreparedLayer(self.layer, self.tensors, self.gate, self.dtype)
-
-    def apply_map(self, vectors: Tensor, axis: int, transposed: bool = False, onto: Tensor | None = None) -> Tensor:
-        """Return `onto + gate * (T - 1) vectors`, where the second term is computed in the adapter's dtype."""
-        if self.field is not None and onto is not None:
-            return blended(onto, self.everywhere().apply_map(vectors, axis, transposed, onto), self.field)
-        layer, vectors = self.layer, vectors.to(self.dtype)
-        if self.gate.ndim:
-            change = layer.adapter_type.apply_map(
-                self.tensors, layer.spec, vectors=vectors, axis=axis, gate=_one(vectors), transposed=transposed
-            )
-            change = change * _per_row(self.gate, change)
-            return change if onto is None else onto + change
-        add_later = onto is not None and onto.dtype != vectors.dtype
-        change = layer.adapter_type.apply_map(
-            self.tensors,
-            layer.spec,
-            vectors=vectors,
-            axis=axis,
-            gate=self.gate,
-            transposed=transposed,
-            onto=None if add_later else onto,
-        )
-        return onto + change if add_later and onto is not None else change
-
-    def gated_gain(self) -> Tensor:
-        """Return `gate * (s - 1)` in float32 or wider, of shape (out,) or (rows, out)."""
-        gain = self.layer.adapter_type.gain(self.tensors)
-        return gain.to(torch.promote_types(gain.dtype, torch.float32)) * self.gate.unsqueeze(-1)
-
-    def add_change(self, output: Tensor, input: Tensor) -> Tensor:
-        """Return `output` plus the additive change for `input`. `output` may be overwritten."""
-        layer = self.layer
-        if self.field is not None and not self._gates_in_rank_space:
-            return blended(output, self.everywhere().add_change(output.clone(), input), self.field)
-        input = self.adapter_input(input)
-        if self.field is not None:
-            gate = layer.spec.along_channels(self.gate, output.ndim) if self.gate.ndim else self.gate
-            return self._delta_output(input, gate * self.field, output)
-        if self.gate.ndim and not layer.gates_ranks:
-            change = self._delta_output(input, _one(input), None)
-            return add(change * _per_row(self.gate, change).to(change.dtype), output)
-        return self._delta_output(input, self.gate, output)
-
-    @property
-    def _gates_in_rank_space(self) -> bool:
-        """Whether the type multiplies the gate in rank space, and so takes one per position."""
-        layer = self.layer
-        is_plain = layer.adapter_type is LORA and "lora_bias" not in self.tensors and not self.gate.ndim
-        return layer.gates_ranks or is_plain
-
-    def _delta_output(self, input: Tensor, gate: Tensor, onto: Tensor | None) -> Tensor:
-        layer = self.layer
-        if "patch" in layer.stages:
-            return layer.spec.dense(input, self.tensors[PATCH_DELTA], gate, onto)
-        return layer.adapter_type.delta_output(self.tensors, layer.spec, input=input, gate=gate, onto=onto)
-
-    def rank_gates(self, rank: int) -> Tensor:
-        """Return the gate of each rank, of shape (rank,) or (rows, rank)."""
-        return self.gate if self.layer.gates_ranks else self.gate.unsqueeze(-1).expand(*self.gate.shape, rank)
-
-    def adapter_input(self, input: Tensor) -> Tensor:
-        """Return the input of the additive change: in the adapter's dtype and, in training, with dropout."""
-        layer = self.layer
-        if input.is_floating_point():
-            input = input.to(self.dtype)
-        if layer.training and layer.dropout.input and not layer.adapter_type.blocks:
-            input = F.dropout(input, layer.dropout.input)
-        return input
-
-    def as_low_rank(self) -> tuple[Tensor, Tensor] | None:
-        """Return the factors (down, up) of the additive change, or `None` if it cannot share a product with others."""
-        layer = self.layer
-        if "add" not in layer.stages or (layer.training and layer.dropout.input):
-            return None
-        if layer.adapter_type.delta_bias(self.tensors) is not None:
-            return None
-        return layer.adapter_type.as_low_rank(self.tensors, layer.spec)
 
 
 class AdapterLayer(QuickModule):
@@ -158,6 +43,8 @@ class AdapterLayer(QuickModule):
         inputs: the input features that its own tensors cover; fewer than the host has if another adapter needs more.
         widens: whether `inputs` is more than the host has without adapters.
         gates_ranks: whether the gate has one element per rank; true for some slots only.
+        picks: (samples, n) the ranks of every sample whose gates are not zero, if every sample has at most n of them;
+            for some slots only.
         parameter: the parameter of the host that the layer changes.
         twin_of: the path of the layer whose tensors this one has, because both share a weight; see `ties.py`.
         gate: scale x strength, 0-d or (samples,): a view of the adapter's float32 tensor, which the adapter sets.
@@ -169,6 +56,7 @@ class AdapterLayer(QuickModule):
     """
 
     gates_ranks = False
+    picks: Tensor | None = None
     region: Region | None = None
     samples: frozenset[int] | None = None
     twin_of: str | None = None
@@ -233,7 +121,10 @@ class AdapterLayer(QuickModule):
                 # Positions are no parameters, which optimisers and counts of parameters go by.
                 self._buffers[name] = tensor
                 continue
-            if type(tensor) is Tensor or not isinstance(tensor, nn.Parameter):
+            if type(tensor) is Tensor:
+                # What `nn.Parameter` does with a plain tensor, after checks that take as long.
+                tensor = Tensor._make_subclass(nn.Parameter, tensor, trainable and name not in adapter_type.fixed)
+            elif not isinstance(tensor, nn.Parameter):
                 tensor = nn.Parameter(tensor, requires_grad=trainable and name not in adapter_type.fixed)
             self._parameters[name] = tensor
 
@@ -264,7 +155,7 @@ class AdapterLayer(QuickModule):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that the layer computes in."""
-        return next(tensor.dtype for tensor in self.tensors.values() if tensor.is_floating_point())
+        return next(tensor.dtype for tensor in self._parameters.values() if tensor is not None)
 
     @property
     def reads_weight(self) -> bool:
@@ -289,27 +180,19 @@ class AdapterLayer(QuickModule):
             settings=self.settings,
             inputs=self.spec.fan_in,
             outputs=self.spec.out_features,
+            groups=self.spec.groups,
             widens=self.widens,
             group=frozenset(map(id, (self, *self.siblings))) if self.siblings else frozenset(),
         )
         return self.adapter_type.stored_as(state)
 
-    def prepare_for_call(self, device: torch.device, rows: int) -> PreparedLayer:
-        """Return the layer prepared for a call of its host on `device`, with an input of `rows` rows."""
-        tensors, gate = self._prepared_tensors(), self.gate
-        if next(iter(tensors.values())).device != device:
-            # The host's weights are offloaded between calls; copy the adapter's to where they are for this call.
-            tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
-        if gate.device != device:
-            gate = gate.to(device)
-        if gate.ndim > self.gates_ranks:
-            gate = self.call.spread(gate, rows)
-        value = self.call.value
-        if value is not None and (torch.compiler.is_compiling() or value is not self.call.neutral):
-            gate = gate * value.to(device)
-        if self.training:
-            tensors, gate = self.dropout.applied(self.adapter_type, tensors, gate)
-        return PreparedLayer(self, tensors, gate, self.dtype)
+    def as_low_rank(self, prepared: Tensors) -> tuple[Tensor, Tensor] | None:
+        """Return `PreparedLayer.as_low_rank` for prepared tensors of this layer."""
+        if "add" not in self.stages or (self.training and self.dropout.input):
+            return None
+        if self.adapter_type.delta_bias(prepared) is not None:
+            return None
+        return self.adapter_type.as_low_rank(prepared, self.spec)
 
     def prepare(
         self,
@@ -335,8 +218,8 @@ class AdapterLayer(QuickModule):
             return prepared
         # Patches overlap, so the input cannot be mapped before the convolution: map the weight instead.
         rows = weight().to(next(t for t in tensors.values() if t.is_floating_point())).flatten(1)
-        one = _one(rows)
-        delta = self.adapter_type.apply_map(prepared, self.spec, vectors=rows, axis=1, gate=one, transposed=True)
+        unit = one(rows)
+        delta = self.adapter_type.apply_map(prepared, self.spec, vectors=rows, axis=1, gate=unit, transposed=True)
         return {**prepared, PATCH_DELTA: delta.view(self.spec.weight_shape)}
 
     def surroundings(self, weight: Callable[[], Tensor], term_of: TermOf | None = None) -> Surroundings:
@@ -355,8 +238,14 @@ class AdapterLayer(QuickModule):
         """The host's own weight, canonical and decoded when it is called."""
         return BaseWeight(self.host, self.spec, self.__dict__)
 
-    def _prepared_tensors(self) -> Tensors:
-        if not self.adapter_type.is_prepared and "patch" not in self.stages:
+    @property
+    def is_prepared(self) -> bool:
+        """Whether the prepared tensors are others than the layer's own."""
+        return self.adapter_type.is_prepared or "patch" in self.stages
+
+    def prepared_tensors(self) -> Tensors:
+        """Return the prepared tensors for the current weight of the host; those of the last call if nothing changed."""
+        if not self.is_prepared:
             return self.tensors
         # In training, tensors may be written without a new autograd version (`.data` of an averaged model), and in a
         # compiled graph there are no versions to compare. So neither uses the cache.
@@ -388,10 +277,6 @@ class AdapterLayer(QuickModule):
         return f"{self.adapter_type.name}, {shapes}, scale={self.scale:g}"
 
 
-def _one(like: Tensor) -> Tensor:
+def one(like: Tensor) -> Tensor:
+    """Return a gate of 1 on the device of `like`."""
     return torch.ones((), dtype=torch.float32, device=like.device)
-
-
-def _per_row(gates: Tensor, values: Tensor) -> Tensor:
-    """Reshape (rows,) gates so that they broadcast over `values`, of shape (rows, ...)."""
-    return gates.view(-1, *(1,) * (values.ndim - 1))

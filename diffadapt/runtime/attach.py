@@ -25,11 +25,11 @@ place each:
 | tokenizers | their added tokens and their class | `tokens/vocabulary` |
 | schedulers | stand-ins for methods, in their `__dict__` | `strengths/scheduler_clock` |
 | pipelines | stand-ins for `encode_prompt` and `progress_bar`, in their `__dict__` | `pipelines/call_hooks` |
-| pipeline classes | stand-ins for diffusers' adapter methods | `pipelines/diffusers_methods` |
+| classes of pipelines and models | stand-ins for their adapter methods | `pipelines/adapter_methods` |
 | pipeline classes | `load_adapter` and `adapters` | `pipelines/installation` |
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from weakref import ref
 
 import torch
@@ -40,6 +40,7 @@ from diffadapt.runtime.adapted_layers import ACTIVE, TOKENS, Extended, carry_, r
 from diffadapt.runtime.adapter import Adapter
 from diffadapt.runtime.adapter_layer import BANK, AdapterLayer
 from diffadapt.runtime.bank import RESERVED, Bank, bank_of, child_name, fusible_attentions
+from diffadapt.runtime.call_arguments import Clock
 from diffadapt.runtime.call_checks import check_call
 from diffadapt.runtime.class_mixing import unmix_
 from diffadapt.runtime.foreign_hooks import layer_devices
@@ -49,6 +50,7 @@ from diffadapt.runtime.regions.assignment import assign_regions_
 from diffadapt.runtime.replaced_layers import Watch, present_hosts, refuse_problems
 from diffadapt.runtime.slots.reservation import Reservation
 from diffadapt.runtime.text_cache import forget_text_
+from diffadapt.types.adapter_type import UNTIL
 
 
 def attach_(
@@ -70,6 +72,7 @@ def attach_(
     if bank is not None:
         refuse_problems(bank.find_layers(model))
     hosts = present_hosts(model, hosts, adapter.layers, {} if bank is None else bank.hosts)
+    clock = _clock_of(model, adapter.layers.values())
     present: dict[str, Adapter] = {} if bank is None else bank.adapters
     _fit_input_width_(model, {**present, name: adapter}.values(), bank)
     try:
@@ -86,6 +89,7 @@ def attach_(
     if adapter.training != model.training:
         adapter.train(model.training)
     bank._modules[child_name(name)] = adapter
+    bank.call.clock = clock or bank.call.clock
 
 
 def detach_(model: nn.Module, name: str) -> None:
@@ -120,6 +124,7 @@ def reserve_(model: nn.Module, reservation: Reservation, hosts: Mapping[str, nn.
     if bank is not None:
         refuse_problems(bank.find_layers(model))
     hosts = present_hosts(model, hosts, {path: slots[0] for path, slots in reservation.slots.items()}, {})
+    clock = _clock_of(model, (slot for slots in reservation.slots.values() for slot in slots))
     bank = _adapt_(model, hosts)
     for path, slots in reservation.slots.items():
         for slot in slots:
@@ -129,6 +134,7 @@ def reserve_(model: nn.Module, reservation: Reservation, hosts: Mapping[str, nn.
     if devices:
         reservation.place_(devices)
     bank._modules[RESERVED] = reservation.train(model.training)
+    bank.call.clock = clock or bank.call.clock
     with ordinary_tensors():
         bank.call.set_neutral(torch.ones((), dtype=torch.float32, device=reservation.device))
     bank._outside = None
@@ -243,6 +249,11 @@ def _adapt_(model: nn.Module, hosts: Mapping[str, nn.Module]) -> Bank:
         bank._watch = Watch(model, {**bank.embeddings, **bank.hosts})
         bank._gradient_flow = None
     return bank
+
+
+def _clock_of(model: nn.Module, layers: Iterable[AdapterLayer]) -> Clock | None:
+    """Return how a model is told the timestep, if one of the layers depends on it."""
+    return Clock.of(model) if any(UNTIL in layer.tensors for layer in layers) else None
 
 
 def _fit_input_width_(

@@ -1,12 +1,15 @@
 """The state of a call of a model that its adapter layers need: the per-call scale, and the samples of the batch."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Generator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffadapt.errors import AdapterError
+from diffadapt.runtime.call_arguments import Clock
 from diffadapt.runtime.inference_mode import ordinary_tensors
 from diffadapt.runtime.regions.fields import Regions
 
@@ -37,7 +40,12 @@ class CallState:
         row_samples: (batch,) the number of the sample that each row of the model's input belongs to, in this call of a
             model whose slots have gates per sample; else `None`. Compiled graphs read this tensor, and not the numbers
             that it follows from.
+        timestep: how noisy the rows of the batch are in this call of a model with adapters that depend on it, from 0 to
+            1000: 0-d or (batch,); else `None`.
+        clock: how the model is told the timestep, if there are such adapters; else `None`.
         regions: where in the picture adapters act; `None` if they act everywhere.
+        row_factors: what the rows of a batch pick from the adapter layers on each layer of the model; see
+            `row_factors.py`. Emptied when `per_sample` ends.
         everywhere: the value of `regions` without masks. It is an object without masks where slots are prepared for
             them, since compiled graphs depend on whether there is one; else `None`.
     """
@@ -54,9 +62,12 @@ class CallState:
         self.batch = 0
         self.is_ragged = False
         self.row_samples: Tensor | None = None
+        self.timestep: Tensor | None = None
+        self.clock: Clock | None = None
         self.regions: Regions | None = None
         self.everywhere: Regions | None = None
-        self._known_rows: dict[tuple[int, int, int, torch.device], Tensor] = {}
+        self.row_factors: dict[object, object] = {}
+        self._known_rows: dict[tuple[object, ...], Tensor] = {}
 
     def set_neutral(self, value: Tensor | None) -> None:
         """Make `value` the call scale of calls without one, from now on."""
@@ -69,12 +80,68 @@ class CallState:
         self.everywhere = regions
 
     def scale(self, value: Any) -> Tensor | None:
-        """Return the tensor of a call scale, or of a call without one (`None`)."""
+        """Return the tensor of a call scale, or of a call without one (`None`).
+
+        Raises:
+            AdapterError: the scale is a number that is not finite.
+        """
         if value is None:
             return self.neutral
+        if isinstance(value, (int, float)) and not torch.compiler.is_compiling() and not math.isfinite(value):
+            raise AdapterError(f"the scale of a call must be a finite number, not {value}")
         with ordinary_tensors():
             device = None if self.neutral is None else self.neutral.device
             return torch.as_tensor(value, dtype=torch.float32, device=device)
+
+    def keep(self) -> Callable[[], AbstractContextManager[None]]:
+        """Return a function whose context has the scale and the timestep of this moment, whatever call runs then."""
+        value, timestep = self.value, self.timestep
+
+        @contextmanager
+        def kept() -> Generator[None, None, None]:
+            before = self.value, self.timestep
+            self.value, self.timestep = value, timestep
+            try:
+                yield
+            finally:
+                self.value, self.timestep = before
+
+        return kept
+
+    def acting(self, until: Tensor, rows: int) -> Tensor:
+        """Return 1 for every component of a rank that acts at the timestep of this call, else 0.
+
+        Args:
+            until: the last whole timestep at which a component acts, (rank,).
+            rows: the number of rows of the layer's input.
+
+        Returns:
+            (rank,), or (rows, rank) if the rows of the batch have timesteps of their own, in float32.
+
+        Raises:
+            AdapterError: there is no timestep, since the layer was not called by its model, or it is not known which
+                row of the input belongs to which row of the batch.
+        """
+        if self.clock is None:
+            return torch.ones_like(until, dtype=torch.float32)
+        timestep = self.timestep
+        if timestep is None:
+            raise AdapterError(
+                "the adapter depends on the timestep, which only a call of the whole model tells; call the model, and "
+                "let it do gradient checkpointing (enable_gradient_checkpointing)"
+            )
+        if timestep.ndim:
+            if rows % len(timestep) == 0:
+                timestep = timestep.repeat_interleave(rows // len(timestep)).unsqueeze(-1)
+            elif not torch.compiler.is_compiling() and bool((timestep == timestep[0]).all()):
+                timestep = timestep[0]
+            else:
+                raise AdapterError(
+                    f"the adapter depends on the timestep, and a layer gets {rows} rows for {len(timestep)} timesteps; "
+                    "call the model with one timestep"
+                )
+        # Whole timesteps may come out slightly smaller where models count in shares.
+        return (timestep.to(until.device) < until + 0.99).to(torch.float32)
 
     def assign_rows(self, device: torch.device) -> None:
         """Set `row_samples` for a call with `batch` rows. Without mixes, all rows belong to the first sample."""
@@ -84,11 +151,8 @@ class CallState:
         if torch.compiler.is_compiling():
             return self._find_row_samples(device)
         key = self.batch, self.samples, self.images or 1, device
-        if key not in self._known_rows:
-            if len(self._known_rows) >= _MOST_KNOWN_ROWS:
-                self._known_rows.clear()
-            self._known_rows[key] = self._find_row_samples(device)
-        return self._known_rows[key]
+        found = self._known_rows.get(key)
+        return self._remember(key, self._find_row_samples(device)) if found is None else found
 
     def _find_row_samples(self, device: torch.device) -> Tensor:
         with ordinary_tensors():
@@ -135,11 +199,11 @@ class CallState:
         Raises:
             AdapterError: samples have mixes of their own and the rows cannot be assigned to them.
         """
-        if self.is_ragged and self.samples and rows != self.batch:
-            raise AdapterError(
-                f"per_sample: {self.samples} mixes, but a layer gets the {rows} tokens of all prompts as one matrix, "
-                "and the prompts have different lengths; run the samples one by one"
-            )
+        if not torch.compiler.is_compiling():
+            index = self.samples_of_rows(self.samples or len(gate), rows, gate.device)
+            # Slots may be reserved with gates per sample while all samples have the same gates.
+            return gate[0] if index is None else gate.index_select(0, index)
+        self._refuse_ragged(rows)
         if self.row_samples is not None and rows % len(self.row_samples) == 0:
             is_there = self.row_samples.device == gate.device
             row_samples = self.row_samples if is_there else self._row_samples_on(gate.device)
@@ -147,13 +211,57 @@ class CallState:
             repeats = rows // len(self.row_samples)
             return per_row if repeats == 1 else per_row.repeat_interleave(repeats, 0)
         count = self.samples or len(gate)
+        return gate[0] if self._refuse_unassigned(count, rows) else self._per_row(gate, count, rows)
+
+    def samples_of_rows(self, count: int, rows: int, device: torch.device) -> Tensor | None:
+        """Return the number of the sample that every row of a layer's input belongs to, (rows,).
+
+        Every call of the same batch gets the same tensor.
+
+        Args:
+            count: the number of samples.
+            rows: the number of rows of the layer's input.
+            device: the device of the result.
+
+        Returns:
+            `None` if no sample has a mix of its own and the rows cannot be assigned to samples.
+
+        Raises:
+            AdapterError: see `spread`.
+        """
+        state = self.batch, self.samples, self.images, self.counted, self.by_rows, self.is_ragged
+        key = *state, self.row_samples is None, count, rows, device
+        found = self._known_rows.get(key)
+        if found is not None:
+            return found
+        self._refuse_ragged(rows)
+        with ordinary_tensors():
+            if self.row_samples is not None and rows % len(self.row_samples) == 0:
+                repeats = rows // len(self.row_samples)
+                return self._remember(key, self._row_samples_on(device).repeat_interleave(repeats))
+            if self._refuse_unassigned(count, rows):
+                return None
+            return self._remember(key, self._per_row(torch.arange(count, device=device), count, rows))
+
+    def _remember(self, key: tuple[object, ...], rows: Tensor) -> Tensor:
+        if len(self._known_rows) >= _MOST_KNOWN_ROWS:
+            self._known_rows.clear()
+        self._known_rows[key] = rows
+        return rows
+
+    def _refuse_ragged(self, rows: int) -> None:
+        if self.is_ragged and self.samples and rows != self.batch:
+            raise AdapterError(
+                f"per_sample: {self.samples} mixes, but a layer gets the {rows} tokens of all prompts as one matrix, "
+                "and the prompts have different lengths; run the samples one by one"
+            )
+
+    def _refuse_unassigned(self, count: int, rows: int) -> bool:
+        """Return whether rows cannot be assigned to samples; raise `AdapterError` if samples have their own mixes."""
         problem = self._problem(count, rows)
-        if problem is not None:
-            if not self.samples:
-                # Slots are reserved with gates per sample, but all samples have the same gates now.
-                return gate[0]
+        if problem is not None and self.samples:
             raise AdapterError(problem)
-        return self._per_row(gate, count, rows)
+        return problem is not None
 
     def _per_row(self, values: Tensor, count: int, rows: int) -> Tensor:
         """Return the values of all `rows` of a layer's input, given those of the first `count` samples."""

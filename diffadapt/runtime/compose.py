@@ -16,12 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from diffadapt.errors import AdapterError
-from diffadapt.runtime.adapter_layer import BANK, AdapterLayer, PreparedLayer, TermOf
+from diffadapt.runtime.adapter_layer import BANK, AdapterLayer, TermOf
 from diffadapt.runtime.call_state import scale_of_call
+from diffadapt.runtime.changed_weight import in_weight, output_by_position, output_by_weight
 from diffadapt.runtime.foreign_hooks import input_device
+from diffadapt.runtime.prepared_layer import PreparedLayer, prepared_for_call
 from diffadapt.runtime.regions.blending import advanced
-from diffadapt.runtime.row_factors import add_by_row
-from diffadapt.types.adapter_type import Tensors
+from diffadapt.runtime.row_factors import RowFactors, row_factors
+from diffadapt.types.adapter_type import Tensors, refuse_weightless
 from diffadapt.types.layer_spec import LayerSpec
 from diffadapt.types.tensor_ops import FLOAT8
 from diffadapt.weights.resting import resting_tensor
@@ -42,14 +44,24 @@ def run(layers: Sequence[AdapterLayer], host: nn.Module, call: Callable[..., Any
         input = input.to(device)
         args, kwargs = _with_input(input, args, kwargs)
     in_regions = layers[0].call.regions is not None
+    picked = None if in_regions else row_factors(tuple(layers), input.device)
+    if picked is not None:
+        return _run_picked(picked, host, call, args, kwargs, input)
     if all(layer.is_additive for layer in layers):
-        output = _overwritable(host, call(*args, **kwargs))
-        prepared = [layer.prepare_for_call(output.device, len(input)) for layer in layers]
+        chosen = in_weight(layers, host, args, kwargs, input)
+        if not chosen:
+            output = _overwritable(host, call(*args, **kwargs))
+        elif in_regions:
+            output = output_by_position(chosen, host, call(*args, **kwargs), input)
+        else:
+            output = output_by_weight(chosen, host, input)
+        rest = [layer for layer in layers if layer not in chosen] if chosen else layers
+        prepared = [prepared_for_call(layer, output.device, len(input)) for layer in rest]
         return _add_changes([p.at(output) for p in prepared] if in_regions else prepared, output, input)
     if any("parameter" in layer.stages for layer in layers):
         return _with_parameters(layers, host, call, args, kwargs, input)
     spec = layers[0].spec
-    prepared = [layer.prepare_for_call(input.device, len(input)) for layer in layers]
+    prepared = [prepared_for_call(layer, input.device, len(input)) for layer in layers]
     if in_regions and (spec.kind != "linear" or not input.is_contiguous()):
         output, prepared = _map_by_output(prepared, host, call, args, kwargs, input)
     else:
@@ -62,6 +74,26 @@ def run(layers: Sequence[AdapterLayer], host: nn.Module, call: Callable[..., Any
     if any("output" in layer.stages or "gain" in layer.stages for layer in layers):
         output = _map_and_scale(prepared, output, _bias_of(host, output), spec)
     return _add_changes([p for p in prepared if "add" in p.layer.stages], output, input)
+
+
+def _run_picked(
+    picked: RowFactors, host: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any, input: Tensor
+) -> Tensor:
+    """Return the output of `host` with adapter layers from which every row picks what its own adapters have."""
+    prepared = [prepared_for_call(layer, input.device, len(input)) for layer in picked.others]
+    mapped = _apply_maps(prepared, "input", input, picked.spec.channel_axis)
+    if mapped is not input:
+        args, kwargs = _with_input(mapped, args, kwargs)
+    output = _overwritable(host, call(*args, **kwargs))
+    output = _add_changes([p for p in prepared if "patch" in p.layer.stages], output, input)
+    if picked.scaling:
+        output = _scaled(output, *picked.gains(len(input), output.ndim, lambda: _bias_of(host, output)))
+    elif any("output" in p.layer.stages or "gain" in p.layer.stages for p in prepared):
+        output = _map_and_scale(prepared, output, _bias_of(host, output), picked.spec)
+    if picked.adding:
+        output = picked.add(input, output)
+    adding = [p for p in prepared if "add" in p.layer.stages and p.layer not in picked.adding]
+    return _add_changes(adding, output, input)
 
 
 def _map_by_output(
@@ -113,7 +145,7 @@ def _with_parameters(
                 f"per_sample: {layer.parameter} of a {type(host).__name__} is one parameter for the whole batch; run "
                 "the samples one by one"
             )
-        prepared = layer.prepare_for_call(own.device, 1)
+        prepared = prepared_for_call(layer, own.device, 1)
         gate = prepared.gate if layer.region is None else prepared.gate * layer.region.uniform().to(own.device)
         change = layer.adapter_type.delta_weight(prepared.tensors, layer.spec) * gate.to(prepared.dtype)
         dtype = prepared.dtype if own.dtype in FLOAT8 else own.dtype
@@ -132,6 +164,7 @@ def prepare_for_weight(layer: AdapterLayer, base: Tensor, term_of: TermOf | None
     Args:
         term_of: see `AdapterLayer.prepare`.
     """
+    refuse_weightless(layer.adapter_type, layer.tensors)
     tensors = layer.prepare(lambda: base, base.dtype, term_of=term_of)
     on_device = {name: tensor.to(base.device) for name, tensor in tensors.items()}
     return PreparedLayer(layer, on_device, layer.gate.to(base), base.dtype)
@@ -273,15 +306,23 @@ def _map_and_scale(
     unscaled = [values for values, gains_bias in gains if not gains_bias]
     if host_bias is not None and unscaled:
         maps = [p for p in prepared if p.layer.adapter_type.gains_bias]
-        back = _sum(unscaled) * -_aligned_bias(maps, host_bias, output, spec)
-    else:
-        back = torch.zeros_like(total)
-    total, back = total.to(output.dtype), back.to(output.dtype)
+        return _scaled(output, total, _sum(unscaled) * -_aligned_bias(maps, host_bias, output, spec))
+    return _scaled(output, total, None)
+
+
+def _scaled(output: Tensor, gain: Tensor, back: Tensor | None) -> Tensor:
+    """Return `output * (1 + gain) + back`. `output` may be overwritten."""
+    gain = gain.to(output.dtype)
+    back = None if back is None else back.to(output.dtype)
+    may_overwrite = not torch.is_grad_enabled() and not torch.compiler.is_compiling() and output.is_contiguous()
     if output.dtype in (torch.float32, torch.float64):
-        return torch.addcmul(back, output, 1 + total)
-    # In half precision, `1 + total` would round small gains away.
-    output = torch.addcmul(output, output, total)
-    return output.add_(back) if host_bias is not None and unscaled else output
+        factor = 1 + gain
+        if back is None:
+            return output.mul_(factor) if may_overwrite else output * factor
+        return torch.addcmul(back, output, factor, out=output if may_overwrite else None)
+    # In half precision, `1 + gain` would round small gains away.
+    output = torch.addcmul(output, output, gain, out=output if may_overwrite else None)
+    return output if back is None else output.add_(back)
 
 
 def _aligned_gain(prepared: PreparedLayer, output: Tensor) -> Tensor:
@@ -318,10 +359,7 @@ def _add_changes(prepared: Sequence[PreparedLayer], output: Tensor, input: Tenso
     if len(prepared) > 1 and prepared[0].layer.spec.groups == 1:
         factors = [(p, p.as_low_rank() if p.dtype == prepared[0].dtype else None) for p in prepared]
         shared = [(p, low) for p, low in factors if low is not None]
-        by_row = add_by_row(shared, input, output) if len(shared) > 1 else None
-        if by_row is not None:
-            output, prepared = by_row, [p for p, low in factors if low is None]
-        elif len(shared) > 1:
+        if len(shared) > 1:
             downs, ups, gates = zip(*((down, up, p.rank_gates(down.shape[0])) for p, (down, up) in shared), strict=True)
             first = prepared[0]
             if any(p.field is not None for p, _ in shared):

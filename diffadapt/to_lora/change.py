@@ -11,7 +11,8 @@ from torch import Tensor
 
 from diffadapt.errors import AdapterError
 from diffadapt.runtime import compose
-from diffadapt.runtime.adapter_layer import AdapterLayer, PreparedLayer
+from diffadapt.runtime.adapter_layer import AdapterLayer
+from diffadapt.runtime.prepared_layer import PreparedLayer
 from diffadapt.to_lora.factors import Factors, joined
 from diffadapt.types.layer_spec import LayerSpec
 from diffadapt.types.lora import LORA

@@ -31,6 +31,16 @@ Stage: TypeAlias = Literal["input", "patch", "output", "gain", "add", "parameter
 """
 
 
+MOST_NOISE = 1000
+"""The timestep of pure noise. Timesteps are counted from 0 (no noise) up to it, whatever a model is called with."""
+
+UNTIL = "acts_until"
+"""Name of a tensor with the last timestep, see `MOST_NOISE`, at which every component of a rank acts, in int32.
+
+An adapter layer with such a prepared tensor has a gate for every component in every call.
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class Surroundings:
     """The data that `AdapterType.prepare` may use besides the tensors of the adapter layer.
@@ -127,6 +137,23 @@ def _adds(tensors: Tensors, spec: LayerSpec) -> tuple[Stage, ...]:
     return ("add",)
 
 
+def refuse_weightless(adapter_type: "AdapterType", tensors: Tensors) -> None:
+    """Raise `AdapterError` if the change of an adapter layer is that of no weight; see `AdapterType.weightless`."""
+    reason = adapter_type.weightless(tensors)
+    if reason is not None:
+        raise AdapterError(f"a {adapter_type.name} like this cannot be merged or converted: {reason}")
+
+
+def _onto_weight(
+    adapter_type: "AdapterType", tensors: Tensors, spec: LayerSpec, weight: Tensor, gate: Tensor
+) -> Tensor:
+    return torch.addcmul(weight, adapter_type.delta_weight(tensors, spec).to(weight), gate)
+
+
+def _never(tensors: Tensors, spec: LayerSpec) -> bool:
+    return False
+
+
 def _missing(*_: Any, **__: Any) -> Any:
     raise NotImplementedError("this adapter type does not act at this stage")
 
@@ -180,9 +207,15 @@ class AdapterType:
         joint: whether `prepare` needs a sum over all parts of a layer that the file has as one and the model as
             several, from the fitted tensors.
         joint_term: returns what one part contributes to that sum.
+        weightless: returns why the change is that of no weight, from the fitted tensors: "it depends on the timestep".
+            Such an adapter layer is neither merged nor converted. `None`, as for most types, if it is one.
         delta_weight: returns the canonical change of the weight at scale 1, in the dtype of the tensors.
         delta_output: returns `onto + gate * op(input, delta_weight)`, plus the change of the bias, at the cost of the
             factors. `gate` is a 0-d float32 tensor; `onto` may be overwritten when gradients are disabled.
+        in_weight: whether the change has no cheaper form than a matrix, from the fitted tensors, so that a layer with
+            many tokens had better compute with a changed copy of its weight.
+        onto_weight: `(the type, prepared tensors, spec, weight, gate) -> weight + gate * delta_weight`, for the
+            canonical weight, as a new tensor.
         delta_bias: returns the change of the bias at scale 1; `None`, as for most types, if there is none.
         as_low_rank: returns `down` (rank, in / groups, *kernel) and `up` (out, rank) with the same `delta_weight`, or
             `None` if using them would save nothing; see `LayerSpec.low_rank`.
@@ -243,8 +276,11 @@ class AdapterType:
     reads_weight: Callable[[Tensors], bool] = lambda tensors: False
     joint: Callable[[Tensors], bool] = lambda tensors: False
     joint_term: Callable[[Tensors, LayerSpec, Surroundings], Tensor] = _missing
+    weightless: Callable[[Tensors], str | None] = lambda tensors: None
     delta_weight: Callable[[Tensors, LayerSpec], Tensor] = _missing
     delta_output: DeltaOutput = _missing
+    in_weight: Callable[[Tensors, LayerSpec], bool] = _never
+    onto_weight: Callable[["AdapterType", Tensors, LayerSpec, Tensor, Tensor], Tensor] = _onto_weight
     delta_bias: Callable[[Tensors], Tensor | None] = lambda tensors: None
     as_low_rank: Callable[[Tensors, LayerSpec], tuple[Tensor, Tensor] | None] = lambda tensors, spec: None
     apply_map: ApplyMap = _missing

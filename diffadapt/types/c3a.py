@@ -26,6 +26,7 @@ from diffadapt.types.layer_spec import LayerSpec
 from diffadapt.types.tensor_ops import add, promoted, scaled, shape_of
 
 _KERNEL = "c3a_kernel"
+_ROWS = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,12 +98,22 @@ def delta_output(
     """Return `onto` plus the gated change; in a linear layer by Fourier transforms, in float32 or wider."""
     if spec.kind != "linear":
         return spec.dense(input, delta_weight(tensors, spec), gate, onto)
-    kernel = promoted(tensors[_KERNEL])
-    size = kernel.shape[-1]
-    frequencies = torch.fft.rfft(scaled(kernel, gate) / spec.fan_in).conj()
-    blocks = torch.fft.rfft(promoted(input).unflatten(-1, (-1, size)))
-    product = torch.einsum("...nf,mnf->...mf", blocks, frequencies)
-    product = torch.fft.irfft(product, n=size).flatten(-2).to(input.dtype)
+    size = tensors[_KERNEL].shape[-1]
+
+    def transformed(input: Tensor, kernel: Tensor) -> Tensor:
+        blocks = torch.fft.rfft(input.unflatten(-1, (-1, size)))
+        product = torch.einsum("...nf,mnf->...mf", blocks, torch.fft.rfft(kernel).conj())
+        return torch.fft.irfft(product, n=size).flatten(-2)
+
+    vectors = promoted(input)
+    kernel = (scaled(promoted(tensors[_KERNEL]), gate) / spec.fan_in).to(vectors.dtype)
+    if vectors.device.type == "cpu" and vectors.ndim > 1 and not torch.compiler.is_compiling():
+        # Spectra of a few rows stay in the processor's cache.
+        rows = vectors.reshape(-1, vectors.shape[-1]).split(_ROWS)
+        product = torch.cat([transformed(part, kernel) for part in rows]).view(*vectors.shape[:-1], -1)
+    else:
+        product = transformed(vectors, kernel)
+    product = product.to(input.dtype)
     return product if onto is None else add(product, onto)
 
 
@@ -115,4 +126,5 @@ C3A = AdapterType(
     init=init,
     delta_weight=delta_weight,
     delta_output=delta_output,
+    in_weight=lambda tensors, spec: spec.kind != "linear" or not torch.is_grad_enabled(),
 )

@@ -24,6 +24,7 @@ class ByFactors(TypedDict):
 class ByMatrix(TypedDict):
     """The functions of an additive type that is one matrix; see `AdapterType`."""
 
+    in_weight: Callable[[Tensors, LayerSpec], bool]
     delta_weight: Callable[[Tensors, LayerSpec], Tensor]
     delta_output: DeltaOutput
 
@@ -58,7 +59,7 @@ def by_matrix(matrix: Callable[[Tensors, LayerSpec], Tensor]) -> ByMatrix:
     ) -> Tensor:
         return spec.dense(input, matrix(tensors, spec), gate, onto)
 
-    return {"delta_weight": matrix, "delta_output": delta_output}
+    return {"delta_weight": matrix, "delta_output": delta_output, "in_weight": lambda tensors, spec: True}
 
 
 def checked(tensors: Tensors, shapes: Mapping[str, Sequence[int]], optional: Sequence[str] = ()) -> dict[str, Tensor]:

@@ -136,9 +136,8 @@ def prepare(tensors: Tensors, spec: LayerSpec, surroundings: Surroundings) -> Te
     spectrum = promoted(tensors[_SPECTRUM]) * surroundings.settings["scaling"]
     rows, columns = tensors[_INDICES].long().unbind(0)
     if spec.kind != "linear":
-        dense = scattered(rows, columns, spectrum, (spec.out_features, spec.fan_in))
-        delta = torch.fft.ifft2(dense).real.reshape(spec.weight_shape)
-        return {_DELTA: delta.to(tensors[_SPECTRUM].dtype)}
+        delta = transformed_back(rows, columns, spectrum, (spec.out_features, spec.fan_in))
+        return {_DELTA: delta.reshape(spec.weight_shape).to(tensors[_SPECTRUM].dtype)}
     out, width = spec.out_features, spec.fan_in
     high_row, high_column = rows > out // 2, columns > width // 2
     own = (rows == 0) | (2 * rows == out)
@@ -159,9 +158,23 @@ def delta_weight(tensors: Tensors, spec: LayerSpec) -> Tensor:
     """Return the transformed spectrum in the canonical weight shape."""
     if _DELTA in tensors:
         return tensors[_DELTA]
-    rows, columns = tensors[_INDICES].unbind(0)
-    dense = scattered(rows, columns, tensors[_SPECTRUM], (spec.out_features, spec.fan_in))
-    return torch.fft.ifft2(dense).real.reshape(spec.weight_shape)
+    rows, columns = tensors[_INDICES].long().unbind(0)
+    shape = spec.out_features, spec.fan_in
+    return transformed_back(rows, columns, tensors[_SPECTRUM], shape).reshape(spec.weight_shape)
+
+
+def transformed_back(rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Return `real(ifft2(S))` for the matrix S of this shape with real `values` at these places.
+
+    It is the transform of the even part of S, which half of the frequencies determine.
+    """
+    height, width = shape
+    half = width // 2 + 1
+    mirrored = -rows % height, -columns % width
+    rows, columns = torch.cat([rows, mirrored[0]]), torch.cat([columns, mirrored[1]])
+    kept = (columns < half).to(values.dtype) / 2
+    spectrum = scattered(rows, columns % half, torch.cat([values, values]) * kept, (height, half))
+    return torch.fft.irfft2(spectrum.to(torch.promote_types(values.dtype, torch.complex64)), s=shape)
 
 
 def delta_output(
@@ -195,4 +208,5 @@ FOURIERFT = AdapterType(
     prepare=prepare,
     delta_weight=delta_weight,
     delta_output=delta_output,
+    in_weight=lambda tensors, spec: True,
 )

@@ -274,4 +274,5 @@ FROD = AdapterType(
     prepare=prepare,
     delta_weight=delta_weight,
     delta_output=delta_output,
+    in_weight=lambda tensors, spec: True,
 )

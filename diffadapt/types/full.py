@@ -177,6 +177,7 @@ FULL = AdapterType(
     delta_weight=delta_weight,
     delta_bias=delta_bias,
     delta_output=delta_output,
+    in_weight=lambda tensors, spec: "diff" in tensors,
     rows=rows,
     columns={"diff": 1},
     layers=frozenset({"linear", "conv", "embedding", "norm", "parameter"}),

@@ -159,5 +159,6 @@ GLORA_PEFT = AdapterType(
     reads_weight=lambda tensors: True,
     delta_weight=lambda tensors, spec: tensors[_DELTA],
     delta_output=delta_output,
+    in_weight=lambda tensors, spec: True,
     delta_bias=delta_bias,
 )

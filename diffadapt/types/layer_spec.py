@@ -192,6 +192,28 @@ class LayerSpec:
         kernels = weights.reshape(-1, self.in_features, *self.kernel)
         return grouped.op(input.reshape(1, -1, *input.shape[2:]), kernels).unflatten(1, weights.shape[:2]).squeeze(0)
 
+    def low_rank_by_row(self, input: Tensor, down: Tensor, up: Tensor, gate: Tensor, onto: Tensor) -> Tensor:
+        """Return `onto` plus the low-rank change of every row, for a linear layer or a convolution without groups.
+
+        Args:
+            input: the input of the layer.
+            down: the first factors, `(rows, rank, in x kernel)`.
+            up: the second factors, `(rows, rank, out)`.
+            gate: one number per row and component of the rank, `(rows, rank)`.
+            onto: the tensor to add to. It may be overwritten when gradients are disabled.
+        """
+        rows = len(input)
+        if self.kind == "linear":
+            hidden = scaled(torch.bmm(input.reshape(rows, -1, input.shape[-1]), down.mT), gate.unsqueeze(1))
+            factors, shape = (hidden, up), (rows, -1, self.out_features)
+        else:
+            hidden = scaled(self.op_by_row(input, down).flatten(2), gate.unsqueeze(2))
+            factors, shape = (up.mT, hidden), (rows, self.out_features, -1)
+        if can_accumulate(onto, hidden, up):
+            onto.view(shape).baddbmm_(*factors)
+            return onto
+        return add(torch.bmm(*factors), onto.reshape(shape)).reshape(onto.shape)
+
     def low_rank(self, input: Tensor, down: Tensor, up: Tensor, gate: Tensor, onto: Tensor | None = None) -> Tensor:
         """Return `onto + gate * op(input, product(down, up))` without computing the product.
 

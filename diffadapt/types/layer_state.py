@@ -34,6 +34,7 @@ class LayerState:
         inputs: the number of inputs that one output depends on (`LayerSpec.fan_in`). Without a model, as far as the
             tensors show it.
         outputs: the number of outputs of the layer (`LayerSpec.out_features`), known as far as `inputs` is.
+        groups: the number of groups of a convolution, known as far as `inputs` is.
         widens: whether the tensors have more inputs than the model's layer has by itself; see `input_width.py`.
         group: identifies the parts of a layer that files have as one, if they need one another
             (`AdapterType.joint`): a number for each part. Empty for any other layer.
@@ -50,6 +51,7 @@ class LayerState:
     outputs: int = 0
     widens: bool = False
     group: frozenset[int] = frozenset()
+    groups: int = 1
 
     @property
     def scale(self) -> float:

@@ -107,6 +107,8 @@ def mirrored(name: str, primary: LayerSpec) -> AdapterType:
         "as_low_rank": as_low_rank,
         "delta_output": delta_output,
         "apply_map": apply_map,
+        # A type may add its change to the weight in one orientation only.
+        "in_weight": lambda tensors, spec: False,
         **({"prepare": prepare} if base.is_prepared else {}),
     }
     return replace(base, twin_of=primary, delta_bias=lambda tensors: None, gains_bias=False, columns={}, **functions)

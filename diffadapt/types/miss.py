@@ -152,5 +152,6 @@ MISS = AdapterType(
     reads_weight=lambda tensors: tensors[_BLOCK].ndim == 3,
     delta_weight=delta_weight,
     delta_output=delta_output,
+    in_weight=lambda tensors, spec: _DELTA in tensors or tensors[_BLOCK].ndim == 3,
     as_low_rank=as_low_rank,
 )

@@ -42,7 +42,7 @@ from diffadapt.errors import AdapterError
 from diffadapt.types.adapter_type import AdapterType, Stage, Surroundings, Tensors
 from diffadapt.types.config import AdapterConfig, refuse_unless_whole
 from diffadapt.types.layer_spec import LayerSpec, plain_spec
-from diffadapt.types.tensor_ops import apply_blocks, promoted, shape_of, take_rows
+from diffadapt.types.tensor_ops import apply_blocks, promoted, recomputed, shape_of, take_rows
 
 _ROTATION, _GAIN = "oft_rotation", "oft_gain"
 _NORMS = frozenset({"dora_scale", "initial_norm"})
@@ -220,16 +220,9 @@ def prepare(tensors: Tensors, spec: LayerSpec, surroundings: Surroundings) -> Te
         rotation = promoted(tensors["oft_diag"])
         return {_ROTATION: rotation - torch.eye(rotation.shape[-1]).to(rotation)}
     if "oft_R" in tensors:
-        skew = skew_symmetric(promoted(tensors["oft_R"]))
-        if settings["scaled_oft"]:
-            skew = skew / scaled_oft_divisor(skew.shape[-1])
-        if settings["coft_eps"]:
-            skew = _within(skew, settings["coft_eps"] / math.sqrt(skew.shape[0]), (1, 2))
-        terms = int(settings["neumann_terms"])
-        rotation = neumann(skew, terms) if terms else cayley(-skew)
-        size = skew.shape[-1]
-        channels = _rotated_channels("oft_R", spec)
-        prepared = {_ROTATION: rotation.expand(channels // size, size, size)}
+        rotation = recomputed(lambda triangle: _rotation(triangle, settings), tensors["oft_R"])
+        size = rotation.shape[-1]
+        prepared = {_ROTATION: rotation.expand(_rotated_channels("oft_R", spec) // size, size, size)}
         if "dora_scale" in tensors:
             norm = tensors.get("initial_norm")
             norm = surroundings.weight().flatten(1).norm(dim=1, keepdim=True) if norm is None else norm
@@ -239,6 +232,17 @@ def prepare(tensors: Tensors, spec: LayerSpec, surroundings: Surroundings) -> Te
     skew = blocks - blocks.transpose(-1, -2)
     limited = constrained(skew, settings["constraint"], spec, settings["constraint_eps"])
     return {_ROTATION: rescaled(cayley(limited), tensors.get("rescale"))}
+
+
+def _rotation(triangle: Tensor, settings: Mapping[str, float]) -> Tensor:
+    """Return `R - I` for every block of an `oft_R`."""
+    skew = skew_symmetric(promoted(triangle))
+    if settings["scaled_oft"]:
+        skew = skew / scaled_oft_divisor(skew.shape[-1])
+    if settings["coft_eps"]:
+        skew = _within(skew, settings["coft_eps"] / math.sqrt(skew.shape[0]), (1, 2))
+    terms = int(settings["neumann_terms"])
+    return neumann(skew, terms) if terms else cayley(-skew)
 
 
 def apply_map(
@@ -337,19 +341,15 @@ def rescaled(rotation: Tensor, rescale: Tensor | None) -> Tensor:
 
 
 def neumann(skew: Tensor, terms: int) -> Tensor:
-    """Return the Neumann series without its first term I.
-
-    As in PEFT, the last power has no factor 2, and 3 terms result in as many as 4.
-    """
-    total = 2 * skew
+    """Return the Neumann series without I. As in PEFT, the last power has no factor 2, and 3 terms are as good as 4."""
     if terms == 2:
-        return total
-    power = skew @ skew
-    total = total + 2 * power
-    for _ in range(3, terms - 1):
-        power = power @ skew
-        total = total + 2 * power
-    return total + power @ skew
+        return 2 * skew
+    # By Horner's scheme in Q^2, which takes half as many products as one for each power.
+    degree, square = max(terms - 1, 3), skew @ skew
+    total = torch.add(skew @ square, square, alpha=2) if degree % 2 else square
+    for _ in range(degree // 2 - 1):
+        total = torch.add((total + 2 * skew) @ square, square, alpha=2)
+    return torch.add(total, skew, alpha=2)
 
 
 def _within(skew: Tensor, radius: float, axes: tuple[int, ...] | None) -> Tensor:

@@ -20,7 +20,7 @@ from diffadapt.types.adapter_type import AdapterType, Surroundings, Tensors, Unf
 from diffadapt.types.config import SizedConfig, refuse_unless_whole
 from diffadapt.types.fourierft import fit_spectrum
 from diffadapt.types.layer_spec import LayerSpec
-from diffadapt.types.sparse import is_sparse, random_places, scattered, sparse_product
+from diffadapt.types.sparse import is_sparse, random_places, scattered, scattered_onto, sparse_product
 from diffadapt.types.tensor_ops import add
 
 _WEIGHT, _INDICES, _DELTA = "shira_weight", "shira_indices", "shira_delta"
@@ -99,6 +99,14 @@ def delta_weight(tensors: Tensors, spec: LayerSpec) -> Tensor:
     return scattered(rows, columns, tensors[_WEIGHT], (spec.out_features, spec.fan_in)).view(spec.weight_shape)
 
 
+def onto_weight(adapter_type: AdapterType, tensors: Tensors, spec: LayerSpec, weight: Tensor, gate: Tensor) -> Tensor:
+    """Return the weight plus the gated change."""
+    if _DELTA in tensors:
+        return torch.addcmul(weight, tensors[_DELTA], gate)
+    rows, columns = tensors[_INDICES].unbind(0)
+    return scattered_onto(weight, rows, columns, tensors[_WEIGHT] * gate)
+
+
 def delta_output(
     tensors: Tensors, spec: LayerSpec, *, input: Tensor, gate: Tensor, onto: Tensor | None = None
 ) -> Tensor:
@@ -124,4 +132,6 @@ SHIRA = AdapterType(
     prepare=prepare,
     delta_weight=delta_weight,
     delta_output=delta_output,
+    in_weight=lambda tensors, spec: True,
+    onto_weight=onto_weight,
 )

@@ -9,9 +9,12 @@ OSF (Nayak et al., "Sculpting Subspaces: Constrained Full Fine-Tuning in LLMs fo
 that the trained vectors stay orthogonal to those that are kept. There is no alpha.
 
 T-LoRA (Soboleva et al., "T-LoRA: Single Image Diffusion Model Customization Without Overfitting", arXiv 2507.05964, as
-in LyCORIS 4.1.3 `modules/tlora.py`) trains a few components. A trainer may let fewer of them act the noisier a picture
-is (`set_timestep_mask` in LyCORIS). That is no part of a file, and all of them act here. LyCORIS has pointwise
-convolutions only, because it ignores the kernel.
+in LyCORIS 4.1.3 `modules/tlora.py`) trains a few components. The noisier a picture is, the fewer of them may act: at
+timestep t from 0 to 1000 the first `min_rank + floor((1 - t / 1000)^alpha_rank_scale (rank - min_rank))`. In LyCORIS a
+trainer computes that (`compute_timestep_mask`), and its files say nothing of it. Here it is a tensor of the file, or
+follows from `min_rank` and `alpha_rank_scale` in a header's `ss_network_args`. Without either, all components act at
+any timestep, as they do in a model that is not told one, such as a text encoder. LyCORIS has pointwise convolutions
+only, because it ignores the kernel.
 
 | tensor | OSF | T-LoRA |
 |---|---|---|
@@ -19,6 +22,7 @@ convolutions only, because it ignores the kernel.
 | s | `osf_S` (rank) | `lambda_layer` (1, rank) |
 | Q | `osf_V` (rank, in / groups x kernel) | `q_layer` (rank, in / groups, *kernel) |
 | P0, s0, Q0, not trained | `osf_U_start`, ... | `p_start`, ... |
+| the last timestep at which a component acts, not trained | | `acts_until` (rank), optional |
 | kept vectors, not trained | `osf_U_kept` (out, kept) if out > in, `osf_V_kept` (kept, in) if in > out | |
 
 Neither library stores P0, s0 and Q0; they follow from the base weight. LyCORIS takes the largest components for every
@@ -33,8 +37,16 @@ import torch
 from torch import Tensor
 
 from diffadapt.errors import AdapterError
-from diffadapt.types.adapter_type import AdapterType, Surroundings, Tensors, Unfinished
-from diffadapt.types.config import AdapterConfig, RankedConfig
+from diffadapt.types.adapter_type import (
+    MOST_NOISE,
+    UNTIL,
+    AdapterType,
+    Surroundings,
+    Tensors,
+    Unfinished,
+    refuse_weightless,
+)
+from diffadapt.types.config import AdapterConfig, RankedConfig, refuse_unless_whole
 from diffadapt.types.decomposition import decomposed
 from diffadapt.types.formulas import checked, flat, rank_of
 from diffadapt.types.layer_spec import LayerSpec
@@ -49,6 +61,7 @@ _P_START, _LAMBDA_START, _Q_START = "p_start", "lambda_start", "q_start"
 _DOWN, _UP, _DELTA = "singular_down", "singular_up", "singular_delta"
 STARTS = ("principal", "middle", "last", "random")
 """The components that a T-LoRA starts from: of the base weight, or of a random matrix."""
+_ALWAYS = 2 * MOST_NOISE
 _NEGLIGIBLE = 1e-6
 """The singular value that LyCORIS gives components beyond those of the weight."""
 
@@ -87,13 +100,24 @@ class TLoRAConfig(RankedConfig):
             values (`sig_type` in LyCORIS).
         from_weight: whether they are those of the base weight (`use_data_init` in LyCORIS); if not, those of a random
             matrix.
+        min_rank: the number of components that act on pure noise. The fewer noise is left, the more act. By default,
+            all of them always do, and only then can the adapter be merged or converted.
+        alpha_rank_scale: the exponent of that rule; with numbers above 1, most components act on the last steps alone.
     """
 
     vectors: Literal["principal", "middle", "last"] = "principal"
     from_weight: bool = True
+    min_rank: int | None = None
+    alpha_rank_scale: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.min_rank is not None:
+            refuse_unless_whole("min_rank", self.min_rank, least=0)
+        if self.alpha_rank_scale <= 0 or (self.min_rank is None and self.alpha_rank_scale != 1):
+            raise AdapterError(
+                f"alpha_rank_scale is {self.alpha_rank_scale}, expected a number above 0, and it needs min_rank"
+            )
         if self.vectors not in ("principal", "middle", "last"):
             raise AdapterError(f"vectors is {self.vectors!r}, expected 'principal', 'middle' or 'last'")
         if self.use_dora:
@@ -159,10 +183,15 @@ def prepare_osf(tensors: Tensors, spec: LayerSpec, surroundings: Surroundings) -
     left, left_start = u * promoted(tensors[_S]), start[0] * start[1]
     parts = (left - left_start, left_start), (v, v - start[2])
     dtype = tensors[_U].dtype
-    if 2 * u.shape[1] * (spec.out_features + spec.fan_in) >= spec.out_features * spec.fan_in:
+    if is_matrix(tensors, spec):
         delta = torch.addmm(parts[0][0] @ parts[1][0], parts[0][1], parts[1][1])
         return {_DELTA: delta.view(spec.weight_shape).to(dtype)}
     return {_UP: torch.cat(parts[0], 1).to(dtype), _DOWN: flat(torch.cat(parts[1]).to(dtype), spec)}
+
+
+def is_matrix(tensors: Tensors, spec: LayerSpec) -> bool:
+    """Return whether the change of an OSF is cheaper as a matrix than as two factors."""
+    return 2 * tensors[_S].numel() * (spec.out_features + spec.fan_in) >= spec.out_features * spec.fan_in
 
 
 def _transposed(tensor: Tensor | None) -> Tensor | None:
@@ -208,7 +237,10 @@ def fit_tlora(tensors: Tensors, spec: LayerSpec) -> dict[str, Tensor]:
     rank = rank_of(tensors, _Q, 0)
     shapes = {_P: (spec.out_features, rank), _LAMBDA: (1, rank), _Q: (rank, *spec.weight_shape[1:])}
     start = dict(zip((_P_START, _LAMBDA_START, _Q_START), shapes.values(), strict=True))
-    return checked(tensors, {**shapes, **start}, optional=tuple(start))
+    found = checked(tensors, {**shapes, **start, UNTIL: (rank,)}, optional=(*start, UNTIL))
+    if UNTIL in found and found[UNTIL].is_floating_point():
+        raise AdapterError(f"{UNTIL} has the dtype {found[UNTIL].dtype}, expected whole timesteps")
+    return found
 
 
 def init_tlora(
@@ -223,14 +255,31 @@ def init_tlora(
     own = dict(zip((_P, _LAMBDA, _Q), start.values(), strict=True))
     if not config.init:
         own = {name: torch.randn(tensor.shape, generator=generator) for name, tensor in own.items()}
+    if config.min_rank is not None:
+        if config.min_rank > rank:
+            raise AdapterError(f"min_rank is {config.min_rank}, expected at most {rank}, the rank")
+        start[UNTIL] = acts_until(rank, config.min_rank, config.alpha_rank_scale)
     return {**{name: tensor.clone() for name, tensor in own.items()}, **start}
+
+
+def acts_until(rank: int, min_rank: int, exponent: float) -> Tensor:
+    """Return the last timestep at which every component acts, (rank,); a number above 1000 if it always does."""
+    last = [_ALWAYS if number < min_rank else -1 for number in range(rank)]
+    for timestep in range(MOST_NOISE + 1):
+        count = int(((MOST_NOISE - timestep) / MOST_NOISE) ** exponent * (rank - min_rank)) + min_rank
+        last[min_rank:count] = [timestep] * (count - min_rank)
+    return torch.tensor(last, dtype=torch.int32)
 
 
 def complete_tlora(layers: Mapping[str, Unfinished]) -> dict[str, Tensors]:
     """Return the tensors with components of the base weight: the largest ones, unless a header says otherwise."""
     found: dict[str, Tensors] = {}
     for path, (tensors, spec, settings, weight, *_) in layers.items():
-        found[path], start = tensors, STARTS[int(settings["start"])]
+        start, rank, least = STARTS[int(settings["start"])], tensors[_Q].shape[0], int(settings["min_rank"])
+        if UNTIL not in tensors and least >= 0:
+            until = acts_until(rank, min(least, rank), settings["alpha_rank_scale"])
+            tensors = {**tensors, UNTIL: until.to(tensors[_Q].device)}
+        found[path] = tensors
         if {_P_START, _LAMBDA_START, _Q_START} <= tensors.keys():
             continue
         if start == "random":
@@ -239,12 +288,12 @@ def complete_tlora(layers: Mapping[str, Unfinished]) -> dict[str, Tensors]:
                 "loaded, and LyCORIS would take it for one that started from the base weight"
             )
         matrix = weight().flatten(1).float()
-        found[path] = {**tensors, **_tlora_start(matrix, spec, tensors[_Q].shape[0], start)}
+        found[path] = {**tensors, **_tlora_start(matrix, spec, rank, start)}
     return found
 
 
 def stored_tlora(state: LayerState) -> LayerState:
-    """Return the content without the setting that its start followed from, which is part of it."""
+    """Return the content without the settings from which other tensors of it followed."""
     return replace(state, settings={})
 
 
@@ -279,16 +328,24 @@ def prepare_tlora(tensors: Tensors, spec: LayerSpec, surroundings: Surroundings)
     )
     up, down = torch.cat([p - p_start, p_start], 1), torch.cat([q, q - q_start])
     dtype = tensors[_P].dtype
-    return {_UP: up.to(dtype), _DOWN: flat(down.to(dtype), spec)}
+    prepared = {_UP: up.to(dtype), _DOWN: flat(down.to(dtype), spec)}
+    # Every component is two ranks of the factors.
+    return prepared if UNTIL not in tensors else {**prepared, UNTIL: tensors[UNTIL].repeat(2)}
+
+
+def weightless_tlora(tensors: Tensors) -> str | None:
+    """Return why a T-LoRA whose components depend on the timestep changes no weight."""
+    return "which of its components act depends on the timestep (min_rank)" if UNTIL in tensors else None
 
 
 def as_low_rank(tensors: Tensors, spec: LayerSpec) -> tuple[Tensor, Tensor] | None:
-    """Return `down` and `up`, or `None` for a change that is cheaper as a matrix."""
-    return None if _DELTA in tensors else (tensors[_DOWN], tensors[_UP])
+    """Return `down` and `up`; `None` for a change that is cheaper as a matrix, or depends on the timestep."""
+    return None if _DELTA in tensors or UNTIL in tensors else (tensors[_DOWN], tensors[_UP])
 
 
 def delta_weight(tensors: Tensors, spec: LayerSpec) -> Tensor:
     """Return the change in the canonical weight shape."""
+    refuse_weightless(TLORA, tensors)
     return tensors[_DELTA] if _DELTA in tensors else spec.product(tensors[_DOWN], tensors[_UP])
 
 
@@ -314,16 +371,18 @@ OSF = AdapterType(
     as_low_rank=as_low_rank,
     delta_weight=delta_weight,
     delta_output=delta_output,
+    in_weight=lambda tensors, spec: _DELTA in tensors or (_S in tensors and is_matrix(tensors, spec)),
 )
 
 TLORA = AdapterType(
     name="tlora",
-    tensors=(_Q, _P, _LAMBDA, _Q_START, _P_START, _LAMBDA_START),
+    tensors=(_Q, _P, _LAMBDA, _Q_START, _P_START, _LAMBDA_START, UNTIL),
     identified_by=frozenset({_LAMBDA}),
     config=TLoRAConfig,
-    settings={"start": 0.0},
+    settings={"start": 0.0, "min_rank": -1.0, "alpha_rank_scale": 1.0},
     stored_as=stored_tlora,
-    fixed=frozenset({_Q_START, _P_START, _LAMBDA_START}),
+    fixed=frozenset({_Q_START, _P_START, _LAMBDA_START, UNTIL}),
+    weightless=weightless_tlora,
     fit=fit_tlora,
     init=init_tlora,
     complete=complete_tlora,

@@ -38,6 +38,12 @@ def scattered(rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, i
     return values.new_zeros(shape).index_put((rows.long(), columns.long()), values, accumulate=True)
 
 
+def scattered_onto(weight: Tensor, rows: Tensor, columns: Tensor, values: Tensor) -> Tensor:
+    """Return a weight of any shape with these values added at these places of the flattened weight, as a new tensor."""
+    places = rows.long() * (weight.numel() // len(weight)) + columns
+    return weight.flatten().index_add(0, places, values.to(weight)).view(weight.shape)
+
+
 def is_sparse(values: Tensor, rows: int, columns: int) -> bool:
     """Return whether `sparse_product` is faster than a product with all `rows` x `columns` elements of the matrix."""
     return values.numel() <= (_DENSITY_OF_CSR if _has_csr(values) else _DENSITY) * rows * columns

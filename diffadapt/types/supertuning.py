@@ -21,7 +21,7 @@ from diffadapt.types.adapter_type import AdapterType, Surroundings, Tensors, Unf
 from diffadapt.types.config import AdapterConfig, refuse_unless_whole
 from diffadapt.types.formulas import checked, rank_of, uniform
 from diffadapt.types.layer_spec import LayerSpec
-from diffadapt.types.sparse import is_sparse, scattered, sparse_product
+from diffadapt.types.sparse import is_sparse, scattered, scattered_onto, sparse_product
 from diffadapt.types.tensor_ops import add
 
 _VALUES, _INDICES, _A, _B = (
@@ -130,6 +130,16 @@ def delta_weight(tensors: Tensors, spec: LayerSpec) -> Tensor:
     return delta.view(spec.weight_shape)
 
 
+def onto_weight(adapter_type: AdapterType, tensors: Tensors, spec: LayerSpec, weight: Tensor, gate: Tensor) -> Tensor:
+    """Return the weight plus the gated change."""
+    if _DELTA in tensors:
+        return torch.addcmul(weight, tensors[_DELTA], gate)
+    total = scattered_onto(weight, tensors[_ROWS], tensors[_COLUMNS], tensors[_VALUES] * gate)
+    if _A in tensors:
+        total = total + spec.product(tensors[_A], tensors[_B]).view_as(total) * gate
+    return total
+
+
 def delta_output(
     tensors: Tensors, spec: LayerSpec, *, input: Tensor, gate: Tensor, onto: Tensor | None = None
 ) -> Tensor:
@@ -155,4 +165,6 @@ SUPERTUNING = AdapterType(
     prepare=prepare,
     delta_weight=delta_weight,
     delta_output=delta_output,
+    in_weight=lambda tensors, spec: True,
+    onto_weight=onto_weight,
 )

@@ -1,6 +1,6 @@
 """Tensor operations shared by the formulas of several adapter types."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -147,6 +147,52 @@ def _row_chunks(blocks: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]
     by_block = [tensor.reshape(-1, *blocks.shape[:2]).transpose(0, 1) for tensor in tensors]
     rows = 512 if blocks.device.type == "cpu" else max(by_block[0].shape[1], 1)
     return zip(*(tensor.split(rows, 1) for tensor in by_block), strict=True)
+
+
+def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """Return `function(*inputs)`, of which the backward pass keeps the inputs alone and computes the rest again.
+
+    Args:
+        function: a function that depends on nothing else that is trained, is always the same, and returns a new tensor.
+        inputs: what it is called with.
+    """
+    if (
+        not torch.is_grad_enabled()
+        or not any(tensor.requires_grad for tensor in inputs)
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch.is_autocast_enabled(inputs[0].device.type)
+    ):
+        return function(*inputs)
+    return cast(Tensor, _Recomputed.apply(function, *inputs))
+
+
+class _Recomputed(torch.autograd.Function):
+    """See `recomputed`."""
+
+    @staticmethod
+    def forward(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """Return `function(*inputs)`."""
+        return function(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Save the inputs."""
+        ctx.function, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of the inputs, which can be differentiated again."""
+        again, needed = torch.is_grad_enabled(), ctx.needs_input_grad[1:]
+        inputs = ctx.saved_tensors
+        if not again:
+            inputs = [tensor.detach().requires_grad_(needs) for tensor, needs in zip(inputs, needed, strict=True)]
+        with torch.enable_grad():
+            output = ctx.function(*inputs)
+        wanted = [tensor for tensor, needs in zip(inputs, needed, strict=True) if needs]
+        found = iter(torch.autograd.grad(output, wanted, grad_outputs[0], create_graph=again))
+        return None, *(next(found) if needs else None for needs in needed)
 
 
 def whole(tensor: Tensor) -> Tensor:

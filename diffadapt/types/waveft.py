@@ -215,4 +215,5 @@ WAVEFT = AdapterType(
     prepare=prepare,
     delta_weight=delta_weight,
     delta_output=delta_output,
+    in_weight=lambda tensors, spec: True,
 )

@@ -144,6 +144,17 @@ def lora_with_bias(weight: Tensor, bias: Tensor | None) -> Content | None:
     return Content({**tensors, "lora_B.bias": shift, **alpha(2.0)}, weight + change / 2, bias + shift / 2)
 
 
+def tlora(weight: Tensor, bias: Tensor | None) -> Content | None:
+    """Follow LyCORIS: the largest components of the weight are trained, and taken out as they were."""
+    out, columns = weight.shape
+    rank = min(3, out, columns)
+    down, up, values = normal(rank, columns), normal(out, rank), normal(1, rank, mean=1.0)
+    left, start, right = torch.linalg.svd(weight.double(), full_matrices=False)
+    change = up * values @ down - left[:, :rank] * start[:rank] @ right[:rank]
+    tensors = {"q_layer.weight": down, "p_layer.weight": up, "lambda_layer": values, **alpha(2.0)}
+    return Content(tensors, weight + 2.0 / rank * change, bias)
+
+
 def control(weight: Tensor, bias: Tensor | None) -> Content | None:
     """Follow Black Forest Labs' control LoRAs: factors and a bias, and new weights of norms."""
     if weight.ndim == 1:

@@ -12,6 +12,8 @@ from torch import nn
 
 import diffadapt
 from diffadapt import AdapterError
+from diffadapt.formats import writer
+from diffadapt.formats.document import AdapterState
 from tests.support.compare import assert_differs, assert_same
 
 
@@ -70,6 +72,23 @@ def test_a_loha_of_onetrainer_has_products_with_the_elements_of_the_weight(group
     assert_same(again(picture), expected)
     with pytest.raises(AdapterError, match="PEFT has other shapes"):
         adapters.save("a", tmp_path, "peft")
+
+
+def test_a_loha_of_lycoris_is_not_saved_for_onetrainer(tmp_path: Path) -> None:
+    model = grouped(2)
+    shapes = {"a": (6, 4), "b": (4, 3 * 9)}
+    tensors = {f"lora_unet_0.hada_w{n}_{side}": torch.randn(shapes[side]) for n in "12" for side in "ab"}
+    diffadapt.load_adapter(model, tensors, name="a", component="unet")
+    adapters = diffadapt.adapters(model)
+    (adapter,) = adapters["a"].components.values()
+    dump = writer("onetrainer").dump
+    assert dump is not None
+    with pytest.raises(AdapterError, match=r"unet\.0: on a convolution of 2 groups.*save with format='kohya'"):
+        dump(AdapterState({"unet": {"0": adapter.layers["0"].state}}, {}, "sd"))
+    picture, again = torch.randn(2, 6, 5, 5), grouped(2)
+    diffadapt.load_adapter(again, adapters.save("a", tmp_path / "a.safetensors", "kohya"), component="unet")
+    assert_same(again(picture), model(picture))
+    assert_differs(again(picture), grouped(2)(picture))
 
 
 def test_a_dora_of_such_factors_is_refused_at_load() -> None:

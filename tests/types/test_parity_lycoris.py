@@ -12,6 +12,7 @@ from diffadapt.types.layer_spec import LayerSpec
 from diffadapt.types.loha import LOHA
 from diffadapt.types.lokr import LOKR
 from diffadapt.types.lora import LORA
+from tests.support.versions import needs
 
 functional = pytest.importorskip("lycoris.functional")
 
@@ -37,6 +38,7 @@ def _conv() -> nn.Module:
 
 
 def _locon(t: dict[str, Tensor]) -> Tensor:
+    needs("lycoris-lora", "4.0", "lycoris.functional.locon")
     return functional.locon.diff_weight(t["lora_down"], t["lora_up"], t.get("lora_mid"))
 
 

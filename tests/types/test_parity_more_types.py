@@ -30,6 +30,7 @@ from tests.support import models
 from tests.support.cases import for_each
 from tests.support.compare import assert_differs, assert_same
 from tests.support.models import draw
+from tests.support.versions import needs
 
 lycoris = pytest.importorskip("lycoris.modules")
 
@@ -133,6 +134,7 @@ def test_a_boft_of_peft_equals_dense_butterflies(layer: str, factors: int) -> No
 @pytest.mark.parametrize(("size", "rescaled", "constraint"), [(4, False, 0.0), (2, True, 0.0), (8, True, 0.05)])
 @for_each(layer=LAYERS)
 def test_a_boft_of_lycoris_is_equal(layer: str, size: int, rescaled: bool, constraint: float) -> None:
+    needs("lycoris-lora", "4.0", "a BOFT module that computes its weight")
     module, input = made(layer)
     theirs = lycoris.ButterflyOFTModule("x", module, lora_dim=size, rescaled=rescaled, constraint=constraint)
     nn.init.normal_(theirs.oft_blocks)
@@ -206,6 +208,7 @@ def test_the_forward_pass_of_glora_builds_no_weight_change(monkeypatch: pytest.M
 @pytest.mark.parametrize("names", [("diff", "diff_b"), ("diff",), ("diff_b",)])
 @for_each(layer=LAYERS)
 def test_full_changes_of_lycoris_are_equal(layer: str, names: tuple[str, ...]) -> None:
+    needs("lycoris-lora", "4.0", "a full module with a bias that computes its weight")
     module, input = made(layer)
     theirs = lycoris.FullModule("x", module)
     nn.init.normal_(theirs.weight)
@@ -443,6 +446,7 @@ def file_of(modules: dict[str, Any]) -> dict[str, Tensor]:
 
 @pytest.mark.slow
 def test_a_kohya_file_of_every_type_equals_the_weights_of_lycoris(tmp_path: Path) -> None:
+    needs("lycoris-lora", "4.0", "a BOFT module that computes its weight")
     pipe, plain = models.sd15(), models.sd15()
     modules = lycoris_modules(plain.unet)
     file = file_of(modules)

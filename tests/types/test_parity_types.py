@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import diffadapt
 from diffadapt.runtime.adapter import Adapter
 from diffadapt.types.config import AdapterConfig
+from tests.support.parity import assert_equal_and_sensitive, error
 
 modules = pytest.importorskip("lycoris.modules")
 LoConModule, LohaModule, LokrModule = modules.LoConModule, modules.LohaModule, modules.LokrModule
@@ -68,32 +69,6 @@ def randomise(parameters: dict[str, Tensor], deviation: float) -> None:
                 parameter.mul_(1 + 0.3 * torch.randn_like(parameter))
             else:
                 parameter.normal_(std=deviation)
-
-
-def error(actual: Tensor, expected: Tensor, base: Tensor) -> float:
-    """Return the error relative to the adapter's change, which must not be small."""
-    actual, expected, base = actual.detach(), expected.detach(), base.detach()
-    change = (expected - base).abs().max()
-    assert change > 0.1 * base.abs().max()
-    assert actual.isfinite().all()
-    return float((actual - expected).abs().max() / change)
-
-
-def assert_equal_and_sensitive(model: Layers, expected: dict[str, Tensor]) -> None:
-    """Assert that our outputs, unmerged and merged, are `expected`, and that they are not at another strength."""
-    base, adapters = Layers()(*expected), diffadapt.adapters(model)
-    with torch.no_grad():
-        forward = model(*expected)
-        adapters.merge()
-        merged = model(*expected)
-        adapters.unmerge()
-        adapters.activate(dict.fromkeys(adapters.names, 1.001))
-        other = model(*expected)
-        adapters.activate(adapters.names)
-    for name, tensor in expected.items():
-        assert error(forward[name], tensor, base[name]) < 1e-5, name
-        assert error(merged[name], tensor, base[name]) < 1e-5, name
-        assert error(other[name], tensor, base[name]) > 5e-4, name
 
 
 def adapter_of(model: nn.Module) -> Adapter:
