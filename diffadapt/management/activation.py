@@ -149,6 +149,7 @@ def _restore_(
     for component, bank in snapshot.banks.items():
         call = bank.call
         call.samples, call.images, call.asks_images, call.counted = calls.get(component, (0, 1, True, True))
+        call.row_factors.clear()
         for name, adapter in bank.adapters.items():
             state = states.get((component, name))
             adapter.active = state is not None and state.active

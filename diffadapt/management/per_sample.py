@@ -63,6 +63,7 @@ def _mix_(owner: Owner, mixes: Sequence[Chosen], images: int | None, follow: Any
         bank.call.asks_images = images is None and not once
         bank.call.by_rows = not owner.counts_prompts
         bank.call.counted = bank.call.by_rows or component not in concerned
+        bank.call.row_factors.clear()
     snapshot.set_active_(names)
 
 

@@ -22,6 +22,9 @@ from diffadapt.management.manager import Adapters
 from diffadapt.management.snapshot import Chosen, check_name
 from diffadapt.runtime.locks import exclusive
 
+_Registered = tuple[Source, dict[str, Any]]
+"""A source and the options to read it with. Its identity tells whether a name still means the same source."""
+
 
 class AdapterPool:
     """A pool of adapters by name, for one pipeline or model. It is thread-safe.
@@ -46,7 +49,7 @@ class AdapterPool:
         self.budget = budget
         self.loaded = loaded
         self._adapters = adapters
-        self._sources: dict[str, tuple[Source, dict[str, Any]]] = {}
+        self._sources: dict[str, _Registered] = {}
         self._plans: OrderedDict[str, Plan] = OrderedDict()
         self._reading: dict[str, Future[Plan]] = {}
         self._resident: OrderedDict[str, None] = OrderedDict()
@@ -132,9 +135,9 @@ class AdapterPool:
         """
         with self._lock:
             for name in names:
-                source, options = self._source(name)
+                registered = self._source(name)
                 if name not in self._plans and name not in self._reading:
-                    self._reading[name] = self._worker.submit(self._adapters.prefetch, source, **options)
+                    self._reading[name] = self._worker.submit(self._read, name, registered)
 
     @contextmanager
     def activated(self, adapters: Chosen) -> Generator[None, None, None]:
@@ -188,10 +191,14 @@ class AdapterPool:
         plans = {name: self._plan(name) for name in wanted}
         with exclusive(self._adapters.models()):
             with self._lock:
+                for name, (registered, _) in plans.items():
+                    if self._sources.get(name) is not registered:
+                        raise AdapterError(f"adapter {name!r} was discarded while a request waited for it")
                 self._make_room(wanted)
-                for name, plan in plans.items():
+                for name, (_, plan) in plans.items():
+                    kept = self._keep(name, plan)
                     if name not in self._resident:
-                        self._adapters.load(plan, name, activate=False)
+                        self._adapters.load(kept, name, activate=False)
                     self._resident[name] = None
                     self._resident.move_to_end(name)
             try:
@@ -201,32 +208,50 @@ class AdapterPool:
                     for name in list(self._resident)[: max(len(self._resident) - self.loaded, 0)]:
                         self._remove(name)
 
-    def _plan(self, name: str) -> Plan:
-        """Return an adapter in memory; read it if it is not, or wait for it if it is being read."""
+    def _read(self, name: str, registered: _Registered) -> Plan:
+        """Read an adapter, and keep it unless the name was given to another source in between."""
+        source, options = registered
+        plan = self._adapters.prefetch(source, **options)
+        with self._lock:
+            if self._sources.get(name) is registered:
+                self._reading.pop(name, None)
+                self._keep(name, plan)
+        return plan
+
+    def _keep(self, name: str, plan: Plan) -> Plan:
+        """Keep an adapter in memory as the most recently used, drop others beyond the budget, and return it.
+
+        If another read of it is kept already, that one is returned: an adapter must not be in the models twice.
+        """
+        plan = self._plans.setdefault(name, plan)
+        self._plans.move_to_end(name)
+        excess = self.bytes - self.budget
+        for other in list(self._plans):
+            if excess > 0 and other not in (name, *self._resident):
+                excess -= self._plans.pop(other).bytes
+        return plan
+
+    def _plan(self, name: str) -> tuple[_Registered, Plan]:
+        """Return an adapter in memory, and what it was read from; read it, or wait for it if it is being read."""
         with self._lock:
             self.prefetch(name)
+            registered = self._source(name)
             plan, reading = self._plans.get(name), self._reading.get(name)
         if plan is None:
             assert reading is not None
             try:
                 plan = reading.result()
-            finally:
+            except Exception:
                 with self._lock:
-                    # The name may have been given to another source in between, which is read anew.
-                    is_current = self._reading.get(name) is reading or name in self._plans
                     if self._reading.get(name) is reading:
                         del self._reading[name]
-            if not is_current:
-                return self._plan(name)
+                    if self._sources.get(name) is registered:
+                        raise
         with self._lock:
-            # If two requests waited for it, both use the first one's: it must not be in the models twice.
-            plan = self._plans.setdefault(name, plan)
-            self._plans.move_to_end(name)
-            excess = self.bytes - self.budget
-            for other in list(self._plans):
-                if excess > 0 and other not in (name, *self._resident):
-                    excess -= self._plans.pop(other).bytes
-            return plan
+            if plan is not None and self._sources.get(name) is registered:
+                return registered, self._keep(name, plan)
+        # The name was given to another source in between, which is read anew.
+        return self._plan(name)
 
     def _make_room(self, wanted: Sequence[str]) -> None:
         """Remove adapters from the models, the least recently used first, until those in `wanted` fit."""
@@ -243,7 +268,7 @@ class AdapterPool:
             # Without slots, it was moved to the device of the model.
             adapter.to(torch.device("cpu"))
 
-    def _source(self, name: str) -> tuple[Source, dict[str, Any]]:
+    def _source(self, name: str) -> _Registered:
         """Return the source of an adapter and its options, or raise `AdapterError` if it is not in this pool."""
         if name not in self._sources:
             raise AdapterError(f"no adapter {name!r} in this pool; it has {', '.join(self._sources) or 'none'}")

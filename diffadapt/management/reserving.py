@@ -1,7 +1,7 @@
 """Reserve slots on the models of a pipeline, as large as files, settings and loaded adapters need them."""
 
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +25,7 @@ from diffadapt.runtime.attach import reserve_, unreserve_
 from diffadapt.runtime.components import is_text_encoder
 from diffadapt.runtime.foreign_hooks import compute_dtype, execution_device
 from diffadapt.runtime.slots.common_forms import common_needs, lower_in_common
-from diffadapt.runtime.slots.forms import lower
+from diffadapt.runtime.slots.forms import Form, lower
 from diffadapt.runtime.slots.reservation import Reservation
 from diffadapt.runtime.slots.slot import Needs
 from diffadapt.runtime.targets import Targets, refuse_peft
@@ -33,7 +33,7 @@ from diffadapt.types import TYPES
 from diffadapt.types.config import AdapterConfig
 from diffadapt.types.layer_spec import LayerSpec
 from diffadapt.types.parameter import PARAMETER
-from diffadapt.types.tensor_ops import converted
+from diffadapt.types.tensor_ops import converted, shape_of
 
 Request: TypeAlias = Source | AdapterConfig | Mapping[str, AdapterConfig]
 """An adapter that slots have to fit: a file or state dict, or settings, for the denoisers or by component."""
@@ -73,6 +73,7 @@ class PreparedModels(RequestContexts):
         components: Iterable[str] | None = None,
         types: str | Iterable[str] = (),
         regions: bool = False,
+        adapters_per_sample: int = 0,
     ) -> Reserved:
         """Reserve slots for adapters, so that a compiled pipeline takes them without a recompile.
 
@@ -95,13 +96,19 @@ class PreparedModels(RequestContexts):
                 every layer with slots. Rotations of outputs (LyCORIS' OFT) need a source of that kind, too.
             regions: whether compiled models take masks (`regions`) without a recompile. Otherwise they are compiled
                 once more for the first. A call then costs as much without masks as with them.
+            adapters_per_sample: how many adapters the mix of one prompt usually has at most. Every row of a batch then
+                meets the low-rank factors of so many only, instead of those in all slots, where there are at least
+                twice as many slots. A prompt with more adapters makes compiled models compile once more. 0 if mixes
+                may be of any number.
 
         Raises:
             AdapterError: a source cannot be read or applied, more adapters are active than `slots`, there is nothing to
                 reserve for, or an unknown type. Nothing has changed then.
         """
         names = [types] if isinstance(types, str) else list(types)
-        return prepare_hotswap_(self._owner, sources, slots, rank, samples, components, names, regions)
+        return prepare_hotswap_(
+            self._owner, sources, slots, rank, samples, components, names, regions, adapters_per_sample
+        )
 
     @exclusive_method
     def release_slots(self) -> None:
@@ -118,6 +125,7 @@ def prepare_hotswap_(
     components: Iterable[str] | None,
     types: Sequence[str],
     regions: bool = False,
+    adapters_per_sample: int = 0,
 ) -> Reserved:
     """Reserve slots on the models of `owner` and give the loaded adapters seats; see `Adapters.prepare_hotswap`."""
     known = {adapter_type.name for adapter_type in TYPES if adapter_type.stages is not PARAMETER.stages}
@@ -135,7 +143,9 @@ def prepare_hotswap_(
         raise AdapterError("nothing to reserve for: pass files, folders or settings, or load an adapter first")
     models = snapshot.models
     needs = needs_of(models, wanted, types)
-    reserved = reserve_all_(models, needs, count, rank=rank, samples=samples, common=types)
+    reserved = reserve_all_(
+        models, needs, count, rank=rank, samples=samples, common=types, adapters_per_sample=adapters_per_sample
+    )
     snapshot = owner.snapshot()
     for component, bank in snapshot.banks.items():
         bank.call.by_rows = not owner.counts_prompts
@@ -175,6 +185,8 @@ def needs_of(
     """
     needs: dict[str, dict[str, Needs]] = {}
     dtypes = {component: compute_dtype(list(model.modules())) for component, model in models.items()}
+    # Shapes are slow to compute without values, and most layers of most files have those of another one.
+    known: dict[Hashable, list[Form]] = {}
     for adapter in wanted:
         for component, layers in adapter.items():
             for path, layer in layers.items():
@@ -184,8 +196,11 @@ def needs_of(
                     )
                 need = needs.setdefault(component, {}).setdefault(path, Needs(layer.spec))
                 dtype = dtypes[component]
-                lowered = lower_in_common if layer.adapter_type.name in common else lower
-                need.cover(lowered(_on_meta(layer, dtype), partial(_meta_weight, layer.spec, dtype)))
+                layout = _layout(layer, dtype)
+                if layout not in known:
+                    lowered = lower_in_common if layer.adapter_type.name in common else lower
+                    known[layout] = lowered(_on_meta(layer, dtype), partial(_meta_weight, layer.spec, dtype))
+                need.cover(known[layout])
     for component, layers in needs.items() if common else ():
         for need in layers.values():
             for adapter_type in TYPES:
@@ -202,6 +217,7 @@ def reserve_all_(
     rank: int = 0,
     samples: int = 0,
     common: Collection[str] = (),
+    adapters_per_sample: int = 0,
 ) -> Reserved:
     """Reserve slots on models, in the place of those that were reserved before.
 
@@ -211,6 +227,7 @@ def reserve_all_(
         rank: the smallest number of rows per adapter on layers with low-rank changes.
         samples: how many samples of a batch can have strengths of their own; 0 for one strength for all.
         common: names of the adapter types that run in their common form.
+        adapters_per_sample: see `Reservation`.
     """
     made: dict[str, tuple[Reservation, dict[str, nn.Module]]] = {}
     for component, layers in needs.items():
@@ -219,7 +236,7 @@ def reserve_all_(
             need.rows = max(need.rows, rank) if need.rows else 0
         with torch.inference_mode(False):
             where = compute_dtype(modules), execution_device(modules)
-            reservation = Reservation(layers, slots, *where, samples, common)
+            reservation = Reservation(layers, slots, *where, samples, common, adapters_per_sample)
         hosts = Targets(models[component]).modules
         for path in layers:
             with naming(f"{component}.{path}"):
@@ -285,6 +302,13 @@ def _configs(request: Request, models: Mapping[str, nn.Module]) -> dict[str, Ada
 def _meta_weight(spec: LayerSpec, dtype: torch.dtype) -> Tensor:
     """Return a base weight without values, in the dtype that it is read in."""
     return torch.empty(spec.weight_shape, dtype=torch.promote_types(dtype, torch.float32), device="meta")
+
+
+def _layout(layer: AdapterLayer, dtype: torch.dtype) -> Hashable:
+    """Return everything about an adapter layer that its forms without values depend on."""
+    shapes = tuple((name, shape_of(t), t.is_floating_point() or t.dtype) for name, t in layer.tensors.items())
+    settings = tuple(sorted(layer.settings.items()))
+    return id(layer.adapter_type), layer.spec, layer.widens, layer.alpha, settings, shapes, dtype
 
 
 def _on_meta(layer: AdapterLayer, dtype: torch.dtype) -> AdapterLayer:

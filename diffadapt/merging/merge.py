@@ -90,6 +90,7 @@ def remerged(
         bank = bank_of(models[component])
         if bank is not None:
             bank.refuse_lost_merges(models[component], (path for each in adapters.values() for path in each.layers))
+            _refuse_later_writes(component, bank)
     owners = Owners(models)
     moves_by_model = [
         Moves(models[component], component, adapters, (hosts or {}).get(component, {}), keeping, owners)
@@ -109,6 +110,8 @@ def remerged(
     finally:
         for moves in moves_by_model:
             moves.keep()
+        for component in wanted:
+            _note_versions(bank_of(models[component]))
     for component, adapters in wanted.items():
         bank = bank_of(models[component])
         if bank is not None:
@@ -128,11 +131,40 @@ def unmerge_(model: nn.Module) -> None:
     if bank is None or not bank.merged:
         return
     bank.refuse_lost_merges(model)
-    while bank.undo:
-        restore_(bank.undo[-1])
-        bank.undo.pop()
+    _refuse_later_writes(type(model).__name__, bank)
+    try:
+        while bank.undo:
+            restore_(bank.undo[-1])
+            bank.undo.pop()
+    finally:
+        _note_versions(bank)
     bank.merged = ()
     refresh_(model)
+
+
+def _note_versions(bank: Bank | None) -> None:
+    """Note the versions of the base tensors whose originals are kept as copies; other ways back check themselves."""
+    if bank is not None:
+        bank.versions = {
+            id(way.tensor): way.tensor._version
+            for way in bank.undo
+            if isinstance(way, UndoByCopy) and type(way.tensor) is nn.Parameter and not way.tensor.is_inference()
+        }
+
+
+def _refuse_later_writes(where: str, bank: Bank) -> None:
+    """Raise `AdapterError` if a base tensor was written after the merge: undoing the merge would undo that, too."""
+    for way in bank.undo:
+        noted = bank.versions.get(id(way.tensor))
+        # Corrections compare checksums.
+        if noted is None or isinstance(way, UndoByCorrection) or way.tensor._version == noted:
+            continue
+        owned = ((path, n) for path in bank.hosts for n in ("weight", "bias"))
+        found = next((f".{path}.{n}" for path, n in owned if resting_tensor(bank.hosts[path], n) is way.tensor), "")
+        raise AdapterError(
+            f"{where}{found} was written after {', '.join(map(repr, bank.merged))} was merged into it, and undoing the "
+            "merge would undo that, too; load the model again, and unmerge before weights are written"
+        )
 
 
 @torch.no_grad()
@@ -156,8 +188,16 @@ def original_weight(bank: Bank, path: str, spec: LayerSpec) -> Tensor:
 def refuse_mixture(component: str, adapters: Mapping[str, Adapter], merged: Collection[str]) -> None:
     """Raise `AdapterError` if an active adapter that multiplies weights would find them changed by a merged one.
 
-    It does not matter to a sum of changes which of them the weight already contains; to a rotation or a scale it does.
+    An adapter whose change is that of no weight is refused, too. Otherwise, it does not matter to a sum of changes
+    which of them the weight already contains; to a rotation or a scale it does.
     """
+    for name in merged:
+        for path, layer in adapters[name].layers.items() if name in adapters else ():
+            reason = layer.adapter_type.weightless(layer.tensors)
+            if reason is not None:
+                raise AdapterError(
+                    f"{component}.{path}: adapter {name!r} ({layer.adapter_type.name}) cannot be merged: {reason}"
+                )
     merged_at = {path: name for name in merged if name in adapters for path in adapters[name].layers}
     for name, adapter in adapters.items() if merged_at else ():
         for path, layer in adapter.layers.items() if adapter.active and name not in merged else ():

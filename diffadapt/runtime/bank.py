@@ -11,22 +11,30 @@ import torch
 from torch import Tensor, nn
 
 from diffadapt.errors import AdapterError
+from diffadapt.runtime.acting import Acting
 from diffadapt.runtime.adapted_layers import ACTIVE, TOKENS
 from diffadapt.runtime.adapter import Adapter, LayerTree
 from diffadapt.runtime.adapter_layer import BANK, AdapterLayer
+from diffadapt.runtime.call_arguments import batch_of, is_ragged
 from diffadapt.runtime.call_state import SCALE_KWARGS, CallState, scale_of_call
 from diffadapt.runtime.disk_offload import keep_in_memory_, note_groups_, why_not_writable
 from diffadapt.runtime.foreign_hooks import is_bypassed, is_fusible, layer_devices, scales_with_peft
 from diffadapt.runtime.gradient_flow import GradientFlow
-from diffadapt.runtime.replaced_layers import Lookup, Watch, find_again_, module_at, refuse_problems, reseat_
+from diffadapt.runtime.replaced_layers import (
+    Lookup,
+    Watch,
+    find_again_,
+    follow_convolutions_,
+    module_at,
+    refuse_problems,
+    reseat_,
+)
 from diffadapt.runtime.slots.reservation import Reservation
 from diffadapt.runtime.text_cache import AdapterState, forget_text_
 from diffadapt.runtime.undo import Undo
 
 RESERVED = "reserved.slots"
 """Name of the bank's child that holds the slots. It has a dot, which no child of an adapter has; see `child_name`."""
-
-_INPUT_NAMES = ("sample", "hidden_states", "x", "input_ids", "inputs_embeds")
 
 
 class Bank(nn.Module):
@@ -56,6 +64,8 @@ class Bank(nn.Module):
         self.merged: tuple[str, ...] = ()
         self.lost: set[str] = set()
         self.undo: list[Undo] = []
+        # `id` of a base tensor in `undo` -> its autograd version after merging, to notice that it was written since.
+        self.versions: dict[int, int] = {}
         self.replacing: tuple[nn.Module, ...] = ()
         self.model: ref[nn.Module] | None = None
         # `None` makes the next call of the model look for its layers.
@@ -79,7 +89,14 @@ class Bank(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what is copied and pickled. A copy looks for its own layers."""
-        return {**self.__dict__, "_watch": None, "_gradient_flow": None, "_cached_with": None, "model": None}
+        return {
+            **self.__dict__,
+            "_watch": None,
+            "_gradient_flow": None,
+            "_cached_with": None,
+            "model": None,
+            "versions": {},
+        }
 
     @property
     def reservation(self) -> Reservation | None:
@@ -132,6 +149,7 @@ class Bank(nn.Module):
             if self.reservation is not None:
                 reseat_(self.reservation, moved, {name: adapter.layers for name, adapter in self.adapters.items()})
             self._follow_devices(model, always=True)
+        follow_convolutions_(watched, carried)
         # With a problem, every call looks again, and is refused.
         self._watch = None if problems else Watch(model, watched)
         self._gradient_flow = None
@@ -181,6 +199,8 @@ class Bank(nn.Module):
         layers = {**self.embeddings, **self.hosts}
         acting = (path for path in problems if any(layers[path].__dict__.get(name) for name in (ACTIVE, TOKENS)))
         refuse_problems({path: problems[path] for path in acting})
+        if self._watch is not None:
+            self._watch.refuse_own_convolutions()
 
     @torch.compiler.assume_constant_result
     def refuse_replaced_traced(self) -> bool:
@@ -277,17 +297,18 @@ class Bank(nn.Module):
                 # `None`, as without a scale: a compiled graph depends on whether there is a dict.
                 kwargs[name] = {key: option for key, option in options.items() if key != "scale"} or None
         self.call.value = value
-        self.call.batch = _batch_of(args, kwargs)
-        self.call.is_ragged = any(map(_is_ragged, (*args, *kwargs.values())))
+        self.call.batch = batch_of(args, kwargs)
+        self.call.is_ragged = any(map(is_ragged, (*args, *kwargs.values())))
         self.call.row_samples = None
+        self.call.timestep = None if self.call.clock is None else self.call.clock.read(args, kwargs)
         reservation = self.reservation
         if reservation is not None and reservation.samples and self.call.batch:
             self.call.assign_rows(reservation.device)
         if not torch.compiler.is_compiling() or self.call.row_samples is not None:
             # A graph that contains the call depends on what is checked here only if it assigns the rows itself.
             self.call.refuse_unknown_rows()
-        if value is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self._bind_checkpointing(model, value)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._bind_checkpointing(model)
         return args, kwargs
 
     def after_call(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> Any:
@@ -295,7 +316,7 @@ class Bank(nn.Module):
         self._restore_checkpointing()
         self.call.value = self.call.outer
         self.call.batch = 0
-        self.call.row_samples = None
+        self.call.row_samples = self.call.timestep = None
         if not self.replacing:
             # The output is not touched, so that a compiler which traces this hook separately need not trace it.
             return None
@@ -304,17 +325,25 @@ class Bank(nn.Module):
             output = tokens.replaced(ids, output)  # type: ignore[operator]
         return output
 
-    def _bind_checkpointing(self, model: nn.Module, value: Tensor) -> None:
-        """Make blocks that are recomputed during backward see the scale of the call that they belong to.
+    def _bind_checkpointing(self, model: nn.Module) -> None:
+        """Make blocks that are recomputed during backward see the scale and timestep of the call that they belong to.
 
         Backward runs after this call has ended, and perhaps after another call with another scale. So the scale must
-        travel with the checkpointed function, not in state that is reset.
+        travel with the checkpointed function, not in state that is reset. Strengths do not, so they must not change.
         """
+        acting = self._acting()
+        if not acting:
+            return
         for module in model.modules():
             checkpoint = module.__dict__.get("_gradient_checkpointing_func")
             if checkpoint is not None:
                 self._checkpointed.append((module, checkpoint))
-                module.__dict__["_gradient_checkpointing_func"] = _with_scale(checkpoint, self.call, value)
+                module.__dict__["_gradient_checkpointing_func"] = _with_state(
+                    checkpoint, self.call, lambda: acting.refuse_changed(self._acting())
+                )
+
+    def _acting(self) -> Acting:
+        return Acting((adapter for adapter in self.adapters.values() if adapter.active), self.call.regions)
 
     def _restore_checkpointing(self) -> None:
         # Called before a call too, since the forward hook does not run after an exception in forward.
@@ -349,40 +378,16 @@ def fusible_attentions(model: nn.Module, paths: Iterable[str]) -> Iterator[tuple
             yield path, parent
 
 
-def _is_ragged(argument: Any) -> bool:
-    """Return whether an argument is a list of tensors of different lengths.
-
-    Z-Image, the model that takes such lists, pads them to multiples of 32.
-    """
-    if not isinstance(argument, list):
-        return False
-    rows: list[Any] = argument  # type: ignore[assignment]
-    return len({-(-len(row) // 32) for row in rows if isinstance(row, Tensor) and row.ndim}) > 1
-
-
-def _batch_of(args: Any, kwargs: Mapping[str, Any]) -> int:
-    """Return the number of rows in the batch that a model is called with, or 0 if no argument has rows.
-
-    Some models take the batch as a list.
-    """
-    named = (kwargs.get(name) for name in _INPUT_NAMES)
-    for value in (*args, *named, *kwargs.values()):
-        if isinstance(value, list) or (isinstance(value, Tensor) and value.ndim):
-            return len(value)
-    return 0
-
-
-def _with_scale(checkpoint: Callable[..., Any], call: CallState, value: Tensor) -> Callable[..., Any]:
-    """Return `checkpoint` such that the function it is given always runs at the per-call scale `value`."""
+def _with_state(checkpoint: Callable[..., Any], call: CallState, check: Callable[[], None]) -> Callable[..., Any]:
+    """Return `checkpoint` such that the function it is given always runs with what `call` has now, after `check`."""
+    kept = call.keep()
 
     def wrapped(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        def at_scale(*inner: Any, **options: Any) -> Any:
-            before, call.value = call.value, value
-            try:
+        def in_call(*inner: Any, **options: Any) -> Any:
+            check()
+            with kept():
                 return function(*inner, **options)
-            finally:
-                call.value = before
 
-        return checkpoint(at_scale, *args, **kwargs)
+        return checkpoint(in_call, *args, **kwargs)
 
     return wrapped

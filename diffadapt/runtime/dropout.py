@@ -22,6 +22,11 @@ class Dropout:
     rank: float = 0.0
     module: float = 0.0
 
+    @property
+    def acts(self) -> bool:
+        """Whether anything is dropped in training."""
+        return bool(self.input or self.rank or self.module)
+
     def applied(self, adapter_type: AdapterType, tensors: Tensors, gate: Tensor) -> tuple[Tensors, Tensor]:
         """Return the prepared tensors and the gate of one call with rank, block and module dropout."""
         changed = dict(adapter_type.in_training(tensors))

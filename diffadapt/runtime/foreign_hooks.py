@@ -5,6 +5,7 @@ to be imported to read them.
 """
 
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,13 @@ def compute_dtype(modules: Sequence[nn.Module]) -> torch.dtype:
     Args:
         modules: all modules of the model.
     """
+    attributes = [module.__dict__ for module in modules]
+    # Most models have one dtype, and no layer that says otherwise: then its sizes need not be added up.
+    if not any("_diffusers_hook" in own or "compute_dtype" in own or "dtype" in own for own in attributes):
+        weights = (own["_parameters"].get("weight") for own in attributes)
+        dtypes = {weight.dtype for weight in weights if weight is not None}
+        if len(dtypes) == 1 and (dtype := dtypes.pop()).is_floating_point and dtype not in FLOAT8:
+            return dtype
     sizes: dict[torch.dtype, int] = {}
     for module in modules:
         if "_diffusers_hook" in module.__dict__:
@@ -131,10 +139,9 @@ def copies_weights(modules: Sequence[nn.Module]) -> bool:
         modules: all modules of the model.
     """
     for module in _hooked(modules):
-        for name in ("group_offloading", "lazy_prefetch_group_offloading"):
-            config = getattr(_diffusers_hook(module, name), "config", None)
-            if config is not None and (config.stream is not None or config.offload_to_disk_path is not None):
-                return True
+        found = _group_offloading(module)
+        if found is not None and (found.stream is not None or getattr(found, "offload_to_disk_path", None) is not None):
+            return True
     return False
 
 
@@ -147,7 +154,21 @@ def diffusers_scales_with_peft() -> bool:
 
 def scales_with_peft(model: nn.Module) -> bool:
     """Return whether diffusers hands the scale of a call of `model` to layers of peft in it."""
-    return diffusers_scales_with_peft() and any(hasattr(module, "base_layer") for module in model.modules())
+    # Layers of peft come and go without a trace that could be kept, so every call looks, but not before peft is used.
+    return "peft" in sys.modules and diffusers_scales_with_peft() and has_peft_layers(model)
+
+
+def has_peft_layers(model: nn.Module) -> bool:
+    """Return whether a model has layers of peft, each of which has the layer that it replaces as a child."""
+    # `model.modules()` takes five times as long.
+    waiting: list[nn.Module | None] = [model]
+    while waiting:
+        module = waiting.pop()
+        children = {} if module is None else module._modules
+        if "base_layer" in children:
+            return True
+        waiting.extend(children.values())
+    return False
 
 
 def _parameters(modules: Sequence[nn.Module]) -> Iterator[nn.Parameter]:
@@ -164,13 +185,21 @@ def _diffusers_hook(module: nn.Module, name: str) -> Any:
     return None if registry is None else registry.hooks.get(name)
 
 
+def _group_offloading(module: nn.Module) -> Any:
+    """Return what says how diffusers' group offloading treats a module; `None` if it is not offloaded."""
+    for name in ("group_offloading", "lazy_prefetch_group_offloading"):
+        hook = _diffusers_hook(module, name)
+        # Before diffusers 0.35, the group says it, and the hook of lazy prefetching, which never comes alone, does not.
+        found = getattr(hook, "config", None) or getattr(hook, "group", None)
+        if found is not None:
+            return found
+    return None
+
+
 def _onload_device(module: nn.Module) -> torch.device | None:
     """Return the device to which diffusers' group offloading brings the weights of a module."""
-    for name in ("group_offloading", "lazy_prefetch_group_offloading"):
-        config = getattr(_diffusers_hook(module, name), "config", None)
-        if config is not None:
-            return torch.device(config.onload_device)
-    return None
+    found = _group_offloading(module)
+    return None if found is None else torch.device(found.onload_device)
 
 
 def _offload_device(module: nn.Module) -> torch.device | None:

@@ -3,10 +3,15 @@
 Libraries that quantise put new modules in the place of the old ones. Adapters stay with their paths: `Watch` notices
 that a module between the root of a model and an adapted layer is another one, and `find_again_` moves the adapter
 layers to the layer that is at their path now.
+
+A convolution may also be set to another padding or dilation, as for pictures that tile. `follow_convolutions_` makes
+the adapter layers compute as their hosts do.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TypeAlias
+from dataclasses import replace
+from operator import itemgetter
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -26,16 +31,22 @@ Carried: TypeAlias = Mapping[str, tuple[list[str], list[AdapterLayer]]]
 _WRAPPED = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer")
 """Names that wrappers give to the module inside them."""
 
+_SETTINGS = ("stride", "padding", "dilation", "padding_mode")
+_settings_of = itemgetter(*_SETTINGS)
+
 
 class Watch:
-    """What `find_again_` has seen of a model: the children of every module between the root and an adapted layer, and
-    the classes of these layers.
+    """What `find_again_` has seen of a model: the children of every module between the root and an adapted layer, the
+    classes of these layers, and how those that are convolutions compute.
     """
 
     def __init__(self, model: nn.Module, hosts: Mapping[str, nn.Module]) -> None:
         """Remember the modules that are on the paths of `hosts` now."""
+        self._paths = dict(hosts)
         self._hosts = list(hosts.values())
         self._classes = list(map(type, self._hosts))
+        self._convolutions = [host.__dict__ for host in self._hosts if _is_convolution(host)]
+        self._settings: list[Any] = list(map(_settings_of, self._convolutions))
         parents: dict[int, nn.Module] = {}
         lookup = Lookup(model)
         for path, host in hosts.items():
@@ -46,9 +57,27 @@ class Watch:
         self._remembered = [dict(children) for children in self._children]
 
     def is_current(self) -> bool:
-        """Return whether these modules still have the same children, and the layers their classes."""
+        """Return whether these modules still have the same children, and the layers their classes and settings."""
         # Without a loop in Python. Modules have no equality but identity.
-        return self._children == self._remembered and list(map(type, self._hosts)) == self._classes
+        return (
+            self._children == self._remembered
+            and list(map(type, self._hosts)) == self._classes
+            and list(map(_settings_of, self._convolutions)) == self._settings
+        )
+
+    def refuse_own_convolutions(self) -> None:
+        """Raise `AdapterError` if an adapter acts on a convolution that convolves with a function of its own.
+
+        Such a function pads as it likes, for pictures that tile in one direction.
+        """
+        for attributes in self._convolutions:
+            if "_conv_forward" in attributes and attributes.get(ACTIVE) and max(attributes["kernel_size"]) > 1:
+                path = next(path for path, host in self._paths.items() if host.__dict__ is attributes)
+                raise AdapterError(
+                    f"{path} carries an adapter, but convolves with a function of its own (`_conv_forward` was "
+                    "replaced), and the adapter would pad its input in another way; merge the adapter, or set "
+                    "`padding_mode` of the layer instead"
+                )
 
 
 def module_at(model: nn.Module, path: str) -> nn.Module | None:
@@ -132,6 +161,16 @@ def find_again_(model: nn.Module, hosts: dict[str, nn.Module], carried: Carried)
     return moved, problems
 
 
+def follow_convolutions_(hosts: Mapping[str, nn.Module], carried: Carried) -> None:
+    """Let adapter layers and slots convolve with the stride, padding and dilation that their hosts have now."""
+    for path, host in hosts.items():
+        spec = LayerSpec.of(host) if _is_convolution(host) else None
+        for layer in carried[path][1] if spec is not None else ():
+            current: Any = {name: getattr(spec, name) for name in _SETTINGS}
+            if any(getattr(layer.spec, name) != value for name, value in current.items()):
+                layer.__dict__.update(spec=replace(layer.spec, **current), _cache=None, _term=None)
+
+
 def refuse_problems(problems: Mapping[str, str]) -> None:
     """Raise `AdapterError` if there are any problems of those that `find_again_` returned."""
     if problems:
@@ -206,6 +245,10 @@ class Lookup:
             outer = self.parent(above)
             self.parents[path] = None if outer is None else outer._modules.get(name)
         return self.parents[path]
+
+
+def _is_convolution(host: nn.Module) -> bool:
+    return isinstance(host, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and host.__dict__.keys() >= set(_SETTINGS)
 
 
 def _holds(found: nn.Module | None, host: nn.Module) -> bool:

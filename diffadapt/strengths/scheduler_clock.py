@@ -152,7 +152,11 @@ class _Clock:
             # The scheduler itself is not being copied: some pipelines copy its attributes and later restore them.
             return self
         clock = _Clock(scheduler)
-        clock.shadowed, clock.listeners, clock.index, clock.begin = {}, self.listeners, self.index, self.begin
+        clock.shadowed, clock.index, clock.begin = {}, self.index, self.begin
+        # A copy of the scheduler alone draws with the same models; one that is copied with its pipeline does not.
+        copied = any(id(owner) in memo for owner in self.listeners)
+        others = ((owner, listener) for owner, listener in self.listeners.items() if id(owner) not in memo)
+        clock.listeners = dict(others) if copied else self.listeners
         return clock
 
 

@@ -15,6 +15,7 @@ import diffadapt
 from tests.support import loras, models, spellings
 from tests.support.compare import assert_differs, assert_same
 from tests.support.small_models import unet
+from tests.support.versions import at_least, needs
 
 pytestmark = pytest.mark.slow
 
@@ -62,6 +63,8 @@ def loaded(family: str, dora: bool = False) -> DiffusionPipeline:
 @pytest.mark.parametrize("family", DENOISERS)
 @pytest.mark.parametrize("guidance", [4.0, 1.0], ids=["guided", "plain"])
 def test_every_row_of_a_batch_equals_a_separate_run(family: str, guidance: float) -> None:
+    if family == "sd3":
+        needs("diffusers", "0.36", "Stable Diffusion 3 with several prompts and several pictures of each")
     pipe = loaded(family)
     alone: list[Tensor] = []
     for number, mix in enumerate(MIXES):
@@ -76,6 +79,23 @@ def test_every_row_of_a_batch_equals_a_separate_run(family: str, guidance: float
         with pipe.adapters.activated({} if mix else {"a": 1.0}):
             other = drawn(pipe, PROMPTS[number : number + 1], number, guidance_scale=guidance)
         assert_differs(other, alone[number], 1e-4)
+
+
+def test_embeddings_of_other_prompts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before diffusers 0.36, Stable Diffusion 3 mixes up pooled embeddings, with and without adapters."""
+    pipe = loaded("sd3")
+    encode = type(pipe)._get_clip_prompt_embeds
+
+    def mixed_up(self: Any, prompt: list[str], *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        embeddings, pooled = encode(self, prompt, *args, **kwargs)
+        return embeddings, pooled.unflatten(0, (len(prompt), -1)).transpose(0, 1).flatten(0, 1)
+
+    if at_least("diffusers", "0.36"):
+        monkeypatch.setattr(type(pipe), "_get_clip_prompt_embeds", mixed_up)
+    with pipe.adapters.per_sample(MIXES):
+        with pytest.raises(diffadapt.AdapterError, match=r"3 prompts and 2 images of each, .* of another prompt"):
+            drawn(pipe, PROMPTS, 0)
+        assert drawn(pipe, PROMPTS, 0, images=1).isfinite().all()
 
 
 def test_other_mixes_do_not_recompile_a_denoiser(counter: CompileCounterWithBackend) -> None:

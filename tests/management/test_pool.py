@@ -1,6 +1,7 @@
 """Hundreds of adapters for one pipeline, in a fixed amount of memory."""
 
 import gc
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import diffadapt
 from diffadapt import AdapterPool
+from diffadapt.loading.plan import Plan
 from tests.support import files, loras, models, spellings
 from tests.support.compare import assert_differs, assert_same, assert_unchanged, snapshot
 
@@ -100,6 +102,28 @@ def test_files_are_read_in_the_background_and_broken_ones_reported(
         AdapterPool(pipe.adapters, 0)
     with pool.activated("s2"):
         assert set(pool.ready) <= set(sources)
+    pool.close()
+
+
+def test_what_is_read_in_the_background_counts_towards_the_budget(
+    pipe: StableDiffusionPipeline, sources: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = filled(pipe, sources, budget=2.5)
+    read: list[weakref.ref[nn.Module]] = []
+    prefetch = pipe.adapters.prefetch
+
+    def watched(source: Path) -> Plan:
+        plan = prefetch(source)
+        read.extend(map(weakref.ref, plan.adapters.values()))
+        return plan
+
+    monkeypatch.setattr(pool._adapters, "prefetch", watched)
+    pool.prefetch(*pool)
+    pool._worker.submit(gc.collect).result(60)
+    assert pool.ready == ["s4", "s5"]
+    assert [reference() is not None for reference in read] == [False] * 6 + [True] * 4
+    with pool.activated("s1"):
+        assert_same(models.draw(pipe), drawn_alone(sources["s1"], 1.0))
     pool.close()
 
 

@@ -25,6 +25,7 @@ from tests.support.compare import assert_differs, assert_same, assert_unchanged,
 from tests.support.hub import hub_cache
 from tests.support.small_models import predict, unet
 from tests.support.swaps import CONFIGS, ON_CONVOLUTIONS, make
+from tests.support.versions import at_least
 
 pytestmark = pytest.mark.slow
 
@@ -40,7 +41,8 @@ def saved(folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> P
 
 def loaded(folder: Path, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
     """Load that UNet into separate memory; diffusers would map the file into memory until a weight is written."""
-    model = UNet2DConditionModel.from_pretrained(folder, dtype=dtype).eval()
+    named = "dtype" if at_least("diffusers", "0.40") else "torch_dtype"
+    model = UNet2DConditionModel.from_pretrained(folder, **{named: dtype}).eval()
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     return model

@@ -149,6 +149,15 @@ def test_a_failed_call_leaves_no_scale_behind() -> None:
 
 
 @pytest.mark.usefixtures("_with_and_without_peft")
+def test_a_call_scale_that_is_not_finite_is_refused() -> None:
+    pipe, _ = loaded("sd15")
+    before = draw(pipe)
+    for scale in (float("nan"), float("inf"), -float("inf")):
+        with pytest.raises(diffadapt.AdapterError, match=f"the scale of a call must be a finite number, not {scale}"):
+            draw(pipe, cross_attention_kwargs={"scale": scale})
+    assert torch.equal(draw(pipe), before)
+
+
 def test_calls_with_a_scale_leave_nothing_behind_after_clear() -> None:
     pipe = models.sd15()
     draw(pipe, cross_attention_kwargs={})

@@ -13,6 +13,7 @@ from torch import Tensor
 from tests.support import loras, models, spellings
 from tests.support.compare import assert_differs, assert_same
 from tests.support.models import draw
+from tests.support.versions import needs
 
 pytestmark = pytest.mark.slow
 
@@ -61,6 +62,11 @@ def accelerate_layers(pipe: DiffusionPipeline) -> None:
         accelerate.cpu_offload(model, execution_device=CPU)
 
 
+def offload_pipeline(pipe: DiffusionPipeline) -> None:
+    needs("diffusers", "0.36", "enable_group_offload of a pipeline")
+    pipe.enable_group_offload(CPU, offload_type="leaf_level")
+
+
 OFFLOADS: dict[str, Callable[[DiffusionPipeline], Any]] = {
     "sequential cpu offload": accelerate_layers,
     "model cpu offload": lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
@@ -68,7 +74,7 @@ OFFLOADS: dict[str, Callable[[DiffusionPipeline], Any]] = {
     "group offload, blocks": lambda pipe: pipe.unet.enable_group_offload(
         CPU, offload_type="block_level", num_blocks_per_group=1
     ),
-    "group offload, pipeline": lambda pipe: pipe.enable_group_offload(CPU, offload_type="leaf_level"),
+    "group offload, pipeline": offload_pipeline,
 }
 
 

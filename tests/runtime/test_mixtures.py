@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import diffadapt
 from diffadapt import AdapterConfig, AdapterError
 from diffadapt.runtime import compose
-from diffadapt.runtime.adapter_layer import PreparedLayer
 from diffadapt.runtime.bank import bank_of
+from diffadapt.runtime.prepared_layer import PreparedLayer
 from diffadapt.types.layer_spec import LayerSpec
 from tests.support import models
 from tests.support.compare import assert_differs, assert_same

@@ -322,6 +322,34 @@ def test_two_pipelines_can_share_a_scheduler() -> None:
     assert "step" not in vars(pipes[0].scheduler)
 
 
+def test_a_copied_pipeline_follows_its_own_runs() -> None:
+    pipe = loaded(models.sd15, ["unet"])
+    pipe.adapters.activate({"a": RAMP})
+    expected = draw(pipe, num_inference_steps=STEPS)
+    copied = copy.deepcopy(pipe)
+    pipe.adapters.activate({"a": 0.7})
+    seen, others = recorded(copied), recorded(pipe)
+    assert torch.equal(draw(copied, num_inference_steps=STEPS), expected)
+    assert seen == pytest.approx([1.0, 0.7333, 0.4667, 0.2], abs=1e-3)
+    assert others == []
+    assert float(pipe.adapters["a"].components["unet"].gates[0]) == pytest.approx(0.7)
+
+
+def test_a_second_pipeline_with_a_scheduler_of_its_own_follows_it_once_its_adapters_were_asked_for() -> None:
+    pipe = loaded(models.sd15, ["unet"])
+    pipe.adapters.activate({"a": RAMP})
+    draw(pipe, num_inference_steps=STEPS)
+    scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    second = type(pipe).from_pipe(pipe, scheduler=scheduler)
+    second.set_progress_bar_config(disable=True)
+    assert second.adapters.active == {"a": RAMP}
+    seen = recorded(second)
+    draw(second, num_inference_steps=STEPS)
+    assert seen == pytest.approx([1.0, 0.7333, 0.4667, 0.2], abs=1e-3)
+    second.adapters.clear()
+    assert "step" not in vars(scheduler)
+
+
 def test_the_scheduler_keeps_its_signatures_and_can_be_copied() -> None:
     """Pipelines inspect which parameters a scheduler takes, and step copies of it or of its attributes."""
     pipe = loaded(models.sd15, ["unet"])

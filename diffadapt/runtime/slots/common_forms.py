@@ -21,7 +21,7 @@ from torch import Tensor
 from diffadapt.errors import AdapterError
 from diffadapt.runtime.adapter_layer import PATCH_DELTA, AdapterLayer, TermOf
 from diffadapt.runtime.slots.forms import Form, gain_form, slot_form
-from diffadapt.types.adapter_type import AdapterType, Stage, Tensors
+from diffadapt.types.adapter_type import AdapterType, Stage, Tensors, refuse_weightless
 from diffadapt.types.config import AdapterConfig
 from diffadapt.types.full import FULL
 from diffadapt.types.layer_spec import LayerSpec
@@ -78,6 +78,7 @@ def lower_in_common(
         weight, device, term_of: see `forms.lower`.
     """
     adapter_type, spec, base = layer.adapter_type, layer.spec, weight()
+    refuse_weightless(adapter_type, layer.tensors)
     base = base if device is None else base.to(device)
     tensors = layer.prepare(lambda: base, base.dtype, device, term_of=term_of)
     forms: list[Form] = []

@@ -28,6 +28,7 @@ from torch import Tensor
 from diffadapt.errors import AdapterError
 from diffadapt.runtime.adapter import LayerTree
 from diffadapt.runtime.adapter_layer import AdapterLayer
+from diffadapt.runtime.inference_mode import ordinary_tensors
 from diffadapt.runtime.slots.common_forms import bytes_in_common
 from diffadapt.runtime.slots.forms import ROWS, Form, Forms, rows_form
 from diffadapt.runtime.slots.row_ranges import Rows, first_rows, joined_rows, without_rows
@@ -52,6 +53,7 @@ class Reservation(LayerTree):
         device: torch.device,
         samples: int = 0,
         common: Collection[str] = (),
+        adapters_per_sample: int = 0,
     ) -> None:
         """Make empty slots.
 
@@ -62,11 +64,14 @@ class Reservation(LayerTree):
             device: the device of the slots.
             samples: how many samples of a batch can have gates of their own; 0 for one gate for all samples.
             common: names of the adapter types that run in their common form.
+            adapters_per_sample: with how many adapters in the mix of a sample its rows meet the ranks of these only,
+                where that takes less than half of the arithmetic; 0 for all ranks in any case.
         """
         super().__init__()
         self.common = frozenset(common)
         self.seated: dict[str, Seat] = {}
         self.slots: dict[str, tuple[Slot, ...]] = {}
+        self._picking: dict[tuple[int, int], list[Slot]] = {}
         cells = 0
         for path, need in sorted(_same_needs_in_all_blocks(needs).items()):
             made: list[Slot] = []
@@ -74,6 +79,10 @@ class Reservation(LayerTree):
                 shape = (need.rows, *need.spec.weight_shape[1:])
                 example = rows_form(torch.empty(shape, device="meta"), torch.empty(0, 0, device="meta"))
                 made.append(Slot(example, need.spec, count * need.rows, dtype, device))
+                can_pick = need.spec.kind in ("linear", "conv") and need.spec.groups == 1
+                if samples and can_pick and 0 < 2 * adapters_per_sample <= count:
+                    sizes = count * need.rows, adapters_per_sample * need.rows
+                    self._picking.setdefault(sizes, []).append(made[0])
             for form in need.forms.values():
                 made += [Slot(form, need.spec, 1, dtype, device) for _ in range(count)]
             for i, slot in enumerate(made):
@@ -185,6 +194,24 @@ class Reservation(LayerTree):
             else:
                 flat.index_copy_(-1, seat.cells, values.expand(*flat.shape[:-1], -1))
         self._update_copies()
+        self._set_picks()
+
+    def _set_picks(self) -> None:
+        """Tell slots which ranks each sample has, or that it has more than they were reserved for."""
+        for (size, most), slots in self._picking.items():
+            starts = torch.tensor([slot.cells.start for slot in slots], device=self.device).unsqueeze(1)
+            acting = self._gates[:, starts + torch.arange(size, device=self.device)] != 0
+            fits = bool((acting.sum(-1) <= most).all())
+            # (samples, slots, ranks), those that act first
+            order = acting.to(torch.uint8).sort(stable=True, dim=-1, descending=True).indices[..., :most]
+            for slot, picks in zip(slots, order.unbind(1), strict=True):
+                if not fits:
+                    slot.__dict__.pop("picks", None)
+                elif slot.picks is None:
+                    with ordinary_tensors():
+                        slot.__dict__["picks"] = picks.to(self._gates_for(slot).device, copy=True)
+                else:
+                    slot.picks.copy_(picks)
 
     def leaves(self) -> Iterator[tuple[str, AdapterLayer]]:
         """Yield every slot with the module path of its host."""

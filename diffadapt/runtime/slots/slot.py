@@ -105,7 +105,8 @@ class Slot(AdapterLayer):
         counts = [len(r) for r in rows]
         return [part for pair in zip(down.split(counts), up.split(counts, 1), strict=True) for part in pair]
 
-    def _prepared_tensors(self) -> Tensors:
+    def prepared_tensors(self) -> Tensors:
+        """Return the tensors of the slot, which are prepared ones."""
         return self.tensors
 
 
