@@ -32,6 +32,7 @@ import torch
 from scripts import serving_adapters
 from scripts.serving_load import closed_loop, zipf_requests
 from scripts.serving_peers import Loading, Ours, Resident, System
+from scripts.serving_replicas import compare_replicas
 from scripts.serving_tables import write_page
 
 BATCH = 16
@@ -136,7 +137,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="denoising steps of a picture (default: %(default)s)")
     parser.add_argument("--adapters", type=int, default=200, help="number of adapters (default: %(default)s)")
     parser.add_argument("--clients", type=int, nargs="*", default=CLIENTS, help="numbers of clients")
-    parser.add_argument("--only", choices=("systems", "rows", "counts"), help="measure one of the three parts")
+    parser.add_argument("--only", choices=("systems", "rows", "counts", "replicas"), help="measure one of the parts")
     parser.add_argument("--compiled", default="", help="backend to measure a compiled batch with, such as inductor")
     parser.add_argument("--quick", action="store_true", help="one round with 16 clients and few requests")
     parser.add_argument("--faults", action="store_true", help="inject faults instead")
@@ -170,6 +171,9 @@ def main() -> None:
     if options.only in (None, "systems"):
         compared = compare(adapters, names, options.rounds, options.requests, steps, options.clients)
         append(results, compared, steps)
+    if options.only in (None, "replicas"):
+        served = compare_replicas(adapters, names, options.rounds, options.requests, steps, BATCH, POOL_BYTES)
+        append(results, served, steps)
 
 
 if __name__ == "__main__":

@@ -3,22 +3,12 @@
 * damaged uploads: files that are cut off, with changed headers, of another model, or pickles;
 * a slow disk: reading an adapter takes half a second more;
 * bad requests among good ones: unknown adapters, strengths that are no numbers, a file that is damaged on the disk;
-* a replica of the service is killed while requests are drawn.
+* a replica of the service is killed while good and bad requests come over HTTP.
 """
 
-import base64
-import io
-import json
-import os
 import pickle
 import random
-import signal
-import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
-from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -30,13 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from safetensors.torch import save_file
 
 from diffadapt.management.manager import Adapters
 from examples.serving.engine import Engine, Request
 from scripts import serving_adapters
 from scripts.serving_load import PROMPTS
+from scripts.serving_process import running
 from scripts.serving_soak import TOLERANCE
 
 BATCH = 8
@@ -93,12 +83,12 @@ class Outcome:
             self.right += 1
 
 
-def run(work: Path, count: int = 1000, served: int = 40) -> Iterator[dict[str, Any]]:
+def run(work: Path, count: int = 1000, served: int = 400) -> Iterator[dict[str, Any]]:
     """Inject all faults and yield a result for each.
 
     Args:
         count: number of requests, 5 % of them bad.
-        served: number of requests to the service, or 0 to leave it out.
+        served: number of requests over HTTP, 5 % of them bad, or 0 to leave the service out.
     """
     folder = work / "faults"
     names, _ = serving_adapters.write(folder, KNOWN)
@@ -111,7 +101,7 @@ def run(work: Path, count: int = 1000, served: int = 40) -> Iterator[dict[str, A
     yield bad_requests(engine, good, folder, names, count).result()
     engine.close()
     if served:
-        yield killed_replica(good, folder, served).result()
+        yield killed_replica(good, folder, names, served).result()
 
 
 def draw_all(engine: Engine, sent: Sequence[tuple[Request, Picture | None]], outcome: Outcome) -> None:
@@ -187,90 +177,58 @@ def bad_requests(
 ) -> Outcome:
     """Draw `count` requests of which every twentieth is bad, in another way each time."""
     outcome, chance = Outcome(f"{count} requests, 5 % of them bad"), random.Random(1)
+    with damaged_adapter(folder, names) as damaged:
+        bad = bad_ones(names, damaged)
+        sent: list[tuple[Request, Picture | None]] = [chance.choice(good) for _ in range(count)]
+        for number in range(7, count, 20):
+            sent[number] = bad[number // 20 % len(bad)], None
+        draw_all(engine, sent, outcome)
+    return outcome
+
+
+@contextmanager
+def damaged_adapter(folder: Path, names: Sequence[str]) -> Generator[str, None, None]:
+    """Put a file that is cut off into the folder; yield its name."""
     damaged = folder / "damaged.safetensors"
     damaged.write_bytes((folder / f"{names[0]}.safetensors").read_bytes()[:5000])
-    bad = [
+    try:
+        yield "damaged"
+    finally:
+        damaged.unlink()
+
+
+def bad_ones(names: Sequence[str], damaged: str) -> list[Request]:
+    """Return requests that cannot be drawn, each for another reason."""
+    return [
         Request(PROMPTS[0], {"no-such-adapter": 1.0}, steps=1),
         Request(PROMPTS[0], {names[0]: float("nan")}, steps=1),
         Request(PROMPTS[0], {names[0]: {"unet.no_such_block": 1.0}}, steps=1),
-        Request(PROMPTS[0], {"damaged": 1.0}, steps=1),
+        Request(PROMPTS[0], {damaged: 1.0}, steps=1),
         Request(PROMPTS[0], dict.fromkeys(names[: BATCH + 1], 0.1), steps=1),
     ]
-    sent: list[tuple[Request, Picture | None]] = []
-    for number in range(count):
-        is_bad = number % 20 == 7
-        sent.append((bad[number // 20 % len(bad)], None) if is_bad else chance.choice(good))
-    draw_all(engine, sent, outcome)
-    damaged.unlink()
+
+
+def killed_replica(good: Sequence[tuple[Request, Picture]], folder: Path, names: Sequence[str], count: int) -> Outcome:
+    """Send `count` requests to two replicas from eight clients, 5 % of them bad, and kill one of the replicas."""
+    outcome, chance = Outcome(f"{count} requests over HTTP, 5 % of them bad, and a replica is killed"), random.Random(2)
+    sent: list[tuple[Request, Picture | int]] = [chance.choice(good) for _ in range(count)]
+    with damaged_adapter(folder, names) as damaged:
+        bad = [*zip(bad_ones(names, damaged), (404, 422, 422, 422, 422), strict=True)]
+        for number in range(7, count, 20):
+            sent[number] = bad[number // 20 % len(bad)]
+        with running(folder, "--replicas=2") as service, ThreadPoolExecutor(8) as clients:
+            answers = [clients.submit(service.ask, request) for request, _ in sent]
+            answers[count // 4].result()
+            service.kill(chance.choice([*service.replicas()]))
+            found = [answer.result() for answer in answers]
+    for answer, (_, expected) in zip(found, sent, strict=True):
+        failure = RuntimeError(f"{answer.status}: {answer.message}")
+        if not isinstance(expected, int):
+            outcome.judge(failure if answer.picture is None else answer.picture, expected)
+        elif answer.status not in (200, expected):
+            outcome.sent += 1
+            outcome.wrong += (f"{failure}, expected {expected}",)
+        else:
+            outcome.judge(answer.picture or failure, None)
+        outcome.retried += answer.tries > 1
     return outcome
-
-
-def killed_replica(good: Sequence[tuple[Request, Picture]], folder: Path, count: int, port: int = 8765) -> Outcome:
-    """Start the service with two replicas, and kill one while eight clients draw."""
-    outcome = Outcome("a replica is killed")
-    command = [sys.executable, "-m", "examples.serving", f"--port={port}", f"--adapters={folder}", "--replicas=2"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as service:
-        try:
-            assert service.stdout is not None
-            if not any("ready" in line for line in service.stdout):
-                raise RuntimeError("the service did not start")
-            chance = random.Random(2)
-            sent = [chance.choice(good) for _ in range(count)]
-            with ThreadPoolExecutor(8) as clients:
-                answers = [clients.submit(ask, f"http://127.0.0.1:{port}", request) for request, _ in sent]
-                next(answer for answer in answers).result()
-                os.kill(chance.choice(replicas_of(service.pid)), signal.SIGKILL)
-                found = [answer.result() for answer in answers]
-        finally:
-            service.terminate()
-            service.wait(120)
-    for (answer, tries), (_, expected) in zip(found, sent, strict=True):
-        outcome.judge(answer, expected)
-        outcome.retried += tries > 1
-    return outcome
-
-
-def ask(address: str, request: Request) -> tuple[Any, int]:
-    """Return the picture of a request, or the error, and how often it was sent: again if the service asks for it."""
-    fields = {
-        "prompt": request.prompt,
-        "adapters": request.adapters,
-        "seed": request.seed,
-        "num_inference_steps": request.steps,
-        "guidance_scale": request.guidance_scale,
-    }
-    body = json.dumps(fields).encode()
-    headers = {"Content-Type": "application/json"}
-    for tries in range(1, 6):
-        sent = urllib.request.Request(f"{address}/v1/images/generations", body, headers)
-        try:
-            with urllib.request.urlopen(sent, timeout=300) as answer:
-                picture = base64.b64decode(json.load(answer)["data"][0]["b64_json"])
-            return Image.open(io.BytesIO(picture)), tries
-        except urllib.error.HTTPError as error:
-            if error.code != 503 or tries == 5:
-                return RuntimeError(f"{error.code}: {error.read().decode()}"), tries
-            time.sleep(float(error.headers.get("Retry-After", 1)))
-        except OSError as error:
-            return error, tries
-    raise AssertionError("unreachable")
-
-
-def replicas_of(parent: int) -> list[int]:
-    """Return the process ids of the replicas that draw, among the descendants of a process."""
-    parents, names = {}, {}
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            number, _, rest = status.read_text().partition(" ")
-            parents[int(number)] = int(rest.rpartition(")")[2].split()[1])
-            names[int(number)] = (status.parent / "cmdline").read_text()
-        except OSError:
-            continue
-
-    def is_descendant(number: int) -> bool:
-        return number == parent or (number in parents and is_descendant(parents[number]))
-
-    found = [number for number, name in names.items() if "Painter" in name and is_descendant(number)]
-    if not found:
-        raise RuntimeError(f"no replica among the processes of the service: {Counter(names.values())}")
-    return found

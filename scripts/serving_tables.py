@@ -54,7 +54,8 @@ def speed(results: Sequence[Result]) -> str:
     rounds = len({r["round"] for r in results})
     pictures = {r["clients"]: r["pictures"] for r in results}
     counts = ", ".join(
-        f"{pictures[clients]} pictures with {clients} clients" for clients in sorted(pictures, reverse=True)
+        f"{pictures[clients]} pictures with {clients} client{'s' * (clients > 1)}"
+        for clients in sorted(pictures, reverse=True)
     )
     versions = ", ".join(f"{name} {number}" for name, number in results[-1]["versions"].items())
     times = "One round" if rounds == 1 else f"Medians of {rounds} rounds"

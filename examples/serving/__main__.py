@@ -75,6 +75,7 @@ def _start(options: argparse.Namespace) -> None:
         adapters=str(options.adapters.resolve()),
         slots=options.slots,
         samples=options.samples,
+        pool_bytes=options.pool_mib * 2**20,
         compiled=options.compile or False,
         replicas=options.replicas,
     )
@@ -131,6 +132,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--replicas", type=int, default=1, help="pipelines to run (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=8, help="pictures to draw at once (default: %(default)s)")
     parser.add_argument("--slots", type=int, default=8, help="different adapters in a batch (default: %(default)s)")
+    parser.add_argument(
+        "--pool-mib", type=int, default=1024, help="MiB of adapters to keep in memory (default: %(default)s)"
+    )
     parser.add_argument("--compile", metavar="BACKEND", help="compile the denoiser: inductor, aot_eager, ...")
     return parser
 

@@ -74,6 +74,10 @@ class AdapterFolder:
             raise UnknownAdapter(f"no adapter {name!r}; it was deleted") from None
         return Stamp(found.st_ino, found.st_size, found.st_mtime_ns)
 
+    def without_paths(self, message: str) -> str:
+        """Return a message with the names of the folder's files in place of their paths, for clients."""
+        return message.replace(f"{self.folder}{os.sep}", "")
+
     def publish(self, file: Path, name: str) -> Path:
         """Move a complete file into the folder, in one step; return its path there.
 

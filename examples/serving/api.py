@@ -15,7 +15,7 @@ from typing import Any, NoReturn, Protocol
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, PlainTextResponse
+from fastapi.responses import FileResponse, HTMLResponse, PlainTextResponse
 from PIL import Image
 from starlette.exceptions import HTTPException
 
@@ -26,6 +26,8 @@ from examples.serving.cards import card
 from examples.serving.engine import Request
 from examples.serving.errors import ServiceError, respond
 from examples.serving.image_fields import FieldError, ImageFields
+from examples.serving.limits import BodyLimit
+from examples.serving.links import PictureLinks
 
 PAGE = Path(__file__).with_name("page.html")
 
@@ -47,6 +49,21 @@ class Model:
     slots: int
 
 
+@dataclass(frozen=True)
+class Painted:
+    """A picture, and how it was drawn.
+
+    Attributes:
+        picture: the picture.
+        replica: id of the replica that drew it.
+        in_memory: whether the replica had all adapters of the request in memory when the request came.
+    """
+
+    picture: Image.Image
+    replica: str
+    in_memory: bool
+
+
 class Studio(Protocol):
     """Where pictures are drawn.
 
@@ -61,7 +78,7 @@ class Studio(Protocol):
         """Return the number of replicas by state; raise `ServiceError` if none runs."""
         ...
 
-    async def paint(self, request: Request) -> Image.Image | AdapterError:
+    async def paint(self, request: Request) -> Painted | AdapterError:
         """Return the picture of a request, or why it cannot be drawn."""
         ...
 
@@ -85,24 +102,47 @@ def create_app(studio: Studio, folder: AdapterFolder, *, upload_bytes: int = 2**
     app = FastAPI(title="diffadapt", docs_url=None, redoc_url=None)
     for kind in (ServiceError, AdapterError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, respond)
+    app.add_middleware(BodyLimit, elsewhere="/v1/adapters")
+    links = PictureLinks(folder.folder / ".pictures")
 
     @app.post("/v1/images/generations")
     async def generate(fields: ImageFields, http: HttpRequest) -> dict[str, Any]:
         model = await studio.model()
         requests = _requests(fields, folder, model)
-        pictures = await _while_connected(http, _paint_all(studio, requests))
-        encode = _encoder(fields)
-        width, height = requests[0].size or model.native_size
+        painted = await _while_connected(http, _paint_all(studio, folder, requests))
+        kind = fields.output_format or "png"
+        encode = _encoder(kind, fields.output_compression)
+
+        def shown(picture: Image.Image) -> dict[str, str]:
+            content = encode(picture)
+            if fields.response_format == "url":
+                return {"url": str(http.url_for("picture", name=links.keep(content, kind)))}
+            return {"b64_json": base64.b64encode(content).decode()}
+
+        width, height = painted[0].picture.size
         return {
             "created": int(time.time()),
             "model": model.name,
-            "output_format": fields.output_format or "png",
+            "output_format": kind,
             "size": f"{width}x{height}",
             "data": [
-                {"b64_json": encode(picture), "revised_prompt": request.prompt, "seed": request.seed}
-                for picture, request in zip(pictures, requests, strict=True)
+                {
+                    **shown(drawn.picture),
+                    "revised_prompt": request.prompt,
+                    "seed": request.seed,
+                    "replica": drawn.replica,
+                    "in_memory": drawn.in_memory,
+                }
+                for drawn, request in zip(painted, requests, strict=True)
             ],
         }
+
+    @app.get("/v1/pictures/{name}")
+    async def picture(name: str) -> FileResponse:
+        file = links.find(name)
+        if file is None:
+            raise ServiceError(404, "no such picture; links are valid for an hour", code="picture_not_found")
+        return FileResponse(file)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -120,6 +160,8 @@ def create_app(studio: Studio, folder: AdapterFolder, *, upload_bytes: int = 2**
             return await asyncio.to_thread(card, folder, name)
         except UnknownAdapter as error:
             _refuse_unknown(error, "name")
+        except AdapterError as error:
+            raise _unusable(error, folder, "name") from None
 
     @app.post("/v1/adapters", status_code=201)
     async def upload(http: HttpRequest) -> dict[str, Any]:
@@ -175,7 +217,7 @@ def _requests(fields: ImageFields, folder: AdapterFolder, model: Model) -> list[
     return requests
 
 
-async def _paint_all(studio: Studio, requests: Sequence[Request]) -> list[Image.Image]:
+async def _paint_all(studio: Studio, folder: AdapterFolder, requests: Sequence[Request]) -> list[Painted]:
     """Return the pictures of all requests; if one fails, the others are given up.
 
     Raises:
@@ -183,20 +225,20 @@ async def _paint_all(studio: Studio, requests: Sequence[Request]) -> list[Image.
     """
     tasks = [asyncio.ensure_future(studio.paint(request)) for request in requests]
     try:
-        pictures: list[Image.Image] = []
+        painted: list[Painted] = []
         for result in await asyncio.gather(*tasks):
             if isinstance(result, UnknownAdapter):
                 _refuse_unknown(result, "adapters")
             if isinstance(result, AdapterError):
-                raise ServiceError(422, str(result), param="adapters", code="unusable_adapter")
-            pictures.append(result)
-        return pictures
+                raise _unusable(result, folder, "adapters")
+            painted.append(result)
+        return painted
     finally:
         for task in tasks:
             task.cancel()
 
 
-async def _while_connected(http: HttpRequest, painting: Awaitable[list[Image.Image]]) -> list[Image.Image]:
+async def _while_connected(http: HttpRequest, painting: Awaitable[list[Painted]]) -> list[Painted]:
     """Return the pictures; give up if the client leaves, so that nobody waits behind what nobody wants."""
     task = asyncio.ensure_future(painting)
     leaving = asyncio.ensure_future(_left(http))
@@ -220,6 +262,10 @@ def _refuse_unknown(error: UnknownAdapter, field: str) -> NoReturn:
     raise ServiceError(404, str(error), param=field, code="adapter_not_found") from None
 
 
+def _unusable(error: AdapterError, folder: AdapterFolder, field: str) -> ServiceError:
+    return ServiceError(422, folder.without_paths(str(error)), param=field, code="unusable_adapter")
+
+
 def _cards(folder: AdapterFolder) -> list[dict[str, Any]]:
     """Return the cards of all adapters; a file that cannot be read says why."""
     cards: list[dict[str, Any]] = []
@@ -229,18 +275,17 @@ def _cards(folder: AdapterFolder) -> list[dict[str, Any]]:
         except UnknownAdapter:
             continue  # It was deleted just now.
         except AdapterError as error:
-            cards.append({"id": name, "object": "adapter", "error": str(error)})
+            cards.append({"id": name, "object": "adapter", "error": folder.without_paths(str(error))})
     return cards
 
 
-def _encoder(fields: ImageFields) -> Callable[[Image.Image], str]:
-    """Return the function that encodes pictures as the fields want them, in base64."""
-    kind = fields.output_format or "png"
-    quality = {} if kind == "png" or fields.output_compression is None else {"quality": fields.output_compression}
+def _encoder(kind: str, compression: int | None) -> Callable[[Image.Image], bytes]:
+    """Return the function that encodes pictures, with a quality from 0 to 100 unless they are PNGs."""
+    quality = {} if kind == "png" or compression is None else {"quality": compression}
 
-    def encode(picture: Image.Image) -> str:
+    def encode(picture: Image.Image) -> bytes:
         buffer = io.BytesIO()
         picture.save(buffer, kind, **quality)
-        return base64.b64encode(buffer.getvalue()).decode()
+        return buffer.getvalue()
 
     return encode

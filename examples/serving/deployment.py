@@ -8,9 +8,12 @@ is free (`serve.multiplexed`), and requests that wait together are drawn togethe
 
 import asyncio
 import contextvars
+import importlib
+import ipaddress
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +22,15 @@ from fastapi import FastAPI
 from PIL import Image
 from pydantic import BaseModel, ConfigDict
 from ray import serve
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.util import metrics
 
 from diffadapt import AdapterError
 from examples.serving.adapters import AdapterFolder
-from examples.serving.api import Model, create_app
-from examples.serving.engine import Engine, Request
+from examples.serving.api import Model, Painted, create_app
+from examples.serving.engine import Abandoned, Engine, Request
 from examples.serving.errors import ServiceError
 
 
@@ -63,6 +66,7 @@ def build(settings: Settings) -> serve.Application:
     """Return the application, as `serve run` and `serve deploy` want it."""
 
     def app() -> FastAPI:
+        _stay_on_loopback()
         handle = serve.get_deployment_handle("Painter", app_name=serve.get_replica_context().app_name)
         folder = AdapterFolder(settings.adapters)
         return create_app(Replicas(handle, settings), folder, upload_bytes=settings.upload_bytes)
@@ -94,7 +98,9 @@ class Painter:
     """A replica: one engine, and the thread that draws with it."""
 
     def __init__(self, settings: Settings) -> None:
+        _stay_on_loopback()
         self.settings = settings
+        self.id = serve.get_replica_context().replica_id.unique_id
         self.engine = Engine(
             settings.pipeline,
             settings.adapters,
@@ -105,6 +111,9 @@ class Painter:
         )
         if settings.compiled:
             self.engine.warm_up()
+        # Notes that this replica has an adapter, for the router. The engine's pool decides what is in memory, and the
+        # note is as short as the pool, so that requests come where the adapter still is.
+        self._hold = serve.multiplexed(max_num_models_per_replica=self.engine.capacity())(_noted)
         self._drawing = ThreadPoolExecutor(1, thread_name_prefix="painter")
         self._idle = asyncio.Event()
         self._idle.set()
@@ -112,33 +121,40 @@ class Painter:
         self._pictures = metrics.Counter("diffadapt_pictures", "Requests by outcome.", ("outcome",))
         self._rows = metrics.Histogram("diffadapt_batch_rows", "Requests per batch.", [1, 2, 4, 8, 16, 32])
         self._seconds = metrics.Histogram("diffadapt_batch_seconds", "Seconds per batch.", [0.1, 0.3, 1, 3, 10, 30])
+        self._adapters = metrics.Counter("diffadapt_adapters", "Adapters of requests by where they were.", ("where",))
         self._pool = metrics.Gauge("diffadapt_pool_bytes", "Bytes of adapters in memory.")
 
     async def model(self) -> Model:
         """Return what is drawn with."""
         name = Path(self.settings.pipeline).name
-        multiple = int(self.engine.pipe.vae_scale_factor)
-        return Model(name, self.engine.native_size, multiple, self.engine.slots)
+        return Model(name, self.engine.native_size, self.engine.multiple, self.engine.slots)
 
-    async def paint(self, request: Request) -> Image.Image | AdapterError:
+    async def paint(self, request: Request) -> Painted | AdapterError:
         """Return the picture of a request, or why it cannot be drawn."""
         model_id = serve.get_multiplexed_model_id()
         if model_id:
             await self._hold(model_id)
+        ready = set(self.engine.pool.ready)
+        for adapter in request.adapters:
+            self._adapters.inc(tags={"where": "memory" if adapter in ready else "disk"})
         await asyncio.to_thread(self.engine.prefetch, request.adapters)
         # Ray makes a batch as soon as requests arrive, also if it has to wait for the one before. A batch that is made
         # when its turn has come is larger.
         await self._idle.wait()
         # Ray divides batches by the adapter that requests were routed by, since it takes it for a model that has to be
         # drawn with alone. Here adapters share a batch, so a request enters it in a context without that name.
-        task = contextvars.Context().run(asyncio.ensure_future, self._batched(request))
+        waiting = _Waiting(request)
+        task = contextvars.Context().run(asyncio.ensure_future, self._batched(waiting))
         try:
             result = await task
         finally:
+            waiting.is_wanted = False
             task.cancel()
-        if isinstance(result, AdapterError) or not isinstance(result, Exception):
+        if isinstance(result, AdapterError):
             return result
-        raise result
+        if isinstance(result, Exception):
+            raise result
+        return Painted(result, self.id, ready.issuperset(request.adapters))
 
     async def try_on(self, file: str) -> str | None:
         """Return why an adapter cannot be used with the model, or `None` if it can."""
@@ -148,26 +164,58 @@ class Painter:
             return str(error)
         return None
 
-    @serve.multiplexed(max_num_models_per_replica=256)
-    async def _hold(self, name: str) -> str:
-        """Note that this replica has an adapter, for the router. The engine's pool decides what is in memory."""
-        return name
-
     @serve.batch(batch_wait_timeout_s=0.02)
-    async def _batched(self, requests: list[Request]) -> list[Image.Image | Exception]:
+    async def _batched(self, waiting: list["_Waiting"]) -> list[Image.Image | Exception]:
         """Draw requests that wait together."""
         started = time.monotonic()
         self._idle.clear()
+        requests = [one.request for one in waiting]
+        draw = asyncio.get_running_loop().run_in_executor(
+            self._drawing, self.engine.draw, requests, lambda: any(one.is_wanted for one in waiting)
+        )
         try:
-            results = await asyncio.get_running_loop().run_in_executor(self._drawing, self.engine.draw, requests)
+            results = await draw
         finally:
             self._idle.set()
         self._rows.observe(len(requests))
         self._seconds.observe(time.monotonic() - started)
         self._pool.set(self.engine.pool.bytes)
         for result in results:
-            self._pictures.inc(tags={"outcome": "refused" if isinstance(result, Exception) else "drawn"})
+            self._pictures.inc(tags={"outcome": _outcome(result)})
         return results
+
+
+@dataclass
+class _Waiting:
+    """A request that waits for its picture, as long as somebody waits for the answer."""
+
+    request: Request
+    is_wanted: bool = True
+
+
+async def _noted(name: str) -> str:
+    return name
+
+
+def _outcome(result: Image.Image | Exception) -> str:
+    """Return what became of a request, for the metrics."""
+    if isinstance(result, Abandoned):
+        return "abandoned"
+    return "refused" if isinstance(result, Exception) else "drawn"
+
+
+def _stay_on_loopback() -> None:
+    """Bind the port of this replica to the loopback address, if that is how Ray knows this machine.
+
+    Ray Serve lets deployments call each other by gRPC and opens a port for that on all interfaces of the machine. It
+    has no option for the address.
+    """
+    address = ray.util.get_node_ip_address()
+    if not ipaddress.ip_address(address).is_loopback:
+        return
+    server: Any = importlib.import_module("grpc.aio._server").Server
+    add_port = server.add_insecure_port
+    server.add_insecure_port = lambda self, at: add_port(self, at.replace("[::]", address))
 
 
 class Replicas:
@@ -193,7 +241,7 @@ class Replicas:
             raise ServiceError(503, f"no replica is running: {states}", code="unavailable")
         return states
 
-    async def paint(self, request: Request) -> Image.Image | AdapterError:
+    async def paint(self, request: Request) -> Painted | AdapterError:
         """Return the picture of a request, or why it cannot be drawn."""
         return await self._ask("paint", request, routed_by=next(iter(request.adapters), ""))
 
@@ -222,6 +270,9 @@ class Replicas:
             left = deadline - asyncio.get_running_loop().time()
             try:
                 return await asyncio.wait_for(_answer(handle, arguments), left)
+            except RayTaskError as error:
+                # Its own text has the traceback in it, which is in the log of the replica.
+                raise error.cause from None
             except RayActorError:
                 if is_last:
                     raise ServiceError(503, "two replicas died at this request", code="replica_died") from None

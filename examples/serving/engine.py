@@ -13,6 +13,9 @@ the same request gives alone.
 A compiled pipeline has a graph for every number of rows. So it draws only powers of two of them, some of them empty.
 """
 
+import inspect
+import math
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -57,6 +60,12 @@ EMPTY = Request("")
 """The row that fills a batch of a compiled pipeline. Its picture is thrown away."""
 
 _TRIAL = "tried on"  # No file of the folder can have this name.
+_MEASURED = 8
+"""How many adapters are read to tell how large they are."""
+
+
+class Abandoned(Exception):
+    """Nobody waits for the pictures any more."""
 
 
 class Engine:
@@ -70,6 +79,7 @@ class Engine:
         samples: the largest number of rows of a batch.
         compiled: whether the denoiser is compiled.
         native_size: width and height that the model was trained with, in pixels.
+        multiple: what width and height have to be multiples of.
     """
 
     def __init__(
@@ -100,7 +110,10 @@ class Engine:
         self.samples = samples
         self.compiled = bool(compiled)
         self.native_size = _native_size(self.pipe)
+        self.multiple = _multiple(self.pipe)
         self.pool = diffadapt.AdapterPool(self.pipe.adapters, pool_bytes, loaded=slots)
+        # Old pipelines cannot be stopped between two steps.
+        self._has_callback = "callback_on_step_end" in inspect.signature(self.pipe.__call__).parameters
         self._stamps: dict[str, Stamp] = {}
         self._fitting: set[str] = set()
         self._registering = RLock()
@@ -117,14 +130,27 @@ class Engine:
 
         Raises:
             UnknownAdapter: the folder has no such adapter.
-            AdapterError: the request has more adapters than there are slots.
+            AdapterError: the request has more adapters than there are slots, or than the pool has room for.
         """
-        for name in request.adapters:
-            self.folder.path(name)
+        size = sum(self.folder.path(name).stat().st_size for name in request.adapters)
         if len(request.adapters) > self.slots:
             raise AdapterError(
                 f"{len(request.adapters)} adapters in one request, but at most {self.slots} can be mixed"
             )
+        if size > self.pool.budget:
+            raise AdapterError(
+                f"the adapters of the request have {size} bytes, but the pool has {self.pool.budget}; mix fewer or "
+                "smaller ones"
+            )
+
+    def capacity(self) -> int:
+        """Return about how many adapters the pool has room for, by the size of a few; 256 if there are none yet."""
+        names = self.folder.names()
+        sizes: list[int] = []
+        for name in names[:: -(-len(names) // _MEASURED) or 1]:
+            with suppress(AdapterError):
+                sizes.append(self.pipe.adapters.prefetch(self.folder.path(name)).bytes)
+        return max(1, int(self.pool.budget / statistics.mean(sizes))) if sizes else 256
 
     def prefetch(self, names: Iterable[str]) -> None:
         """Start reading adapters in the background. If one cannot be read, `draw` says so."""
@@ -145,22 +171,25 @@ class Engine:
                 the reasons.
         """
         plan = self.pipe.adapters.prefetch(file)
-        size = sum(adapter.bytes for adapter in plan.adapters.values())
-        if size > self.pool.budget:
-            raise AdapterError(f"the adapter takes {size} bytes of memory, but the pool has {self.pool.budget}")
+        if plan.bytes > self.pool.budget:
+            raise AdapterError(f"the adapter takes {plan.bytes} bytes of memory, but the pool has {self.pool.budget}")
         with self._drawing:
             # Without a seat: if there are slots, they are enlarged when the adapter is first drawn with.
             self.pipe.adapters.load(plan, _TRIAL, activate=False, allow_recompile=True)
             self.pipe.adapters.remove(_TRIAL)
 
-    def draw(self, requests: Sequence[Request]) -> list[Image.Image | Exception]:
+    def draw(
+        self, requests: Sequence[Request], is_wanted: Callable[[], bool] = lambda: True
+    ) -> list[Image.Image | Exception]:
         """Draw pictures, as many at once as a batch may have.
 
         Args:
             requests: any number of requests, with any adapters, sizes and numbers of steps.
+            is_wanted: is asked before every batch and every step; if it returns `False`, drawing ends.
 
         Returns:
             For every request its picture, or the error that kept it from being drawn. It does not affect the others.
+            The error is `Abandoned` for those that were not drawn because they were not wanted any more.
         """
         results: dict[int, Image.Image | Exception] = {}
         with self._drawing:
@@ -172,7 +201,7 @@ class Engine:
             sound = {index: request for index, request in enumerate(requests) if index not in results}
             self._renew({name for request in sound.values() for name in request.adapters})
             for batch in self._batches(sound):
-                results |= self._draw_or_divide(batch)
+                results |= self._draw_or_divide(batch, is_wanted)
         return [results[index] for index in range(len(requests))]
 
     def warm_up(self) -> None:
@@ -180,7 +209,8 @@ class Engine:
         self._renew(self._fitting)
         for count in sorted({self._rows(count + 1) for count in range(self.samples)}):
             # A graph for rows with mixes of their own is another one than for rows without adapters.
-            self._draw_batch([Request("", dict.fromkeys(sorted(self._fitting)[:1], 1.0), steps=1)] * count)
+            mix = dict.fromkeys(sorted(self._fitting)[:1], 1.0)
+            self._draw_batch([Request("", mix, steps=1)] * count, lambda: True)
 
     def close(self) -> None:
         """Drop all adapters and stop the thread that reads them."""
@@ -201,19 +231,23 @@ class Engine:
             unfilled[shape] = batch, names
         return batches
 
-    def _draw_or_divide(self, requests: Mapping[int, Request]) -> dict[int, Image.Image | Exception]:
+    def _draw_or_divide(
+        self, requests: Mapping[int, Request], is_wanted: Callable[[], bool]
+    ) -> dict[int, Image.Image | Exception]:
         """Draw one batch; if that fails, draw its requests one by one, so that only the faulty ones fail."""
         try:
-            return dict(zip(requests, self._draw_batch(list(requests.values())), strict=True))
+            return dict(zip(requests, self._draw_batch(list(requests.values()), is_wanted), strict=True))
+        except Abandoned as error:
+            return dict.fromkeys(requests, error)
         except Exception as error:
             if len(requests) == 1:
                 return dict.fromkeys(requests, error)
         results: dict[int, Image.Image | Exception] = {}
         for index, request in requests.items():
-            results |= self._draw_or_divide({index: request})
+            results |= self._draw_or_divide({index: request}, is_wanted)
         return results
 
-    def _draw_batch(self, requests: Sequence[Request]) -> list[Image.Image | Exception]:
+    def _draw_batch(self, requests: Sequence[Request], is_wanted: Callable[[], bool]) -> list[Image.Image | Exception]:
         """Draw requests of one shape in one call of the pipeline.
 
         Returns:
@@ -221,7 +255,16 @@ class Engine:
 
         Raises:
             AdapterError: a request cannot be drawn, and so none was.
+            Abandoned: the pictures are not wanted any more.
         """
+
+        def go_on(pipe: Any, step: int, time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            if not is_wanted():
+                raise Abandoned
+            return tensors
+
+        if not is_wanted():
+            raise Abandoned
         if self.compiled:
             self._make_room({name for request in requests for name in request.adapters})
         mixes = [dict(request.adapters) for request in requests]
@@ -233,16 +276,24 @@ class Engine:
             rows += [EMPTY] * missing
             mixed = self.pool.per_sample([*mixes, *({} for _ in range(missing))])
         width, height = requests[0].size or self.native_size
+        call = dict[str, Any](
+            prompt=[request.prompt for request in rows],
+            generator=[torch.Generator().manual_seed(request.seed) for request in rows],
+            num_inference_steps=requests[0].steps,
+            guidance_scale=requests[0].guidance_scale,
+            width=width,
+            height=height,
+            output_type="np",
+        )
+        if self._has_callback:
+            call["callback_on_step_end"] = go_on
         with mixed:
-            pictures = self.pipe(
-                prompt=[request.prompt for request in rows],
-                generator=[torch.Generator().manual_seed(request.seed) for request in rows],
-                num_inference_steps=requests[0].steps,
-                guidance_scale=requests[0].guidance_scale,
-                width=width,
-                height=height,
-                output_type="np",
-            ).images
+            try:
+                pictures = self.pipe(**call).images
+            except ValueError as error:
+                if isinstance(error, AdapterError) or (width, height) == self.native_size:
+                    raise
+                raise AdapterError(f"the model cannot draw {width}x{height}: {error}") from error
         return [_picture(values, request) for values, request in zip(pictures, requests, strict=False)]
 
     def _renew(self, names: Iterable[str]) -> None:
@@ -309,3 +360,9 @@ def _native_size(pipe: Any) -> tuple[int, int]:
     sample = getattr(pipe, "default_sample_size", None) or _denoiser(pipe).config.sample_size
     height, width = sample if isinstance(sample, (tuple, list)) else (sample, sample)
     return int(width * pipe.vae_scale_factor), int(height * pipe.vae_scale_factor)
+
+
+def _multiple(pipe: Any) -> int:
+    """Return what width and height have to be multiples of: pipelines ask for 8, and transformers for whole patches."""
+    is_transformer = getattr(pipe, "unet", None) is None
+    return math.lcm(8, int(pipe.vae_scale_factor) * (2 if is_transformer else 1))

@@ -13,12 +13,16 @@ from diffadapt import AdapterError
 _TYPES = {404: "not_found_error", 429: "rate_limit_error"}
 
 
-class ServiceError(Exception):
+_LONGEST = 500
+"""The most characters of an unexpected error that a client gets to see."""
+
+
+class ServiceError(HTTPException):
     """An error that the client gets to see.
 
     Attributes:
-        status: HTTP status.
-        message: what was expected, what was found, and what to do.
+        status_code: HTTP status.
+        detail: what was expected, what was found, and what to do.
         param: the field of the request that is wrong.
         code: a word for programs.
         headers: further headers of the response.
@@ -33,18 +37,15 @@ class ServiceError(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
+        super().__init__(status, message, headers)
         self.param = param
         self.code = code
-        self.headers = headers
 
     def response(self) -> JSONResponse:
         """Return the response with this error as its body."""
-        kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
-        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-        return JSONResponse({"error": error}, self.status, self.headers)
+        kind = _TYPES.get(self.status_code, "server_error" if self.status_code >= 500 else "invalid_request_error")
+        error = {"message": self.detail, "type": kind, "param": self.param, "code": self.code}
+        return JSONResponse({"error": error}, self.status_code, self.headers)
 
 
 async def respond(request: Request, error: Exception) -> JSONResponse:
@@ -57,7 +58,9 @@ async def respond(request: Request, error: Exception) -> JSONResponse:
         return _invalid_field(error.errors()[0]).response()
     if isinstance(error, HTTPException):
         return ServiceError(error.status_code, f"{request.method} {request.url.path}: {error.detail}").response()
-    return ServiceError(500, f"{type(error).__name__}: {error}", code="internal_error").response()
+    # The log has the traceback.
+    (first, *_) = str(error).splitlines() or [""]
+    return ServiceError(500, f"{type(error).__name__}: {first}"[:_LONGEST], code="internal_error").response()
 
 
 def _invalid_field(problem: Mapping[str, Any]) -> ServiceError:

@@ -52,14 +52,14 @@ class ImageFields(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
 
-    prompt: str = Field(max_length=10_000)
+    prompt: str = Field(max_length=32_000)
     adapters: Annotated[dict[str, Any], BeforeValidator(_read_adapters)] = {}
     seed: int | None = Field(None, ge=0, lt=2**63 - MOST_PICTURES)
     n: int | None = Field(1, ge=1, le=MOST_PICTURES)
     size: str | None = "auto"
     num_inference_steps: int | None = Field(None, ge=1, le=MOST_STEPS)
     guidance_scale: float | None = Field(None, ge=0, le=50, allow_inf_nan=False)
-    response_format: Literal["b64_json"] | None = "b64_json"
+    response_format: Literal["b64_json", "url"] | None = "b64_json"
     output_format: Literal["png", "jpeg", "webp"] | None = "png"
     output_compression: int | None = Field(100, ge=0, le=100)
 

@@ -31,6 +31,8 @@ def read_strength(value: Any) -> Any:
         if not isinstance(weights, list):
             raise ValueError(f"block_weights is {weights!r}, expected a list of numbers")
         return diffadapt.block_weights([_number(weight) for weight in weights])
+    if not value:
+        raise ValueError(f'{value!r} has no prefix, expected such as {{"unet.up_blocks": 0.8, "": 0}}')
     return {prefix: _amount(amount) for prefix, amount in value.items()}
 
 

@@ -15,6 +15,7 @@ from examples.serving.errors import ServiceError
 _FORM_BYTES = 64 * 2**10
 """What a form may have besides the file: boundaries and the name."""
 _CHUNK = 2**20
+_EXPECTED = "file: a multipart form with a file expected, as `curl -F file=@NAME.safetensors` sends it"
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 """How files of `torch.save` start: a zip archive, or a bare pickle."""
 
@@ -35,10 +36,12 @@ async def take(
             Nothing is kept of it.
     """
     _refuse_length(request, most_bytes + _FORM_BYTES)
+    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+        raise ServiceError(422, _EXPECTED, param="file", code="missing_file")
     async with request.form(max_files=1, max_fields=1) as form:
         upload, given = form.get("file"), form.get("name")
         if not isinstance(upload, UploadFile):
-            raise ServiceError(422, "file: a multipart form with a file expected", param="file", code="missing_file")
+            raise ServiceError(422, _EXPECTED, param="file", code="missing_file")
         if (upload.size or 0) > most_bytes:
             raise _too_large(most_bytes)
         shown = Path(upload.filename or "").name

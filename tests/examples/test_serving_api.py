@@ -1,14 +1,19 @@
 """`examples/serving/api.py` on one engine, without Ray: what clients send and get."""
 
+import asyncio
 import base64
 import io
 import json
+import os
+import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -22,6 +27,7 @@ REASON = "examples/serving needs the extra `serve`"
 pytest.importorskip("python_multipart", reason=REASON)
 create_app: Any = pytest.importorskip("examples.serving.api", reason=REASON).create_app
 ServiceError: Any = pytest.importorskip("examples.serving.errors", reason=REASON).ServiceError
+PictureLinks: Any = pytest.importorskip("examples.serving.links", reason=REASON).PictureLinks
 TestClient: Any = pytest.importorskip("fastapi.testclient", reason=REASON).TestClient
 
 pytestmark = pytest.mark.slow
@@ -114,11 +120,13 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"n": 0}, "n", "greater than or equal to 1"),
     ({"n": 17}, "n", "less than or equal to 16"),
     ({"size": "large"}, "size", "WIDTHxHEIGHT"),
-    ({"size": "65x64"}, "size", "multiples of 4"),
+    ({"size": "65x64"}, "size", "multiples of 8"),
+    ({"size": "68x64"}, "size", "multiples of 8"),
     ({"size": "4096x4096"}, "size", "too large"),
     ({"num_inference_steps": 201}, "num_inference_steps", "less than or equal to 200"),
     ({"guidance_scale": float("nan")}, "guidance_scale", "finite"),
-    ({"response_format": "url"}, "response_format", "b64_json"),
+    ({"response_format": "file"}, "response_format", "b64_json"),
+    ({"adapters": {"ink": {}}}, "adapters", "no prefix"),
     ({"background": "transparent"}, "background", "opaque"),
     ({"stream": True}, "stream", "False"),
     ({"model": "ink"}, "model", "is an adapter"),
@@ -157,8 +165,81 @@ def test_failures_of_the_service_are_no_fault_of_the_request(client: Any, studio
     response = client.post(PICTURES, json={**FAST, "n": 3})
     assert error_of(response, 503)["type"] == "server_error"
     assert response.headers["Retry-After"] == "2"
-    studio.failure = ZeroDivisionError("what")
-    assert "ZeroDivisionError" in error_of(client.post(PICTURES, json=FAST), 500)["message"]
+    studio.failure = ZeroDivisionError("what\nTraceback: File ...")
+    assert error_of(client.post(PICTURES, json=FAST), 500)["message"] == "ZeroDivisionError: what"
+
+
+def test_a_link_leads_to_the_picture_until_it_is_too_old(client: Any, studio: OneEngine) -> None:
+    embedded = client.post(PICTURES, json=FAST).json()["data"][0]
+    linked = client.post(PICTURES, json={**FAST, "response_format": "url"}).json()["data"][0]
+    assert "b64_json" not in linked
+    assert linked["url"].startswith("http://testserver/")
+    found = client.get(linked["url"])
+    assert found.headers["content-type"] == "image/png"
+    assert found.content == base64.b64decode(embedded["b64_json"])
+    file = next((studio.engine.folder.folder / ".pictures").iterdir())
+    for url in (f"{linked['url']}x", linked["url"].replace(file.stem, "0" * 32), f"/v1/pictures/..%2f{file.name}"):
+        assert error_of(client.get(url), 404)["type"] == "not_found_error"
+    os.utime(file, (1, 1))
+    assert "valid for an hour" in error_of(client.get(linked["url"]), 404)["message"]
+    shutil.rmtree(file.parent)
+
+
+def test_old_and_too_many_pictures_are_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    links = PictureLinks(tmp_path / "pictures")
+    monkeypatch.setattr("examples.serving.links.MOST_BYTES", 250)
+    names = [links.keep(b"x" * 100, "png") for _ in range(4)]
+    for age, name in enumerate(names):
+        os.utime(links.folder / name, (time.time() - 60 * age,) * 2)
+    (links.folder / "mine.txt").touch()
+    assert all(links.find(name) for name in names)
+    monkeypatch.setattr("examples.serving.links._SWEEP_S", 0.0)
+    links.keep(b"", "png")
+    assert [links.find(name) is not None for name in names] == [True, True, False, False]
+    os.utime(links.folder / names[0], (1, 1))
+    links.keep(b"", "png")
+    assert [(links.folder / name).exists() for name in names[:2]] == [False, True]
+    assert (links.folder / "mine.txt").exists()
+
+
+def test_a_body_that_is_too_large_is_refused_before_it_is_read(client: Any) -> None:
+    headers = {"Content-Type": "application/json"}
+    response = client.post(PICTURES, content=b" " * (2**20 + 1), headers=headers)
+    assert "at most 1 MiB" in error_of(response, 413)["message"]
+
+    # Without a length, it is refused while it arrives.
+    sent: list[dict[str, Any]] = []
+    arrived: list[int] = []
+
+    async def receive() -> dict[str, Any]:
+        arrived.append(2**18)
+        return {"type": "http.request", "body": b" " * 2**18, "more_body": True}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": PICTURES, "query_string": b"", "root_path": ""}
+    raw_headers = [(b"content-type", b"application/json"), (b"transfer-encoding", b"chunked")]
+    asyncio.run(client.app({**scope, "headers": raw_headers}, receive, send))
+    assert sum(arrived) == 2**20 + 2**18
+    assert sent[0]["status"] == 413
+    fits = json.dumps({**FAST, "prompt": "x" * 32_000}) + " " * 2**19
+    assert client.post(PICTURES, content=fits, headers=headers).status_code == 200
+    assert error_of(client.post("/v1/adapters", content=b" " * 2**21), 413)["code"] == "file_too_large"
+
+
+def test_adapters_in_the_folder_that_cannot_be_used_say_why(client: Any, studio: OneEngine, tmp_path: Path) -> None:
+    folder = studio.engine.folder.folder
+    save_file({"lora_te_x.lora_down.weight": torch.ones(4, 8)}, folder / "other.safetensors")
+    (folder / "cut.safetensors").write_bytes((TINY / "adapters" / "ink.safetensors").read_bytes()[:3000])
+    for name, words in (("other", "1 of 1 tensors cannot be used"), ("cut", "cut off")):
+        found = error_of(client.post(PICTURES, json={**FAST, "adapters": {name: 1}}), 422)
+        assert (found["code"], found["param"]) == ("unusable_adapter", "adapters")
+        assert found["message"].startswith(f"{name}.safetensors: ")
+        assert words in found["message"]
+    assert error_of(client.get("/v1/adapters/cut"), 422)["message"].startswith("cut.safetensors: ")
+    for name in ("other", "cut"):
+        studio.engine.folder.remove(name)
 
 
 def test_what_is_there(client: Any) -> None:
@@ -221,7 +302,8 @@ def test_uploads_that_are_refused_leave_nothing(client: Any, studio: OneEngine, 
         form = {"name": name} if name else {}
         response = client.post("/v1/adapters", files={"file": (file, content)}, data=form)
         assert words in error_of(response, status)["message"], (file, words, response.text)
-    assert "with a file expected" in error_of(client.post("/v1/adapters", data={"name": "a"}), 422)["message"]
+    for form in ({"data": {"name": "a"}}, {"content": good}, {"json": {}}, {"files": {"name": "a"}}):
+        assert "with a file expected" in error_of(client.post("/v1/adapters", **form), 422)["message"]
     assert sorted(studio.engine.folder.folder.iterdir()) == before
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import diffadapt
 from examples.serving.adapters import AdapterFolder, NameTaken, UnknownAdapter
-from examples.serving.engine import Engine, Request
+from examples.serving.engine import Abandoned, Engine, Request
 from tests.support.serving import TINY, folder_of_adapters
 
 if TYPE_CHECKING:
@@ -113,6 +113,40 @@ def test_an_error_stays_in_its_own_place(engine: Engine) -> None:
         assert words in str(result)
     assert_same(results[0], values(engine.draw([first])[0]))
     assert_same(results[5], values(engine.draw([second])[0]))
+
+
+def test_drawing_ends_when_nobody_wants_the_pictures(engine: Engine) -> None:
+    asked: list[int] = []
+
+    def is_wanted() -> bool:
+        asked.append(0)
+        return len(asked) < 3
+
+    long = [Request("x", mix, 0, 50) for mix in MIXES[:2]]
+    results = engine.draw([*long, Request("x", {"inkk": 1.0})], is_wanted)
+    assert [type(result) for result in results] == [Abandoned, Abandoned, UnknownAdapter]
+    assert len(asked) == 3
+    assert engine.pipe.adapters.active == {}
+    first = requests()[0]
+    assert_same(engine.draw([first], lambda: True)[0], values(engine.draw([first])[0]))
+
+
+def test_what_the_pipeline_and_the_pool_have_no_room_for_is_refused(engine: Engine) -> None:
+    assert (engine.multiple, engine.native_size) == (8, (64, 64))
+    (result,) = engine.draw([Request("x", size=(60, 64), steps=1)])
+    assert isinstance(result, diffadapt.AdapterError)
+    assert "cannot draw 60x64" in str(result)
+    sizes = [engine.pipe.adapters.prefetch(engine.folder.path(name)).bytes for name in engine.folder.names()]
+    engine.pool.budget = 5 * sum(sizes)
+    assert engine.capacity() == 15
+    engine.pool.budget = 10**6
+    assert engine.capacity() == 1
+    small, large = engine.draw([Request("x", mix, steps=1) for mix in ({"ink": 1.0}, {"ink": 1.0, "pixel": 1.0})])
+    values(small)
+    assert "the pool has 1000000; mix fewer or smaller ones" in str(large)
+    for name in engine.folder.names():
+        engine.folder.remove(name)
+    assert engine.capacity() == 256
 
 
 def test_another_file_of_the_same_name_is_another_adapter(engine: Engine, tmp_path: Path) -> None:

@@ -10,13 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image
-
 from diffadapt import AdapterError
 from examples.serving.engine import Engine, Request
 
 if TYPE_CHECKING:
-    from examples.serving.api import Model
+    from examples.serving.api import Model, Painted
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny_pipeline"
 
@@ -42,19 +40,21 @@ class OneEngine:
     async def model(self) -> "Model":
         from examples.serving.api import Model  # Needs the extra `serve`.
 
-        return Model("tiny", self.engine.native_size, self.engine.pipe.vae_scale_factor, self.engine.slots)
+        return Model("tiny", self.engine.native_size, self.engine.multiple, self.engine.slots)
 
     async def check(self) -> dict[str, int]:
         return {"RUNNING": 1}
 
-    async def paint(self, request: Request) -> Image.Image | AdapterError:
+    async def paint(self, request: Request) -> "Painted | AdapterError":
+        from examples.serving.api import Painted
+
         self.painted.append(request)
         if self.failure is not None:
             raise self.failure
         (result,) = await asyncio.to_thread(self.engine.draw, [request])
         if isinstance(result, Exception) and not isinstance(result, AdapterError):
             raise result
-        return result
+        return result if isinstance(result, AdapterError) else Painted(result, "here", True)
 
     async def try_on(self, file: Path) -> str | None:
         try:
