@@ -71,8 +71,8 @@ def with_strength(text: str) -> tuple[str, float]:
 
 
 def source_arguments(options: Namespace) -> dict[str, Any]:
-    """Return the options of `add_source` as arguments of `inspect` and `convert`."""
-    return {name: getattr(options, name) for name in ("family", "weight_name", "subfolder")}
+    """Return the options of `add_source`, apart from the file itself, as arguments of `convert`."""
+    return {"weight_name": options.weight_name, "subfolder": options.subfolder, **models_arguments(options)}
 
 
 def report_as_json(report: Any) -> dict[str, Any]:

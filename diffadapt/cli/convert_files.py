@@ -13,10 +13,8 @@ def _add_options(parser: ArgumentParser) -> None:
 
 def _run(options: Namespace) -> Result:
     from diffadapt.loading.conversion import convert
-    from diffadapt.pipelines.saved import models_of
 
-    target = None if options.pipeline is None else models_of(options.pipeline)
-    written = convert(options.file, options.output, options.to, models=target, **source_arguments(options))
+    written = convert(options.file, options.output, options.to, **source_arguments(options))
     return Result(str(written), {"output": str(written), "format": options.to})
 
 

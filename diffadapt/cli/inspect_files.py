@@ -13,14 +13,14 @@ def _add_options(parser: ArgumentParser) -> None:
 
 def _run(options: Namespace) -> Result:
     from diffadapt.pipelines.inspection import inspect
-    from diffadapt.pipelines.saved import models_of
 
-    target = None if options.pipeline is None else models_of(options.pipeline)
-    report = inspect(options.file, target, **source_arguments(options))
+    arguments = source_arguments(options)
+    models = arguments.pop("models")
+    report = inspect(options.file, models, **arguments)
     if options.plot is not None:
         from diffadapt.on_disk.plots import plot_sizes
 
-        plot_sizes(options.file, options.plot, models=target, **source_arguments(options))
+        plot_sizes(options.file, options.plot, models=models, **arguments)
     metadata = [f"  {key} = {value}" for key, value in report.metadata.items()] if options.metadata else []
     return Result("\n".join([str(report), *metadata]), report_as_json(report))
 

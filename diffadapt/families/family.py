@@ -3,7 +3,8 @@
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from functools import lru_cache
+from typing import Literal, TypeAlias
 
 from diffadapt.families.fused_parts import FusedPart
 from diffadapt.runtime.targets import Targets
@@ -24,7 +25,7 @@ Layout: TypeAlias = Mapping[str, tuple[tuple[FusedPart, int], ...]]
 _QKV = ("q", "k", "v")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Family:
     """A model family.
 
@@ -56,16 +57,16 @@ class Family:
 
     def original(self, targets: Targets) -> Aliases:
         """Return the names in the original layout of the layers that have another name there."""
-        found = _named(self.layers, self.swapped, targets.modules)
+        found = _of_table(self, "layers", tuple(targets.modules))
         return found if self.aliases is None else {**found, **self.aliases(targets)}
 
     def names(self, targets: Targets) -> Aliases:
         """Return all names that files may have for layers of this model besides those of diffusers."""
-        return {**_named(self.also, self.swapped, targets.modules), **self.original(targets)}
+        return {**_of_table(self, "also", tuple(targets.modules)), **self.original(targets)}
 
     def parameters(self, targets: Targets) -> Aliases:
         """Return the names in the original layout of bare parameters that have another name there."""
-        return _named(self.layers, self.swapped, bare_parameters(targets))
+        return _of_table(self, "layers", tuple(bare_parameters(targets)))
 
     def stored_by_head(self, targets: Targets) -> Aliases:
         """Return the layers of `by_head`, with parts whose rows are in the order of the checkpoint."""
@@ -108,6 +109,12 @@ def weighted(targets: Targets) -> Iterator[str]:
 
 
 _NUMBER = re.compile(r"\.(\d+)(?=\.)")
+
+
+@lru_cache(maxsize=64)
+def _of_table(family: Family, table: Literal["layers", "also"], paths: tuple[str, ...]) -> Aliases:
+    """Return the aliases by a table of a family for the layers at `paths`, which are the same at every load."""
+    return _named(getattr(family, table), family.swapped, paths)
 
 
 def _named(table: Table, swapped: frozenset[str], paths: Iterable[str]) -> dict[str, tuple[FusedPart, ...]]:

@@ -206,31 +206,32 @@ def _map_tensors(
     pages = torch.from_file(str(file), shared=False, size=file.stat().st_size, dtype=torch.uint8)
     begin = 8 + len(header)
     pages_by_dtype: dict[torch.dtype, Tensor] = {}
-    strides: dict[tuple[int, ...], tuple[int, ...]] = {}
-    placeholders: dict[tuple[tuple[int, ...], torch.dtype], Tensor] = {}
+    # Most tensors have the dtype and shape of an earlier one.
+    alike: dict[tuple[str, tuple[int, ...]], tuple[Tensor, tuple[int, ...]]] = {}
     tensors: dict[str, Tensor] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for key in names:
         entry = entries[key]
-        shape, (start, stop) = tuple(entry["shape"]), entry["data_offsets"]
-        shapes[key] = shape
-        dtype = DTYPES.get(entry["dtype"])
-        if dtype is None:
-            raise AdapterError(f"{file}: {key} has dtype {entry['dtype']}, expected one of {', '.join(DTYPES)}")
+        shape = shapes[key] = tuple(entry["shape"])
+        known = alike.get((entry["dtype"], shape))
+        if known is None:
+            dtype = DTYPES.get(entry["dtype"])
+            if dtype is None:
+                raise AdapterError(f"{file}: {key} has dtype {entry['dtype']}, expected one of {', '.join(DTYPES)}")
+            placeholder = torch.empty(shape, dtype=dtype, device="meta")
+            known = alike[entry["dtype"], shape] = placeholder, placeholder.stride()
+        placeholder, stride = known
         if headers_only and shape:
-            if (shape, dtype) not in placeholders:
-                placeholders[shape, dtype] = torch.empty(shape, dtype=dtype, device="meta")
             # Another tensor, but made in a quarter of the time.
-            tensors[key] = placeholders[shape, dtype].detach()
+            tensors[key] = placeholder.detach()
             continue
-        size = dtype.itemsize
+        start, stop = entry["data_offsets"]
+        dtype, size = placeholder.dtype, placeholder.itemsize
         if (begin + start) % size:
             # After a header of unusual length a tensor may not be aligned to its elements.
             tensors[key] = pages[begin + start : begin + stop].clone().view(dtype).view(shape)
             continue
         if dtype not in pages_by_dtype:
             pages_by_dtype[dtype] = pages[: len(pages) // size * size].view(dtype)
-        if shape not in strides:
-            strides[shape] = torch.empty(shape, device="meta").stride()
-        tensors[key] = pages_by_dtype[dtype].as_strided(shape, strides[shape], (begin + start) // size)
+        tensors[key] = pages_by_dtype[dtype].as_strided(shape, stride, (begin + start) // size)
     return tensors, shapes

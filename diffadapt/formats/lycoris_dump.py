@@ -5,7 +5,7 @@ The formats differ in the names of layers: flattened or dotted, from the model's
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import torch
 from safetensors.torch import save
@@ -70,6 +70,9 @@ _UNNUMBERED_IN_ONETRAINER = frozenset({"sd", "sd2", "chroma", "pixart", "qwen", 
 
 _OF_PEFT_ALONE = frozenset(BY_TYPE) - {"full"}
 """Types that no program but PEFT trains, and none but this library reads from a single file."""
+
+_UNKNOWN_TO_COMFY = frozenset({"ia3-lycoris"})
+"""Types of LyCORIS that ComfyUI skips with a warning for each key; see `comfy/weight_adapter/__init__.py`, 0bca89e."""
 
 ALWAYS_LIMITED = {"constraint_eps": 1e-8}
 """Settings of sd-scripts' own OFT, which the prefix of the layer names stands for in its files."""
@@ -138,7 +141,7 @@ def dump_onetrainer(state: AdapterState) -> dict[str, Document]:
         AdapterError: the format cannot express the adapter.
     """
 
-    _refuse_types_of_peft(state, "OneTrainer")
+    _refuse_types(state, _OF_PEFT_ALONE, "OneTrainer")
 
     def prefix(component: str) -> str:
         if not is_text_encoder(component):
@@ -161,7 +164,7 @@ def dump_comfy(state: AdapterState) -> dict[str, Document]:
         AdapterError: the format cannot express the adapter.
     """
 
-    _refuse_types_of_peft(state, "ComfyUI")
+    _refuse_types(state, _OF_PEFT_ALONE | _UNKNOWN_TO_COMFY, "ComfyUI")
 
     def name(component: str, path: str) -> str:
         norm = _NORMS_OF_HUNYUAN.fullmatch(path)
@@ -272,11 +275,11 @@ def _hashed(documents: dict[str, Document]) -> dict[str, Document]:
     return {"": Document(document.tensors, {**document.metadata, **hashes})}
 
 
-def _refuse_types_of_peft(state: AdapterState, program: str) -> None:
-    """Raise `AdapterError` if a layer has a type that no program but PEFT has."""
+def _refuse_types(state: AdapterState, unknown: Collection[str], program: str) -> None:
+    """Raise `AdapterError` if a layer has a type that is `unknown` to a program."""
     for component, layers in state.layers.items():
         for path, layer in layers.items():
-            if layer.type in _OF_PEFT_ALONE:
+            if layer.type in unknown:
                 raise AdapterError(f"{component}.{path} is of type {layer.type}, which {program} cannot read")
 
 
@@ -323,6 +326,11 @@ def _as_convolution(name: str, factor: Tensor, layer: LayerState, where: str) ->
     """Return a factor of a LoHa in the shape of a convolution, as OneTrainer has it, if its layer is one."""
     if "hada_t1" in layer.tensors:
         raise AdapterError(f"{where}: OneTrainer has no LoHa with a Tucker core")
+    if layer.groups > 1 and layer.tensors["hada_w1_a"].shape[0] == layer.outputs:
+        raise AdapterError(
+            f"{where}: on a convolution of {layer.groups} groups, the factors of OneTrainer's LoHa are those of a "
+            "matrix of another shape"
+        )
     if not layer.kernel:
         return factor
     kernel = layer.kernel if name.endswith("_b") else (1,) * layer.kernel_dims

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from diffadapt.errors import AdapterError
 from diffadapt.formats.format import Header, Settings
 from diffadapt.formats.metadata import finite_number, parse_json
-from diffadapt.formats.network_args import start_of_tlora
+from diffadapt.formats.network_args import settings_of_tlora
 from diffadapt.formats.peft_methods import BY_TYPE
 from diffadapt.types import named
 from diffadapt.types.layer_state import LayerState
@@ -38,15 +38,15 @@ def entry(layers: Iterable[LayerState]) -> dict[str, str]:
 def with_stored(settings: Settings, header: Header) -> Settings:
     """Return a function that adds the settings in the metadata to those that a format finds.
 
-    A trainer's note on the start of a T-LoRA is one of them, too.
+    A trainer's notes on a T-LoRA are among them, too.
 
     Raises:
         AdapterError: the entry is not an object of numbers.
     """
     stored: dict[str, dict[str, float]] = {}
-    start = start_of_tlora(header)
-    if start:
-        stored["tlora"] = start
+    noted = settings_of_tlora(header)
+    if noted:
+        stored["tlora"] = noted
     parsed = parse_json(header.metadata.get(ENTRY, "{}"), ENTRY)
     for type, own in parsed.items() if isinstance(parsed, Mapping) else [("", None)]:  # type: ignore[misc]
         if not isinstance(own, Mapping) or type not in BY_TYPE or not own.keys() <= named(type).settings.keys():  # type: ignore[arg-type]

@@ -1,7 +1,8 @@
 """The third step of a plan: build adapter layers from the values of the tensors that fit."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, TypeAlias
 
 import torch
@@ -12,7 +13,9 @@ from diffadapt.errors import AdapterError, Fault
 from diffadapt.files.checkpoint import Checkpoint
 from diffadapt.loading.content import AlphaSource, Content, Group, part_of, rounded
 from diffadapt.loading.duplicates import without_duplicates
+from diffadapt.loading.fit import Fitted
 from diffadapt.loading.starts import without_start
+from diffadapt.loading.values import read_values
 from diffadapt.progress import with_progress
 from diffadapt.runtime import input_width
 from diffadapt.runtime.adapter_layer import AdapterLayer
@@ -71,6 +74,22 @@ class Builder:
         self._pins_memory = device is not None and device.type == "cpu" and torch.cuda.is_available()
         self._dtypes_and_devices: dict[str, tuple[torch.dtype, torch.device]] = {}
         self._shared: dict[tuple[str, int], tuple[Tensor, nn.Parameter]] = {}
+        self._copies: dict[int, Tensor] = {}
+
+    def read(self, fitted: Fitted, further: Iterable[tuple[str, Tensor]] = ()) -> set[str]:
+        """Read the values of all tensors. Return the keys of those that hold NaN or infinite values.
+
+        Args:
+            fitted: the layers of the file; their tensors are copied as adapters have them, if that is necessary.
+            further: keys and tensors that are only checked.
+        """
+        broken = read_values(further).broken
+        copies = self._checkpoint.mapped and not self._keeps_tensors
+        for component, values in fitted.values.items():
+            found = read_values(values.items(), partial(self._moved, component) if copies else None)
+            broken |= found.broken
+            self._copies.update(found.copies)
+        return broken
 
     def layers(self, contents: Iterable[Content]) -> dict[str, AdapterLayer]:
         """Return the adapter layers by module path: one for each content or, if it is fused, for each of its parts.
@@ -81,31 +100,46 @@ class Builder:
         built: dict[str, AdapterLayer] = {}
         for content in contents:
             parts: dict[str, AdapterLayer] = {}
-            for path, spec, part in self._split(self._with_values(content)):
+            own = self._copied(content) if content.parts else None
+            for path, spec, part in self._split(self._with_values(own or content)):
                 if self._for_writing is not None:
                     part = rounded(part, {tensor.dtype for tensor in content.tensors.values()})
-                parts[path] = self._layer(path, spec, part)
+                parts[path] = self._layer(path, spec, part, is_own=own is not None)
             if len(parts) > 1 and content.adapter_type.joint(content.tensors):
                 for layer in parts.values():
                     layer.__dict__["siblings"] = tuple(other for other in parts.values() if other is not layer)
             built.update(parts)
         return built
 
-    def moved(self, component: str, tensor: Tensor) -> Tensor:
-        """Return a tensor of the file in the dtype and on the device that adapters of `component` have."""
-        if self._checkpoint.headers_only or self._for_writing is not None:
+    def moved(self, component: str, tensor: Tensor, *, is_own: bool = False) -> Tensor:
+        """Return a tensor of the file in the dtype and on the device that adapters of `component` have.
+
+        Args:
+            is_own: whether the tensor is in memory that belongs to the adapter already.
+        """
+        if self._keeps_tensors:
             return tensor
+        copy = self._copies.get(id(tensor))
+        return self._moved(component, tensor, is_own=is_own) if copy is None else copy
+
+    def _moved(self, component: str, tensor: Tensor, *, is_own: bool = False) -> Tensor:
         dtype, device = self._dtype_and_device(component)
         if not tensor.is_floating_point():
             dtype = tensor.dtype
-        own = tensor.detach() if tensor.requires_grad else tensor
+        # `data` has a version counter of its own, unlike a view of a tensor that other layers have, too.
+        own = tensor.data if is_own else tensor.detach() if tensor.requires_grad else tensor
         if own.dtype != dtype or own.device != device:
             own = own.to(device, dtype)
-        elif self._checkpoint.mapped or own.is_inference():
+        elif not is_own and (self._checkpoint.mapped or own.is_inference()):
             # Any other tensor is the caller's and used as it is: copying would double the memory.
             own = own.clone()
         own = own.contiguous()
         return own.pin_memory() if self._pins_memory else own
+
+    @property
+    def _keeps_tensors(self) -> bool:
+        """Whether the layers get the tensors of the file as they are."""
+        return self._checkpoint.headers_only or self._for_writing is not None
 
     def _common(self, component: str, tensor: Tensor) -> nn.Parameter:
         """Return a tensor that all layers of a component share, as one parameter."""
@@ -114,6 +148,16 @@ class Builder:
             # The entry keeps the tensor, so that no other one gets its `id`.
             self._shared[key] = tensor, nn.Parameter(self.moved(component, tensor), requires_grad=False)
         return self._shared[key][1]
+
+    def _copied(self, content: Content) -> Content | None:
+        """Return the content with the copies of its tensors, if they have the dtype of the file; else `None`."""
+        copies = {name: self._copies.get(id(tensor)) for name, tensor in content.tensors.items()}
+        own = {
+            name: copy
+            for name, copy in copies.items()
+            if copy is not None and copy.dtype == content.tensors[name].dtype
+        }
+        return replace(content, tensors=own) if len(own) == len(copies) else None
 
     def _with_values(self, content: Content) -> Content:
         """Return the content with everything that needs values computed: see `Content.bias` and `Content.rest`."""
@@ -144,11 +188,11 @@ class Builder:
             yield part.path, spec, part_of(content, part.rows(start, spec.out_features))
             start += spec.out_features
 
-    def _layer(self, path: str, spec: LayerSpec, content: Content) -> AdapterLayer:
+    def _layer(self, path: str, spec: LayerSpec, content: Content, *, is_own: bool) -> AdapterLayer:
         component = content.component
         shared = content.adapter_type.shared
         tensors = {
-            name: self._common(component, tensor) if name in shared else self.moved(component, tensor)
+            name: self._common(component, tensor) if name in shared else self.moved(component, tensor, is_own=is_own)
             for name, tensor in content.tensors.items()
         }
         own = None if self._targets is None else input_width.own_inputs(self._targets[component].model, path)

@@ -48,7 +48,7 @@ class Group:
         return [Fault(key, f"{self.component}.{self.path}: {error}") for key in self.keys.values()]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Content:
     """What a file contains for one of its layers, checked against the layer by shapes and dtypes.
 

@@ -5,7 +5,7 @@ and allocates nothing large.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
@@ -51,12 +51,12 @@ class Fitted:
     notes: list[Fault] = field(default_factory=list[Fault])
 
     @property
-    def values(self) -> Iterator[tuple[str, Tensor]]:
-        """The key and the tensor of everything but alphas. Layers may have tensors in common."""
-        found: dict[str, Tensor] = {}
+    def values(self) -> dict[str, dict[str, Tensor]]:
+        """Component -> key -> tensor, of everything but alphas. Layers may have tensors in common."""
+        found: dict[str, dict[str, Tensor]] = {}
         for group, _ in self.layers:
-            found.update(group.values)
-        return iter(found.items())
+            found.setdefault(group.component, {}).update(group.values)
+        return found
 
 
 def fit(

@@ -29,7 +29,6 @@ from diffadapt.formats.verdicts import Unused
 from diffadapt.loading.build import Builder, ForWriting, build
 from diffadapt.loading.completion import complete
 from diffadapt.loading.content import AlphaSource
-from diffadapt.loading.finite import non_finite
 from diffadapt.loading.fit import fit
 from diffadapt.loading.locate import Located, locate
 from diffadapt.loading.report import Report, ScaleRange, explained
@@ -213,10 +212,10 @@ def plan(
     # Shapes come first: values are read only after the shapes have shown that there are not too many of them.
     fitted = fit(located.groups, targets, alphas, settings, is_oft_of_peft=is_oft_of_peft(checkpoint.header))
     vectors = resolve_vectors(located.vectors, checkpoint, models, wanted, empty)
-    broken = non_finite([*fitted.values, *vectors.values])
+    builder = Builder(checkpoint, targets, dtype, device, for_writing)
+    broken = builder.read(fitted, vectors.values)
     fitted = complete(fitted, targets, for_writing=for_writing is not None)
     fitted = with_starts(fitted, targets, options_of_header)
-    builder = Builder(checkpoint, targets, dtype, device, for_writing)
     built = build(fitted.layers, builder, broken)
     if targets is not None and for_writing is None:
         # PEFT always ties the rows of tokens.

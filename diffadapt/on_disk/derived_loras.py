@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from diffadapt import families
-from diffadapt.errors import AdapterError, naming
+from diffadapt.errors import AdapterError
 from diffadapt.files.checkpoint import Source
 from diffadapt.files.read import read
 from diffadapt.files.write import write
@@ -16,13 +16,11 @@ from diffadapt.formats.document import AdapterState
 from diffadapt.loading.conversion import planned_on
 from diffadapt.loading.plan import Plan, plan
 from diffadapt.on_disk.extraction import layer_state
-from diffadapt.progress import with_progress
 from diffadapt.runtime.adapter import Adapter
 from diffadapt.to_lora.change import WeightedLayer
 from diffadapt.to_lora.combine import Combination
-from diffadapt.to_lora.derive import Maker, conversion, stored_lora
-from diffadapt.to_lora.report import Conversion, ConvertedLayer
-from diffadapt.types.layer_state import LayerState
+from diffadapt.to_lora.derive import Maker, conversion, stored_loras
+from diffadapt.to_lora.report import Conversion
 
 
 def resize(
@@ -118,25 +116,20 @@ def _derive(
                     )
                 by_layer.setdefault(component, {}).setdefault(path, []).append(weighted)
     make = method.maker(by_layer) if isinstance(method, Combination) else method
-    found: dict[str, dict[str, LayerState]] = {}
-    rows: list[ConvertedLayer] = []
-    for component, paths in by_layer.items():
-        for path, layers in with_progress(paths.items(), f"converting {component}"):
-            where = f"{component}.{path}"
-            with naming(where):
-                change, approximation = make(layers)
-                types = tuple(sorted({layer.adapter_layer.adapter_type.name for layer in layers}))
-                tensors, row = stored_lora(where, types, change, approximation)
-            rows.append(row)
-            if tensors is not None:
-                rank = tensors["lora_down"].shape[0]
-                found.setdefault(component, {})[path] = layer_state("lora", tensors, rank, change.spec)
+    loras, rows = stored_loras(by_layer, make)
+    found = {
+        component: {
+            path: layer_state("lora", tensors, tensors["lora_down"].shape[0], spec)
+            for path, (spec, tensors) in layers.items()
+        }
+        for component, layers in loras.items()
+    }
     if not found:
         raise AdapterError("the adapters change no layer, so there is no LoRA to write")
     first = plans[0][0]
     layouts = {component: families.layout(first.targets[component]) for component in found}
     written = write(target, dump(AdapterState(found, {}, first.family, layouts)))
-    return Conversion(written.name, tuple(rows))
+    return Conversion(written.name, rows)
 
 
 def _planned(source: Source, family: str | None, models: Mapping[str, nn.Module] | None) -> Plan:

@@ -33,6 +33,7 @@ from diffadapt.to_lora.change import Change, Sources, WeightedLayer, change_of
 from diffadapt.to_lora.factors import Factors
 from diffadapt.to_lora.report import Conversion, ConvertedLayer
 from diffadapt.to_lora.truncation import Approximation, check_limits, truncate
+from diffadapt.types.layer_spec import LayerSpec
 from diffadapt.types.lora import LORA
 
 Maker: TypeAlias = Callable[[Sequence[WeightedLayer]], tuple[Change, Approximation]]
@@ -83,21 +84,17 @@ def derive_(
         AdapterError: a layer cannot be converted (the error names it), or no layer is changed. Nothing is attached
             then.
     """
-    adapters: dict[str, Adapter] = {}
-    rows: list[ConvertedLayer] = []
     sources = _sources(models, strengths)
-    make = maker(sources)
-    for component, paths in sources.items():
-        loras: dict[str, AdapterLayer] = {}
-        for path, layers in with_progress(paths.items(), f"converting {component}"):
-            where = f"{component}.{path}"
-            with naming(where):
-                lora, row = _converted(where, layers, make)
-            rows.append(row)
-            if lora is not None:
-                loras[path] = lora
-        if loras:
-            adapters[component] = Adapter(loras)
+    loras, rows = stored_loras(sources, maker(sources))
+    adapters = {
+        component: Adapter(
+            {
+                path: AdapterLayer(LORA, spec, tensors, alpha=float(tensors["lora_down"].shape[0]))
+                for path, (spec, tensors) in found.items()
+            }
+        )
+        for component, found in loras.items()
+    }
     if not adapters:
         raise AdapterError(f"the adapters change no layer at these strengths, so there is no LoRA {name!r} to make")
     try:
@@ -109,7 +106,7 @@ def derive_(
         for component in adapters:
             detach_(models[component], name)
         raise
-    return Conversion(name, tuple(rows))
+    return Conversion(name, rows)
 
 
 def _sources(
@@ -134,18 +131,34 @@ def _sources(
     return sources
 
 
-def _converted(where: str, layers: Sequence[WeightedLayer], make: Maker) -> tuple[AdapterLayer | None, ConvertedLayer]:
-    """Return the LoRA of one layer, with the scale 1, and the report on it; `None` if the change is zero.
+def stored_loras(
+    sources: Sources, make: Maker
+) -> tuple[dict[str, dict[str, tuple[LayerSpec, dict[str, Tensor]]]], tuple[ConvertedLayer, ...]]:
+    """Return the LoRA of every layer, with the scale 1, and the report on all of them.
 
     Args:
-        where: component and module path, for the report.
+        sources: the adapter layers on each layer.
+        make: the function that makes the layers.
+
+    Returns:
+        component -> module path -> geometry and tensors, without layers whose change is zero; and the report.
+
+    Raises:
+        AdapterError: a layer cannot be converted. The error names it.
     """
-    change, approximation = make(layers)
-    types = tuple(sorted({layer.adapter_layer.adapter_type.name for layer in layers}))
-    stored, row = stored_lora(where, types, change, approximation)
-    if stored is None:
-        return None, row
-    return AdapterLayer(LORA, change.spec, stored, alpha=float(stored["lora_down"].shape[0])), row
+    found: dict[str, dict[str, tuple[LayerSpec, dict[str, Tensor]]]] = {}
+    rows: list[ConvertedLayer] = []
+    for component, paths in sources.items():
+        for path, layers in with_progress(paths.items(), f"converting {component}"):
+            where = f"{component}.{path}"
+            with naming(where):
+                change, approximation = make(layers)
+                types = tuple(sorted({layer.adapter_layer.adapter_type.name for layer in layers}))
+                tensors, row = stored_lora(where, types, change, approximation)
+            rows.append(row)
+            if tensors is not None:
+                found.setdefault(component, {})[path] = change.spec, tensors
+    return found, tuple(rows)
 
 
 def stored_lora(

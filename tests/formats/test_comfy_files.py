@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffadapt import families
+import diffadapt
+from diffadapt import AdapterError, families
 from diffadapt.files.read import read
 from diffadapt.files.write import write
 from diffadapt.formats import writer
@@ -53,3 +54,19 @@ def test_changes_of_norms_have_the_names_of_their_parameters(family: str, name: 
     again = found.layers["transformer"]
     assert {path: list(layer.tensors) for path, layer in again.items()} == {path: [name] for path in norms}
     assert all(torch.equal(layer.tensors[name], norms[path]) for path, layer in again.items())
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_an_ia3_is_refused_with_a_format_that_works(axis: int, tmp_path: Path) -> None:
+    """ComfyUI has no reader for `weight` and `on_input`, and skips them."""
+    unet = SMALL["sdxl"].build()["unet"]
+    path = next(path for path in dict(unet.named_modules()) if path.endswith("attn1.to_k"))
+    size = unet.get_submodule(path).weight.shape[axis]
+    flat = f"lora_unet_{path.replace('.', '_')}"
+    file = {f"{flat}.weight": torch.rand(size), f"{flat}.on_input": torch.tensor(axis)}
+    diffadapt.load_adapter(unet, file, name="a")
+    adapters = diffadapt.adapters(unet)
+    with pytest.raises(AdapterError, match=r"type ia3-lycoris, which ComfyUI cannot read; save with format=.*'kohya'"):
+        adapters.save("a", tmp_path / "a.safetensors", "comfy")
+    saved = load_file(adapters.save("a", tmp_path / "a.safetensors", "kohya"))
+    assert torch.equal(saved[f"{flat}.weight"], file[f"{flat}.weight"])

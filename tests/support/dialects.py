@@ -145,7 +145,8 @@ _LYCORIS = {
         name: name
         for name in ("oft_blocks", "oft_diag", "oft_R.weight", "oft_R.scaled_oft", "initial_norm", "on_input")
     },
-    **{f"{name}.weight": f"{name}.weight" for name in ("a1", "a2", "b1", "b2")},
+    **{f"{name}.weight": f"{name}.weight" for name in ("a1", "a2", "b1", "b2", "q_layer", "p_layer")},
+    "lambda_layer": "lambda_layer",
     "ia3_w": "weight",
 }
 KOHYA = {**_DOWN_UP, **_LYCORIS}

@@ -43,6 +43,7 @@ from tests.support.formulas import (
     norm,
     oft_of_lycoris,
     oft_of_peft,
+    tlora,
     tucker_factors,
 )
 from tests.support.peft_formulas import METHODS, ON_CONVOLUTIONS
@@ -112,6 +113,7 @@ KINDS: dict[str, Kind] = {
     "IA3": _of("ia3-lycoris", "ia3"),
     "IA3 on inputs": _of("ia3-lycoris-input", "ia3-input"),
     "GLoRA": Kind((glora,)),
+    "T-LoRA": Kind((tlora,), ("linear",)),
     "full": _of("full"),
     "norms": Kind((norm,), ("norm",)),
     "control": Kind((control,), ("linear", "norm"), dialect="BFL control"),
