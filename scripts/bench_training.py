@@ -9,7 +9,7 @@ Every run is a process of its own, on one thread. A step is the CPU time between
 without the first two. `MiB` is the peak resident memory minus that before the first model is loaded, when everything is
 imported. Speed and memory are relative to the script of diffusers as it runs.
 
-    python scripts/bench_training.py --diffusers CHECKOUT/examples/dreambooth [--steps 8] [--only sd]
+    python scripts/bench_training.py --diffusers CHECKOUT/examples/dreambooth [--steps 8] [--resolution 256] [--only sd]
 """
 
 import argparse
@@ -218,7 +218,7 @@ def stand_in_for_torchvision() -> None:
         sys.modules[module.__name__] = module
 
 
-def run_ours(base: Path, output: Path, steps: int, cached: bool, cache: Path) -> None:
+def run_ours(base: Path, output: Path, steps: int, resolution: int, cached: bool, cache: Path) -> None:
     """Train with this library, in this process."""
     import diffusers
 
@@ -231,7 +231,7 @@ def run_ours(base: Path, output: Path, steps: int, cached: bool, cache: Path) ->
             pretrained_model_name_or_path=str(base),
             instance_data_dir=str(PICTURES),
             output_dir=str(output),
-            resolution=256,
+            resolution=resolution,
             rank=16,
             lora_layers=LAYERS[base.name],
             train_batch_size=1,
@@ -245,7 +245,7 @@ def run_ours(base: Path, output: Path, steps: int, cached: bool, cache: Path) ->
     print(RESULT + json.dumps(meter.result()))
 
 
-def run_theirs(script: Path, base: Path, output: Path, steps: int, extra: list[str]) -> None:
+def run_theirs(script: Path, base: Path, output: Path, steps: int, resolution: int, extra: list[str]) -> None:
     """Train with a script of diffusers, in this process."""
     import diffusers
     import diffusers.utils
@@ -266,7 +266,7 @@ def run_theirs(script: Path, base: Path, output: Path, steps: int, extra: list[s
         "instance_data_dir": pictures,
         "instance_prompt": "a sks critter",
         "output_dir": output,
-        "resolution": 256,
+        "resolution": resolution,
         "rank": 16,
         "train_batch_size": 1,
         "max_train_steps": steps,
@@ -304,14 +304,16 @@ FAMILIES: dict[str, tuple[Callable[[Path], None], str, list[tuple[str, list[str]
 """Family -> how its base is made, diffusers' script, and the variants of that script."""
 
 
-def compare(name: str, scripts: Path | None, steps: int, work: Path) -> None:
+def compare(name: str, scripts: Path | None, steps: int, resolution: int, work: Path) -> None:
     """Print the rows of a family."""
     build, script, variants = FAMILIES[name]
     base, cache = work / name, work / f"{name}-cache"
     build(base)
     rows: list[tuple[str, dict[str, float]]] = []
-    common = ["--base", str(base), "--cache", str(cache), "--steps", str(steps), "--work", str(work)]
-    measure(["--run", "cached", *common])
+    common = ["--base", str(base), "--cache", str(cache), "--work", str(work), "--resolution", str(resolution)]
+    # Fills the caches.
+    measure(["--run", "cached", "--steps", str(UNCOUNTED + 1), *common])
+    common += ["--steps", str(steps)]
     for label, how in (("ours, caches warm", "cached"), ("ours, no caches", "uncached")):
         rows.append((label, measure(["--run", how, *common])))
     for label, extra in variants if scripts else []:
@@ -331,6 +333,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--diffusers", type=Path, help="folder examples/dreambooth of a checkout of diffusers")
     parser.add_argument("--steps", type=int, default=8, help="steps of each run (default: %(default)s)")
+    parser.add_argument("--resolution", type=int, default=256, help="side of the pictures (default: %(default)s)")
     parser.add_argument("--only", choices=list(FAMILIES), help="measure only this family")
     for name in ("run", "script", "base", "cache", "work"):
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
@@ -340,20 +343,33 @@ def main() -> None:
         warnings.simplefilter("ignore")
         output = Path(tempfile.mkdtemp(dir=options.work))
         if options.run == "theirs":
-            run_theirs(Path(options.script), Path(options.base), output, options.steps, options.extra)
+            run_theirs(
+                Path(options.script), Path(options.base), output, options.steps, options.resolution, options.extra
+            )
         else:
-            run_ours(Path(options.base), output, options.steps, options.run == "cached", Path(options.cache))
+            run_ours(
+                Path(options.base),
+                output,
+                options.steps,
+                options.resolution,
+                options.run == "cached",
+                Path(options.cache),
+            )
         return
     if options.diffusers is None:
         print("without --diffusers, only this library is measured")
     elif not options.diffusers.is_dir():
         parser.error("--diffusers: pass the folder examples/dreambooth of a checkout of diffusers")
     packages = ("torch", "diffusers", "peft", "transformers")
-    print(", ".join(f"{name} {version(name)}" for name in packages), f"{options.steps} steps, 1 thread", sep="; ")
+    print(
+        ", ".join(f"{name} {version(name)}" for name in packages),
+        f"{options.steps} steps, {options.resolution} pixels, 1 thread",
+        sep="; ",
+    )
     print("\n| | CPU ms per step | MiB | speed | memory |\n|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as work:
         for name in [options.only] if options.only else FAMILIES:
-            compare(name, options.diffusers, options.steps, Path(work))
+            compare(name, options.diffusers, options.steps, options.resolution, Path(work))
 
 
 if __name__ == "__main__":

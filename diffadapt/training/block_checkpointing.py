@@ -4,6 +4,7 @@ The models' own checkpointing passes some arguments on wrongly: Chroma's loses i
 blocks are those that `_no_split_modules` names, or else `_repeated_blocks`, the outermost ones.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial, wraps
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from diffadapt.errors import UsageError
+from diffadapt.runtime.bank import bank_of
 
 
 def checkpoint_blocks(model: nn.Module) -> int:
@@ -24,7 +26,7 @@ def checkpoint_blocks(model: nn.Module) -> int:
     if not blocks:
         raise UsageError(f"--gradient_checkpointing: {type(model).__name__} does not name its blocks; leave it out")
     for block in blocks:
-        _wrap(block)
+        _wrap(block, model)
     return len(blocks)
 
 
@@ -44,13 +46,18 @@ def _outermost(model: nn.Module, names: set[str]) -> list[nn.Module]:
     return found
 
 
-def _wrap(block: nn.Module) -> None:
+def _wrap(block: nn.Module, model: nn.Module) -> None:
     forward = block.forward
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        # The backward pass runs after the call of the model, whose timestep adapters may depend on.
+        bank = bank_of(model)
+        return nullcontext(), nullcontext() if bank is None else bank.call.keep()()
 
     @wraps(forward)
     def checkpointed(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        return checkpoint(partial(forward, **kwargs), *args, use_reentrant=False)
+        return checkpoint(partial(forward, **kwargs), *args, use_reentrant=False, context_fn=contexts)
 
     block.forward = checkpointed  # type: ignore[method-assign]

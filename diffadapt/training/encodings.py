@@ -116,14 +116,15 @@ class Latents:
     def references_of(self, pixels: Tensor, mask: Tensor | None, control: Tensor | None) -> Encoded | None:
         """Return what the denoiser is shown besides the noisy picture, with a batch dimension; `None` for nothing.
 
-        That is the picture to edit or, for an inpainting model, the picture itself with the mask that it paints.
+        That is the picture to edit or, for an inpainting model, what is outside the mask that it paints: of the picture
+        to edit if there is one, else of the picture itself.
         """
         encode = self.family.encode_references
         if encode is None:
             return None
         if self.family.needs_mask:
             mask = torch.ones_like(pixels[:1]) if mask is None else mask
-            return encode(self.pipe, [pixels[None]], mask[None])
+            return encode(self.pipe, [(pixels if control is None else control)[None]], mask[None])
         return None if control is None else encode(self.pipe, [control[None]], None)
 
     def key(self, stream: str, index: int, view: View) -> str:

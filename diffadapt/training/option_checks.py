@@ -13,7 +13,8 @@ from diffadapt.training.data.pictures import check_colour
 from diffadapt.training.history import tracker_names
 from diffadapt.training.new_adapters import adapter_config
 from diffadapt.training.optimisers import check_optimizer
-from diffadapt.training.options import TrainingOptions
+from diffadapt.training.option_sources import check_kinds
+from diffadapt.training.options import TrainingOptions, default_of
 
 _AT_LEAST_ONE = (
     "rank", "max_train_steps", "num_train_epochs", "train_batch_size", "gradient_accumulation_steps",
@@ -59,6 +60,7 @@ def check_options(options: TrainingOptions, *, has_base: bool = False) -> None:
         raise UsageError("--pretrained_model_name_or_path is missing: the folder or hub id of the base pipeline")
     if not options.folder_options:
         raise UsageError("--instance_data_dir is missing: the folder of training pictures")
+    check_kinds(options)
     _check_numbers(options)
     _check_combinations(options)
     check_optimizer(options)
@@ -74,7 +76,21 @@ def check_options(options: TrainingOptions, *, has_base: bool = False) -> None:
         source = getattr(options, name)
         if source and Path(source).suffix and not Path(source).exists():
             raise UsageError(f"--{name}: there is no file {source}")
+    for name in ("output_dir", "cache_dir"):
+        _check_folder(name, getattr(options, name))
     find(options)
+
+
+def _check_folder(name: str, value: str | None) -> None:
+    """Raise `UsageError` if there can be no folder of this name."""
+    if value is None:
+        return
+    if not str(value).strip():
+        raise UsageError(f"--{name} is missing: the folder to write to")
+    path = Path(value).absolute()
+    existing = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not existing.is_dir():
+        raise UsageError(f"--{name} {value} cannot be a folder: {existing} is a file")
 
 
 def _check_numbers(options: TrainingOptions) -> None:
@@ -97,9 +113,15 @@ def _check_numbers(options: TrainingOptions) -> None:
 
 
 def _check_combinations(options: TrainingOptions) -> None:
-    kind = options.adapter_type
     if options.lora_alpha is not None and not _has_alpha(options):
-        raise UsageError(f"--lora_alpha has no effect with --adapter_type {kind}")
+        raise UsageError(f"--lora_alpha has no effect with --adapter_type {options.adapter_type}")
+    for name, scheduler in (("lr_num_cycles", "cosine_with_restarts"), ("lr_power", "polynomial")):
+        if _is_set(options, name) and options.lr_scheduler != scheduler:
+            raise UsageError(f"--{name} has no effect without --lr_scheduler {scheduler}")
+    if options.snr_gamma is not None and options.loss_weighting not in (None, "min_snr"):
+        raise UsageError(f"--snr_gamma has no effect with --loss_weighting {options.loss_weighting}")
+    if options.lora_layers is not None and not options.lora_layers.strip(" ,"):
+        raise UsageError("--lora_layers names no layers; leave it out for those usual for the family")
     if options.checkpoints_total_limit is not None and options.checkpoints_total_limit < 1:
         raise UsageError("--checkpoints_total_limit must be at least 1; leave it out to keep every checkpoint")
     if options.text_encoder_lr is not None and not options.train_text_encoder:
@@ -128,10 +150,17 @@ def _has_alpha(options: TrainingOptions) -> bool:
     return any(entry.name == "alpha" for entry in dataclasses.fields(config))
 
 
+def _is_set(options: TrainingOptions, name: str) -> bool:
+    return getattr(options, name) != default_of(name)
+
+
 def _check_prior(options: TrainingOptions) -> None:
     if not options.with_prior_preservation:
         if options.class_data_dir or options.class_prompt:
             raise UsageError("--class_data_dir and --class_prompt have no effect without --with_prior_preservation")
+        for name in ("prior_source", "prior_loss_weight", "num_class_images", "class_guidance_scale"):
+            if _is_set(options, name):
+                raise UsageError(f"--{name} has no effect without --with_prior_preservation")
         return
     if options.prior_source == "base":
         if options.class_data_dir:

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import os
 import sys
 import types
 import typing
@@ -125,6 +126,16 @@ def _beside(folder: Path, value: str, kind: str) -> str:
         return value
 
 
+def check_kinds(options: TrainingOptions) -> None:
+    """Raise `UsageError` if an option, set in Python, is a value of another kind than a config file may give it."""
+    for entry in dataclasses.fields(options):
+        value = getattr(options, entry.name)
+        kind, choices = _type_of(entry)
+        is_path = kind is str and isinstance(value, os.PathLike)
+        if (value is not None or entry.default is not None) and (choices or kind in _SCALARS) and not is_path:
+            _checked(entry.name, entry, value)
+
+
 def _type_of(entry: dataclasses.Field[Any]) -> tuple[type, tuple[str, ...]]:
     """Return the type of an option, without `None`, and its choices."""
     kind: Any = entry.type
@@ -193,6 +204,7 @@ def _help(entry: dataclasses.Field[Any]) -> str:
     return text if default in (None, "", False) else f"{text} (default: {default})"
 
 
+_SCALARS = (bool, int, float, str)
 _NAMES: dict[type, str] = {
     bool: "true or false",
     int: "a whole number",

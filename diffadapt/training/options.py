@@ -5,9 +5,10 @@ scripts of diffusers have, too, have the same name here.
 """
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 
 def option(
@@ -228,6 +229,13 @@ class OutputOptions:
     report_to: str | None = option(None, "tracker: tensorboard, wandb, ..., none; default: tensorboard if installed")
 
 
+def _folder(entry: Any) -> FolderOptions:
+    """Return the options of a folder, which is a table in a config file, and may be a path in Python."""
+    if isinstance(entry, (str, os.PathLike)):
+        return FolderOptions(path=os.fspath(cast("str | os.PathLike[str]", entry)))
+    return FolderOptions(**entry) if isinstance(entry, dict) else entry
+
+
 @dataclass(kw_only=True)
 class TrainingOptions(
     OutputOptions, OptimizerOptions, StepOptions, AdapterOptions, PriorOptions, DataOptions, BaseOptions
@@ -235,8 +243,7 @@ class TrainingOptions(
     """Every option of a training run; see the help text of each, or `diffadapt train --help`."""
 
     def __post_init__(self) -> None:
-        # Folders from a config file are tables.
-        self.folders = [FolderOptions(**table) if isinstance(table, dict) else table for table in self.folders]
+        self.folders = [_folder(entry) for entry in self.folders]
 
     @property
     def folder_options(self) -> list[FolderOptions]:

@@ -2,6 +2,7 @@
 
 import html
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,12 @@ from diffadapt.training.history import BANDS, History
 from diffadapt.training.saving import data_url
 
 REPORT_FILE = "report.html"
-_WIDTH, _HEIGHT, _MARGIN = 640, 220, 46
-_COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706")
+_WIDTH, _HEIGHT = 480, 240
+_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 12, 12, 28
+_LINES = 4
+"""The largest number of horizontal grid lines of a chart, the one at the bottom not counted."""
+_COLOURS = 4
+"""Number of line colours of the style sheet."""
 _SMOOTHING = 0.95
 
 
@@ -43,30 +48,40 @@ def write_report(
         for entry in history.previews
         if (folder / entry["file"]).is_file()
     ]
-    rows = "".join(f"<tr><td>{_text(name)}</td><td>{_text(value)}</td></tr>" for name, value in options.items())
+    rows = "".join(f"<tr><th>{_text(name)}</th><td>{_text(value)}</td></tr>" for name, value in options.items())
     links = "".join(
         f'<li><a href="{html.escape(_relative(path, folder), quote=True)}">{_text(path.name)}</a></li>'
         for path in files
     )
-    picture = "" if contact_sheet is None else f'<img alt="the pictures" src="{data_url(contact_sheet)}">'
-    parts = [
-        f"<h1>{_text(title)}</h1>",
-        _slider(sheets),
-        "<h2>Loss</h2>",
+    picture = "" if contact_sheet is None else f'<img alt="the pictures as trained" src="{data_url(contact_sheet)}">'
+    charts = [
         _chart("loss", _series(history, ["loss", "prior"])),
         _chart("loss by noise level", _series(history, [f"band_{n}" for n in range(BANDS)])),
         _chart("held-out loss at fixed noise", _held_out(history)),
         _chart("learning rate", _series(history, ["lr"], smooth=False)),
         _chart("gradient norm", _series(history, ["gradient_norm"])),
-        f"<h2>Data</h2><pre>{_text(data)}</pre>{picture}",
-        f"<h2>Options</h2><table>{rows}</table>",
-        f"<h2>Files</h2><ul>{links}</ul>",
+    ]
+    parts = [
+        f"<header><h1>{_text(title)}</h1><p>{_text(_summary(history))}</p></header>",
+        _slider(sheets),
+        f'<section id="curves"><h2>Curves</h2><div class="charts">{"".join(charts)}</div></section>',
+        f'<section id="data"><h2>Data set</h2><pre>{_text(data)}</pre>{picture}</section>',
+        f'<section id="options"><h2>Options</h2><div class="wide"><table>{rows}</table></div></section>',
+        f'<section id="files"><h2>Files</h2><ul>{links}</ul></section>',
     ]
     path = folder / REPORT_FILE
     temporary = path.with_suffix(".tmp")
     temporary.write_text(_PAGE.format(title=_text(title), body="\n".join(filter(None, parts))), encoding="utf-8")
     temporary.replace(path)
     return path
+
+
+def _summary(history: History) -> str:
+    """Return how long the run was, and where the loss ended."""
+    loss = _series(history, ["loss"]).get("loss", [])
+    if not loss:
+        return "no steps"
+    return f"{loss[-1][0]:g} steps; loss {loss[-1][1]:.3g} at the end (smoothed)"
 
 
 Series = dict[str, list[tuple[float, float]]]
@@ -87,6 +102,8 @@ _LABELS = {
     "band_2": "third",
     "band_3": "noisiest quarter",
     "prior": "preservation",
+    "lr": "learning rate",
+    "gradient_norm": "gradient norm",
 }
 
 
@@ -111,38 +128,51 @@ def _smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]
 
 
 def _chart(title: str, series: Series) -> str:
-    """Return a chart as SVG; nothing without points."""
+    """Return a chart as SVG with its title and legend; nothing without points."""
     points = [point for line in series.values() for point in line]
     if not points:
         return ""
     left, right = min(x for x, _ in points), max(x for x, _ in points)
-    low, high = min(y for _, y in points), max(y for _, y in points)
-    right, high = (right if right > left else left + 1), (high if high > low else low + 1e-12 + abs(low))
+    right = right if right > left else left + 1
+    grid = _grid(min(y for _, y in points), max(y for _, y in points))
+    low, high = grid[0], grid[-1]
 
-    def at(x: float, y: float) -> str:
-        across = _MARGIN + (x - left) / (right - left) * (_WIDTH - 2 * _MARGIN)
-        down = _HEIGHT - 26 - (y - low) / (high - low) * (_HEIGHT - 52)
-        return f"{across:.1f},{down:.1f}"
+    def across(x: float) -> float:
+        return _LEFT + (x - left) / (right - left) * (_WIDTH - _LEFT - _RIGHT)
 
-    lines: list[str] = []
+    def down(y: float) -> float:
+        return _HEIGHT - _BOTTOM - (y - low) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
+
+    drawn = [
+        f'<path class="grid" d="M{_LEFT} {down(y):.1f}H{_WIDTH - _RIGHT}"/>'
+        f'<text x="{_LEFT - 6}" y="{down(y) + 4:.1f}" text-anchor="end">{y:.3g}</text>'
+        for y in grid
+    ]
+    drawn.append(f'<text x="{_LEFT}" y="{_HEIGHT - 8}">step {left:g}</text>')
+    drawn.append(f'<text x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 8}" text-anchor="end">{right:g}</text>')
     legend: list[str] = []
-    for colour, (name, line) in zip(_COLOURS, series.items(), strict=False):
+    for number, (name, line) in enumerate(series.items()):
         shown = line[:: max(1, len(line) // 1000)]
-        path = " ".join(at(*point) for point in shown)
-        lines.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.5" points="{path}"/>')
+        path = " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in shown)
+        colour = f"line{number % _COLOURS}"
+        drawn.append(f'<polyline class="{colour}" points="{path}"/>')
         if len(line) == 1:
-            x, y = at(*line[0]).split(",")
-            lines.append(f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"/>')
-        legend.append(f'<tspan fill="{colour}">{_text(name)}</tspan>')
-    labels = (
-        f'<text x="4" y="{_HEIGHT - 26}">{low:.3g}</text><text x="4" y="30">{high:.3g}</text>'
-        f'<text x="{_MARGIN}" y="{_HEIGHT - 6}">step {left:g}</text>'
-        f'<text x="{_WIDTH - _MARGIN}" y="{_HEIGHT - 6}" text-anchor="end">{right:g}</text>'
-        f'<text x="{_MARGIN}" y="14">{_text(title)}: {" ".join(legend)}</text>'
-    )
+            drawn.append(f'<circle class="{colour}" cx="{across(line[0][0]):.1f}" cy="{down(line[0][1]):.1f}" r="3"/>')
+        legend.append(f'<span class="{colour}">{_text(name)}</span>')
+    names = "" if list(series) == [title] else f'<span class="legend">{" ".join(legend)}</span>'
     return (
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{_text(title)}">{"".join(lines)}{labels}</svg>'
+        f"<figure><figcaption><b>{_text(title)}</b>{names}</figcaption>"
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{_text(title)}">{"".join(drawn)}</svg></figure>'
     )
+
+
+def _grid(low: float, high: float) -> list[float]:
+    """Return round numbers at equal distances, from at most `low` to at least `high`."""
+    span = max(high - low, abs(low) * 1e-3, 1e-12)
+    power = 10.0 ** math.floor(math.log10(span / _LINES))
+    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor * _LINES >= span * (1 - 1e-9))
+    first = math.floor(low / step)
+    return [step * number for number in range(first, max(math.ceil(high / step), first + 1) + 1)]
 
 
 def _slider(sheets: Sequence[tuple[int, str]]) -> str:
@@ -151,9 +181,9 @@ def _slider(sheets: Sequence[tuple[int, str]]) -> str:
         return ""
     content = json.dumps([{"step": step, "url": url} for step, url in sheets])
     last = len(sheets) - 1
-    return f"""<h2>Pictures by step</h2>
-<p><input type="range" id="step" min="0" max="{last}" value="{last}" aria-label="step">
-step <output id="at">{sheets[-1][0]}</output></p>
+    return f"""<section id="pictures"><h2>Pictures by step</h2>
+<p class="slider"><input type="range" id="step" min="0" max="{last}" value="{last}" aria-label="step">
+<span>step <output id="at">{sheets[-1][0]}</output></span></p>
 <img id="sheet" alt="pictures at this step" src="{sheets[-1][1]}">
 <script>
 const sheets = {content};
@@ -162,7 +192,7 @@ document.getElementById("step").addEventListener("input", event => {{
   document.getElementById("sheet").src = chosen.url;
   document.getElementById("at").textContent = chosen.step;
 }});
-</script>"""
+</script></section>"""
 
 
 def _text(value: object) -> str:
@@ -180,15 +210,46 @@ _PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
 <title>{title}</title>
 <style>
-body {{ font: 15px/1.45 system-ui, sans-serif; max-width: 860px; margin: 2em auto; padding: 0 1em; color: #1f2937; }}
-img, svg {{ max-width: 100%; height: auto; display: block; margin: 0.5em 0; }}
-svg {{ background: #f8fafc; font-size: 11px; }}
-pre {{ background: #f8fafc; padding: 0.7em; white-space: pre-wrap; }}
-td {{ padding: 0.1em 1em 0.1em 0; vertical-align: top; overflow-wrap: anywhere; }}
-input[type=range] {{ width: 60%; }}
+:root {{ color-scheme: light dark; --back: #f1f5f9; --card: #ffffff; --text: #0f172a; --soft: #64748b; --rule: #e2e8f0;
+  --line0: #2563eb; --line1: #e11d48; --line2: #059669; --line3: #d97706; }}
+@media (prefers-color-scheme: dark) {{ :root {{ --back: #0b1120; --card: #151e31; --text: #e2e8f0; --soft: #94a3b8;
+  --rule: #273349; --line0: #60a5fa; --line1: #fb7185; --line2: #34d399; --line3: #fbbf24; }} }}
+* {{ box-sizing: border-box; }}
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 0 auto; padding: 1.5rem 1rem 3rem;
+  color: var(--text); background: var(--back); }}
+h1 {{ font-size: 1.7rem; margin: 0; overflow-wrap: anywhere; }}
+h2 {{ font-size: 1.05rem; margin: 0 0 0.7rem; }}
+header p {{ color: var(--soft); margin: 0.2rem 0 1.2rem; }}
+section {{ background: var(--card); border: 1px solid var(--rule); border-radius: 12px; padding: 1.1rem 1.2rem;
+  margin-bottom: 1rem; }}
+img {{ max-width: 100%; height: auto; display: block; border-radius: 6px; }}
+#sheet {{ width: 100%; max-width: 720px; }}
+.slider {{ display: flex; gap: 1rem; align-items: center; margin: 0 0 0.8rem; }}
+.slider input {{ flex: 1; min-width: 0; accent-color: var(--line0); }}
+.slider span {{ min-width: 6em; font-variant-numeric: tabular-nums; }}
+.charts {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); gap: 1.2rem; }}
+figure {{ margin: 0; min-width: 0; }}
+figcaption {{ font-size: 0.9rem; display: flex; flex-wrap: wrap; gap: 0 1rem; }}
+.legend {{ display: flex; flex-wrap: wrap; gap: 0 0.9rem; font-size: 0.85rem; }}
+svg {{ width: 100%; height: auto; display: block; font-size: 11px; fill: var(--soft); }}
+.grid {{ stroke: var(--rule); }}
+polyline {{ fill: none; stroke-width: 1.8; stroke-linejoin: round; }}
+.line0 {{ stroke: var(--line0); color: var(--line0); }} .line1 {{ stroke: var(--line1); color: var(--line1); }}
+.line2 {{ stroke: var(--line2); color: var(--line2); }} .line3 {{ stroke: var(--line3); color: var(--line3); }}
+circle {{ fill: currentColor; }}
+pre {{ font-size: 0.85rem; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 0 0.8rem; }}
+.wide {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; width: 100%; font-size: 0.9rem; }}
+tr + tr {{ border-top: 1px solid var(--rule); }}
+th {{ text-align: left; font-weight: 500; color: var(--soft); }}
+th, td {{ padding: 0.3rem 1rem 0.3rem 0; vertical-align: top; overflow-wrap: anywhere; }}
+ul {{ margin: 0; padding-left: 1.2rem; }}
+a {{ color: var(--line0); overflow-wrap: anywhere; }}
 </style>
 </head>
 <body>

@@ -76,7 +76,7 @@ def add_metadata(
     found["ss_training_started_at"] = str(started)
     found |= {
         f"modelspec.{name}": str(value)
-        for name, value in _specification(options, pipe, family, resolution, thumbnail).items()
+        for name, value in _specification(options, pipe, family, resolution, started, thumbnail).items()
         if value is not None
     }
     for adapter in adapters.values():
@@ -169,7 +169,12 @@ def _kohya(
 
 
 def _specification(
-    options: TrainingOptions, pipe: Pipeline, family: TrainingFamily, resolution: int, thumbnail: Image.Image | None
+    options: TrainingOptions,
+    pipe: Pipeline,
+    family: TrainingFamily,
+    resolution: int,
+    started: float,
+    thumbnail: Image.Image | None,
 ) -> dict[str, Any]:
     _, architecture = _BASE_VERSIONS.get(family.name, (None, None))
     process = family.process(pipe)
@@ -184,7 +189,8 @@ def _specification(
         "implementation": "diffusers",
         "title": Path(options.output_dir).resolve().name,
         "resolution": f"{resolution}x{resolution}",
-        "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        # Not the time of saving: what a run saves twice is the same file.
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(started)),
         "trigger_phrase": trigger(options),
         "prediction_type": None if process == "flow" else process,
         "thumbnail": None if thumbnail is None else data_url(thumbnail, 256),

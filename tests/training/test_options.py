@@ -11,6 +11,7 @@ import diffadapt
 from diffadapt import TrainingOptions, UsageError
 from diffadapt.training import run
 from diffadapt.training.option_sources import add_options, options_from
+from diffadapt.training.options import FolderOptions
 from tests.support.cases import for_each
 
 
@@ -49,6 +50,17 @@ def test_a_config_file_and_the_command_line_make_the_same_options(tmp_path: Path
     assert options.optimizer_args == {"betas": [0.9, 0.99]}
     (tmp_path / "org" / "model").mkdir(parents=True)
     assert parsed(config=config).pretrained_model_name_or_path == str(tmp_path / "org" / "model")
+
+
+def test_folders_in_python_are_paths_tables_or_objects() -> None:
+    given: list[Any] = [Path("a"), "b", {"path": "c", "repeats": 2}, FolderOptions(path="d")]
+    options = TrainingOptions(folders=given)
+    assert [(folder.path, folder.repeats) for folder in options.folders] == [
+        ("a", 1),
+        ("b", 1),
+        ("c", 2),
+        ("d", 1),
+    ]
 
 
 def test_lists_and_tables_can_be_given_on_the_command_line() -> None:
@@ -128,6 +140,25 @@ def test_a_missing_config_file_is_named(tmp_path: Path) -> None:
         ({"held_out_pictures": 2}, "there are only 2 pictures"),
         ({"report_to": "nowhere"}, "needs the package nowhere"),
         ({"init_adapter": "nowhere.safetensors"}, "there is no file nowhere.safetensors"),
+        ({"rank": "8"}, "rank is '8', expected a whole number"),
+        ({"rank": None}, "rank is None, expected a whole number"),
+        ({"learning_rate": "1e-4"}, "learning_rate is '1e-4', expected a number"),
+        ({"random_flip": 1}, "random_flip is 1, expected true or false"),
+        ({"lr_scheduler": "sine"}, "lr_scheduler is 'sine', expected one of constant,"),
+        ({"base_precision": "fp9"}, "base_precision is 'fp9', expected one of full,"),
+        ({"folders": ["nowhere"], "instance_data_dir": None}, "nowhere is not a folder"),
+        ({"output_dir": ""}, "--output_dir is missing"),
+        (
+            {"output_dir": "pictures/0.png/out"},
+            r"--output_dir pictures/0.png/out cannot be a folder: .*0\.png is a file",
+        ),
+        ({"cache_dir": "pictures/0.png"}, "--cache_dir .* cannot be a folder"),
+        ({"lora_layers": " , "}, "--lora_layers names no layers"),
+        ({"lr_num_cycles": 3}, "no effect without --lr_scheduler cosine_with_restarts"),
+        ({"lr_power": 2.0}, "no effect without --lr_scheduler polynomial"),
+        ({"snr_gamma": 5.0, "loss_weighting": "debiased"}, "no effect with --loss_weighting debiased"),
+        ({"prior_source": "base"}, "--prior_source has no effect without --with_prior_preservation"),
+        ({"num_class_images": 5}, "--num_class_images has no effect without --with_prior_preservation"),
     ]
 )
 def test_mistakes_are_found_before_a_model_is_loaded(

@@ -5,19 +5,14 @@ from typing import Any
 from torch import Tensor
 
 from diffadapt.training.families.family import Caption, Pipeline, Step, Tensors, TrainingFamily
-from diffadapt.training.families.packing import encoder_device
+from diffadapt.training.families.packing import encode_prompt
 from diffadapt.training.families.pictures import sampled
 from diffadapt.training.families.schedules import refuse_distilled, shifted, static_shift
 
 
 def _encode(pipe: Pipeline, caption: Caption) -> Tensors:
     # Padded on the left to a multiple of 16, and the padding is attended to.
-    hidden, _ = pipe.encode_prompt(
-        [caption.text],
-        device=encoder_device(pipe),
-        do_classifier_free_guidance=False,
-        max_sequence_length=caption.max_tokens,
-    )
+    hidden, _ = encode_prompt(pipe, caption, do_classifier_free_guidance=False)
     return {"hidden": hidden[0]}
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from diffadapt.training.families.drawing import usual
 from diffadapt.training.families.family import Caption, Pipeline, Step, Tensors, TrainingFamily
 from diffadapt.training.families.packing import (
-    encoder_device,
+    encode_prompt,
     encoding_references,
     pack,
     pixels,
@@ -33,9 +33,7 @@ def _refusal(pipe: Pipeline) -> str | None:
 
 def _encode(pipe: Pipeline, caption: Caption) -> Tensors:
     # The padding of T5 is attended to, so nothing is left out.
-    hidden, pooled, _ = pipe.encode_prompt(
-        [caption.text], None, device=encoder_device(pipe), max_sequence_length=caption.max_tokens
-    )
+    hidden, pooled, _ = encode_prompt(pipe, caption, None)
     return {"hidden": hidden[0], "pooled": pooled[0]}
 
 
@@ -137,12 +135,7 @@ FLUX_CONTROL = replace(
 
 
 def _encode_chroma(pipe: Pipeline, caption: Caption) -> Tensors:
-    hidden, _, mask, *_ = pipe.encode_prompt(
-        [caption.text],
-        device=encoder_device(pipe),
-        do_classifier_free_guidance=False,
-        max_sequence_length=caption.max_tokens,
-    )
+    hidden, _, mask, *_ = encode_prompt(pipe, caption, do_classifier_free_guidance=False)
     # Real tokens and one token of padding, as Chroma was trained.
     return {"hidden": hidden[0, mask[0].bool()]}
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from diffadapt.training.families.family import Caption, Pipeline, Size, Step, Tensors, TrainingFamily
 from diffadapt.training.families.packing import (
-    encoder_device,
+    encode_prompt,
     encoding_references,
     flat,
     pixels,
@@ -25,7 +25,7 @@ _LARGEST_REFERENCE = 1024 * 1024
 
 def _encode(pipe: Pipeline, caption: Caption) -> Tensors:
     # Padding is attended to on purpose, so nothing is left out.
-    hidden, _ = pipe.encode_prompt([caption.text], device=encoder_device(pipe), max_sequence_length=caption.max_tokens)
+    hidden, _ = encode_prompt(pipe, caption)
     return {"hidden": hidden[0]}
 
 

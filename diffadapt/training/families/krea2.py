@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from diffadapt.training.families.family import Caption, Pipeline, Step, Tensors, TrainingFamily
-from diffadapt.training.families.packing import encoder_device, pack, pixels, positions, real_tokens, unpacked
+from diffadapt.training.families.packing import encode_prompt, pack, pixels, positions, real_tokens, unpacked
 from diffadapt.training.families.pictures import frame_sampled
 from diffadapt.training.families.schedules import packed_shift, refuse_distilled
 
@@ -16,9 +16,7 @@ def _refusal(pipe: Pipeline) -> str | None:
 
 def _encode(pipe: Pipeline, caption: Caption) -> Tensors:
     # Twelve layers of 512 tokens are 31 MB in bfloat16, and most tokens are padding.
-    hidden, mask = pipe.encode_prompt(
-        [caption.text], device=encoder_device(pipe), max_sequence_length=caption.max_tokens
-    )
+    hidden, mask = encode_prompt(pipe, caption)
     return {"hidden": real_tokens(hidden, mask)}
 
 

@@ -3,26 +3,19 @@
 from typing import Any
 
 from diffadapt.training.families.family import Caption, Pipeline, Step, Tensors, TrainingFamily
-from diffadapt.training.families.packing import encoder_device, negated, pixels, real_tokens
+from diffadapt.training.families.packing import encode_prompt, negated, pixels, real_tokens
 from diffadapt.training.families.pictures import sampled
 from diffadapt.training.families.schedules import refuse_distilled, static_shift
 
 
 def _encode(pipe: Pipeline, caption: Caption) -> Tensors:
-    hidden, mask, *_ = pipe.encode_prompt(
-        [caption.text],
-        device=encoder_device(pipe),
-        do_classifier_free_guidance=False,
-        max_sequence_length=caption.max_tokens,
-    )
+    hidden, mask, *_ = encode_prompt(pipe, caption, do_classifier_free_guidance=False)
     return {"hidden": real_tokens(hidden, mask)}
 
 
 def _encode_empty(pipe: Pipeline, caption: Caption) -> Tensors:
     """Return what the pipeline guides away from. Unlike a caption, it has no system prompt."""
-    _, _, hidden, mask = pipe.encode_prompt(
-        [caption.text], device=encoder_device(pipe), max_sequence_length=caption.max_tokens
-    )
+    _, _, hidden, mask = encode_prompt(pipe, caption)
     return {"hidden": real_tokens(hidden, mask)}
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffadapt.training.families.family import Pipeline, Step, Tensors
+from diffadapt.training.families.family import Caption, Pipeline, Step, Tensors
 
 
 def encoder_device(pipe: Pipeline) -> torch.device:
@@ -20,6 +20,17 @@ def encoder_device(pipe: Pipeline) -> torch.device:
             device = next(part.parameters()).device
             return pipe._execution_device if device.type == "meta" else device
     return pipe._execution_device
+
+
+def encode_prompt(pipe: Pipeline, caption: Caption, *unused: None, **further: Any) -> Any:
+    """Return what `encode_prompt` of a pipeline returns for a caption, at the length that captions are trained with.
+
+    Args:
+        unused: the second caption of pipelines that take several, and so on.
+        further: further arguments.
+    """
+    device = encoder_device(pipe)
+    return pipe.encode_prompt([caption.text], *unused, device=device, max_sequence_length=caption.max_tokens, **further)
 
 
 def call_default(pipe: Pipeline, name: str) -> Any:

@@ -13,6 +13,7 @@ from diffadapt.errors import AdapterError
 from diffadapt.training.families.drawing import usual
 from diffadapt.training.families.family import Caption, Pipeline, Size, Step, Tensors, TrainingFamily
 from diffadapt.training.families.packing import (
+    encode_prompt,
     encoder_device,
     encoding_references,
     flat,
@@ -33,9 +34,7 @@ _REFERENCE_AREA = 1024 * 1024
 
 
 def _encode(pipe: Pipeline, caption: Caption) -> Tensors:
-    hidden, mask = pipe.encode_prompt(
-        [caption.text], device=encoder_device(pipe), max_sequence_length=caption.max_tokens
-    )
+    hidden, mask = encode_prompt(pipe, caption)
     return {"hidden": real_tokens(hidden, mask)}
 
 
@@ -51,12 +50,7 @@ def _encode_edit_plus(pipe: Pipeline, caption: Caption) -> Tensors:
 
 
 def _encode_with(pipe: Pipeline, caption: Caption, pictures: list[Image.Image]) -> Tensors:
-    hidden, mask = pipe.encode_prompt(
-        [caption.text],
-        image=pictures or None,
-        device=encoder_device(pipe),
-        max_sequence_length=caption.max_tokens,
-    )
+    hidden, mask = encode_prompt(pipe, caption, image=pictures or None)
     return {"hidden": real_tokens(hidden, mask)}
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from diffadapt.training.families.drawing import usual_with
 from diffadapt.training.families.family import Caption, Pipeline, Step, Tensors, TrainingFamily
-from diffadapt.training.families.packing import call_default, encoder_device, pixels, real_tokens
+from diffadapt.training.families.packing import call_default, encode_prompt, pixels, real_tokens
 from diffadapt.training.families.schedules import refuse_distilled, static_shift
 
 
@@ -21,12 +21,8 @@ def _encode_empty(pipe: Pipeline, caption: Caption) -> Tensors:
 
 
 def _encode_after(pipe: Pipeline, caption: Caption, instruction: list[str] | None) -> Tensors:
-    hidden, mask, *_ = pipe.encode_prompt(
-        [caption.text],
-        device=encoder_device(pipe),
-        do_classifier_free_guidance=False,
-        max_sequence_length=caption.max_tokens,
-        complex_human_instruction=instruction,
+    hidden, mask, *_ = encode_prompt(
+        pipe, caption, do_classifier_free_guidance=False, complex_human_instruction=instruction
     )
     return {"hidden": real_tokens(hidden, mask)}
 

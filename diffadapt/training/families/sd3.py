@@ -3,21 +3,14 @@
 from typing import Any
 
 from diffadapt.training.families.family import Caption, Pipeline, Step, Tensors, TrainingFamily
-from diffadapt.training.families.packing import encoder_device
+from diffadapt.training.families.packing import encode_prompt
 from diffadapt.training.families.pictures import sampled
 from diffadapt.training.families.schedules import packed_shift, refuse_distilled
 
 
 def _encode(pipe: Pipeline, caption: Caption) -> Tensors:
     # Padding of both CLIP and T5 is attended to, so nothing is left out.
-    hidden, _, pooled, _ = pipe.encode_prompt(
-        [caption.text],
-        None,
-        None,
-        device=encoder_device(pipe),
-        do_classifier_free_guidance=False,
-        max_sequence_length=caption.max_tokens,
-    )
+    hidden, _, pooled, _ = encode_prompt(pipe, caption, None, None, do_classifier_free_guidance=False)
     return {"hidden": hidden[0], "pooled": pooled[0]}
 
 

@@ -6,19 +6,14 @@ from torch import Tensor
 
 from diffadapt.training.families.drawing import usual_with
 from diffadapt.training.families.family import Caption, Pipeline, Step, Tensors, TrainingFamily
-from diffadapt.training.families.packing import encoder_device, flat, real_tokens, unflattened
+from diffadapt.training.families.packing import encode_prompt, flat, real_tokens, unflattened
 from diffadapt.training.families.pictures import frame_by_buffers, frame_sampled
 from diffadapt.training.families.schedules import pixel_shift, refuse_distilled, static_shift
 
 
 def _encode_wan(pipe: Pipeline, caption: Caption) -> Tensors:
     # Padding is zeros, which are attended to, so nothing is left out.
-    hidden, _ = pipe.encode_prompt(
-        [caption.text],
-        device=encoder_device(pipe),
-        do_classifier_free_guidance=False,
-        max_sequence_length=caption.max_tokens,
-    )
+    hidden, _ = encode_prompt(pipe, caption, do_classifier_free_guidance=False)
     return {"hidden": hidden[0]}
 
 
@@ -66,12 +61,7 @@ WAN = TrainingFamily(
 
 
 def _encode_ltx(pipe: Pipeline, caption: Caption) -> Tensors:
-    hidden, mask, *_ = pipe.encode_prompt(
-        [caption.text],
-        device=encoder_device(pipe),
-        do_classifier_free_guidance=False,
-        max_sequence_length=caption.max_tokens,
-    )
+    hidden, mask, *_ = encode_prompt(pipe, caption, do_classifier_free_guidance=False)
     return {"hidden": real_tokens(hidden, mask)}
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from diffadapt.training.families.family import Caption, Pipeline, Step, Tensors, TrainingFamily
-from diffadapt.training.families.packing import encoder_device, pixels
+from diffadapt.training.families.packing import encode_prompt, pixels
 from diffadapt.training.families.pictures import most_likely
 from diffadapt.training.families.schedules import packed_shift, refuse_distilled
 
@@ -19,12 +19,7 @@ def _refusal(pipe: Pipeline) -> str | None:
 
 
 def _encode(pipe: Pipeline, caption: Caption) -> Tensors:
-    hidden, _ = pipe.encode_prompt(
-        [caption.text],
-        device=encoder_device(pipe),
-        do_classifier_free_guidance=False,
-        max_sequence_length=caption.max_tokens,
-    )
+    hidden, _ = encode_prompt(pipe, caption, do_classifier_free_guidance=False)
     return {"hidden": hidden[0]}
 
 
