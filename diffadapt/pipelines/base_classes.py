@@ -1,7 +1,13 @@
-"""The classes of diffusers that all pipelines are derived from."""
+"""The classes of diffusers and transformers that all pipelines and models are derived from."""
 
 PIPELINE_CLASSES = {
     "diffusers.pipelines.pipeline_utils": "DiffusionPipeline",
     "diffusers.modular_pipelines.modular_pipeline": "ModularPipeline",
 }
-"""Module -> the class in it."""
+"""Module -> the class of pipelines in it."""
+
+MODEL_CLASSES = {
+    "diffusers.models.modeling_utils": "ModelMixin",
+    "transformers.modeling_utils": "PreTrainedModel",
+}
+"""Module -> the class of models in it."""

@@ -1,12 +1,15 @@
 """Objects that replace methods of a pipeline while it has adapters, to notice its calls."""
 
+import copy
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from diffadapt.errors import AdapterError
+from diffadapt.management.activation import follow_schedules
+from diffadapt.management.owner import Owner
 from diffadapt.pipelines.components import components_of
 from diffadapt.runtime.bank import Bank, bank_of
 from diffadapt.runtime.call_state import CallState
@@ -79,10 +82,13 @@ class EncodePromptHook:
         for bank in banks:
             bank.call.outer = bank.call.value = bank.call.scale(scale)
         try:
-            return encode(*bound.args, **bound.kwargs)
+            found = encode(*bound.args, **bound.kwargs)
         finally:
             for bank in banks:
                 bank.call.outer = bank.call.value = bank.call.neutral
+        if any(bank.call.expected for _, model in models if (bank := bank_of(model)) is not None):
+            _check_order(found, bound)
+        return found
 
 
 class ProgressBarHook:
@@ -90,12 +96,23 @@ class ProgressBarHook:
     have another scheduler than when the adapters were activated.
     """
 
-    def __init__(self, pipe: Any, listener: Listener) -> None:
+    def __init__(self, pipe: Any, listener: Listener | None, owner_of: Callable[[Any], Owner]) -> None:
+        """
+        Args:
+            pipe: the pipeline.
+            listener: the listener to its steps; `None` for that of a copied pipeline, which is not known yet.
+            owner_of: returns what owns the adapters of a pipeline.
+        """
         self.pipe = pipe
         self.listener = listener
+        self.owner_of = owner_of
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ProgressBarHook":
+        # The listener belongs to the models of the original.
+        return ProgressBarHook(copy.deepcopy(self.pipe, memo), None, self.owner_of)
 
     @classmethod
-    def install(cls, pipe: Any, listener: Listener | None) -> None:
+    def install(cls, pipe: Any, listener: Listener | None, owner_of: Callable[[Any], Owner]) -> None:
         """Make the schedulers of `pipe` report every step to `listener`; `None` ends that."""
         for scheduler in filter(is_scheduler, pipe.components.values()):
             follow(scheduler, pipe, listener)
@@ -103,12 +120,30 @@ class ProgressBarHook:
         if listener is None and isinstance(present, cls):
             del pipe.__dict__["progress_bar"]
         elif listener is not None and present is None and hasattr(type(pipe), "progress_bar"):
-            pipe.__dict__["progress_bar"] = cls(pipe, listener)
+            pipe.__dict__["progress_bar"] = cls(pipe, listener, owner_of)
+
+    @classmethod
+    def is_on(cls, pipe: Any) -> bool:
+        """Return whether `pipe` notices its runs already."""
+        return isinstance(pipe.__dict__.get("progress_bar"), cls)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.listener is None:
+            self._find_listener()
         for scheduler in filter(is_scheduler, self.pipe.components.values()):
             follow(scheduler, self.pipe, self.listener, running=True)
         return type(self.pipe).progress_bar(self.pipe, *args, **kwargs)
+
+    def _find_listener(self) -> None:
+        """Let a copied pipeline listen to its own steps, for its own models, from the run on that begins now."""
+        del self.pipe.__dict__["progress_bar"]
+        owner = self.owner_of(self.pipe)
+        follow_schedules(owner, owner.follow)
+        hook = self.pipe.__dict__.get("progress_bar")
+        if isinstance(hook, ProgressBarHook):
+            self.listener = hook.listener
+            for scheduler in filter(is_scheduler, self.pipe.components.values()):
+                follow(scheduler, self.pipe, None)
 
 
 def _count_prompts(call: CallState, bound: inspect.BoundArguments) -> None:
@@ -129,8 +164,7 @@ def _count_images(call: CallState, bound: inspect.BoundArguments) -> None:
     Raises:
         AdapterError: `per_sample` was told another number.
     """
-    parameters = bound.signature.parameters
-    given = [bound.arguments.get(name, parameters[name].default) for name in _IMAGES if name in parameters]
+    given = _images_per_prompt(bound)
     images = given[0] if given and isinstance(given[0], int) else 1
     if call.asks_images:
         call.images = images if given or not call.expected else 0
@@ -139,6 +173,32 @@ def _count_images(call: CallState, bound: inspect.BoundArguments) -> None:
             f"per_sample: images is {call.images}, but the pipeline draws {images} images of each prompt; leave images "
             "out, or pass the same number"
         )
+
+
+def _images_per_prompt(bound: inspect.BoundArguments) -> list[Any]:
+    """Return the number of images of each prompt as one element; none if `encode_prompt` is not told."""
+    parameters = bound.signature.parameters
+    return [bound.arguments.get(name, parameters[name].default) for name in _IMAGES if name in parameters]
+
+
+def _check_order(found: Any, bound: inspect.BoundArguments) -> None:
+    """Raise `AdapterError` if an `encode_prompt` gave the pictures of one prompt different embeddings.
+
+    That of Stable Diffusion 3 repeats the pooled embeddings of all prompts one after the other, before diffusers 0.36.
+    """
+    prompts, images = _number_of_prompts(bound.arguments), next(iter(_images_per_prompt(bound)), 1)
+    if prompts is None or prompts < 2 or not isinstance(images, int) or images < 2:
+        return
+    for tensor in found if isinstance(found, (list, tuple)) else (found,):
+        if not isinstance(tensor, torch.Tensor) or tensor.shape[:1] != (prompts * images,):
+            continue
+        groups = tensor.unflatten(0, (prompts, images))
+        if not torch.equal(groups, groups[:, :1].expand_as(groups)):
+            raise AdapterError(
+                f"with {prompts} prompts and {images} images of each, this version of diffusers gives some "
+                "images the embedding of another prompt; update diffusers (0.36 for Stable Diffusion 3), or draw one "
+                "image of each prompt"
+            )
 
 
 def _is_compiled(model: Any) -> bool:

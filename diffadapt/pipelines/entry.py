@@ -11,6 +11,7 @@ from diffadapt.errors import AdapterError
 from diffadapt.files.checkpoint import Location, Source
 from diffadapt.loading.plan import Plan
 from diffadapt.loading.report import Report
+from diffadapt.management.activation import follow_schedules
 from diffadapt.management.manager import Adapters
 from diffadapt.management.owner import Owner
 from diffadapt.pipelines.call_hooks import EncodePromptHook, ProgressBarHook
@@ -23,8 +24,9 @@ from diffadapt.pipelines.components import (
     tokenizers_of,
     unwrapped,
 )
-from diffadapt.pipelines.diffusers_methods import serve_diffusers_methods
-from diffadapt.strengths.by_prefix import Strength
+from diffadapt.pipelines.served_classes import serve_diffusers_methods
+from diffadapt.runtime.bank import bank_of
+from diffadapt.strengths.by_prefix import Strength, is_scheduled
 
 
 def load_adapter(
@@ -118,18 +120,30 @@ def adapters_of(owner: Any) -> Adapters:
     if not hasattr(owner, "components"):
         raise AdapterError(f"a {type(owner).__name__} carries no adapters, expected a pipeline or a model (nn.Module)")
     EncodePromptHook.install(owner)
-    return Adapters(
-        Owner(
-            lambda: components_of(owner),
-            tokenizers=lambda: tokenizers_of(owner),
-            empty=lambda: empty_components_of(owner),
-            changed=lambda: EncodePromptHook.install(owner),
-            counts_prompts=True,
-            feeds_control=feeds_control(owner),
-            follow=lambda listener: ProgressBarHook.install(owner, listener),
-            pipeline=owner,
-        )
+    found = Owner(
+        lambda: components_of(owner),
+        tokenizers=lambda: tokenizers_of(owner),
+        empty=lambda: empty_components_of(owner),
+        changed=lambda: EncodePromptHook.install(owner),
+        counts_prompts=True,
+        feeds_control=feeds_control(owner),
+        follow=lambda listener: ProgressBarHook.install(owner, listener, _owner_of),
+        pipeline=owner,
     )
+    if not ProgressBarHook.is_on(owner) and any(map(_has_schedule, components_of(owner).values())):
+        # A second pipeline over the same models may have a scheduler of its own.
+        follow_schedules(found, found.follow)
+    return Adapters(found)
+
+
+def _has_schedule(model: nn.Module) -> bool:
+    """Return whether the strength of an active adapter of `model` is a schedule."""
+    bank = bank_of(model)
+    return bank is not None and any(one.active and is_scheduled(one.strength) for one in bank.adapters.values())
+
+
+def _owner_of(pipe: Any) -> Owner:
+    return adapters_of(pipe).owner
 
 
 def load_adapter_into_model(

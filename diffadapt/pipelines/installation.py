@@ -43,8 +43,8 @@ def _extend(owner: type) -> None:
 
 def _serve_adapted_models() -> None:
     """Let diffusers' adapter methods serve models that got adapters before their pipelines were imported."""
-    from diffadapt.pipelines.diffusers_methods import serve_diffusers_methods
     from diffadapt.pipelines.entry import adapters_of
+    from diffadapt.pipelines.served_classes import serve_diffusers_methods
 
     serve_diffusers_methods(adapters_of)
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, StableDiffusionImg2ImgPipeline
 from diffusers.loaders.lora_base import LoraBaseMixin
+from diffusers.loaders.peft import PeftAdapterMixin
 from torch import Tensor, nn
 
 import diffadapt
@@ -162,3 +163,87 @@ def test_pipelines_without_lora_in_diffusers_do_not_get_its_methods() -> None:
     assert pipe.adapters.names == ["a"]
     assert not hasattr(pipe, "set_adapters")
     assert not hasattr(DiffusionPipeline, "set_adapters")
+
+
+def test_the_methods_of_a_model_serve_adapters_of_this_library(pipe: Any) -> None:
+    """Those of diffusers on the UNet, and those of transformers on the text encoder."""
+    unet, encoder, base = pipe.unet, pipe.text_encoder, models.draw(pipe)
+    before = snapshot(pipe)
+    with pytest.raises(ValueError, match="No adapter loaded"):
+        unet.disable_adapters()
+    pipe.load_adapter(spellings.peft_names(loras.parts_for(pipe, ("unet", "text_encoder"), r"to_[qv]|q_proj")), "a")
+    pipe.load_adapter(file_for(pipe, 2), "b", activate=False)
+    drawn = models.draw(pipe)
+    assert unet.active_adapters() == encoder.active_adapters() == ["a"]
+    unet.disable_adapters()
+    encoder.disable_adapters()
+    assert torch.equal(models.draw(pipe), base)
+    encoder.enable_adapters()
+    assert_differs(models.draw(pipe), base, 1e-3)
+    unet.enable_lora()
+    assert torch.equal(models.draw(pipe), drawn)
+    unet.disable_lora()
+    unet.enable_adapters()
+    unet.set_adapters(["a", "b"], [0.5, None])
+    assert diffadapt.adapters(unet).active == {"a": 0.5, "b": 1.0}
+    assert encoder.active_adapters() == ["a"]
+    unet.set_adapter("a")
+    assert diffadapt.adapters(unet).active == {"a": 0.5}
+    half = models.draw(pipe)
+    unet.fuse_lora()
+    assert diffadapt.adapters(unet).merged == ["a"]
+    assert_same(models.draw(pipe), half, 1e-4)
+    unet.unfuse_lora()
+    assert torch.equal(models.draw(pipe), half)
+    for refused in (
+        lambda: unet.fuse_lora(lora_scale=0.5),
+        lambda: unet.fuse_lora(adapter_names=["c"]),
+        lambda: unet.set_adapters("c"),
+        lambda: encoder.set_adapter("c"),
+        lambda: unet.delete_adapters(["c"]),
+        lambda: unet.set_adapters("a", {"down": {"block_1": 0.5}}),
+        lambda: unet.save_lora_adapter("somewhere"),
+        lambda: encoder.get_adapter_state_dict("a"),
+    ):
+        with pytest.raises(diffadapt.AdapterError):
+            refused()
+    assert torch.equal(models.draw(pipe), half)
+    unet.delete_adapters("b")
+    assert diffadapt.adapters(unet).names == ["a"]
+    unet.unload_lora()
+    diffadapt.adapters(encoder).clear()
+    assert torch.equal(models.draw(pipe), base)
+    assert pipe.adapters.names == []
+    assert_unchanged(pipe, before)
+
+
+def test_the_methods_of_a_model_take_names_of_both_libraries(pipe: Any) -> None:
+    unet, encoder = pipe.unet, pipe.text_encoder
+    pipe.load_adapter(spellings.peft_names(loras.parts_for(pipe, ("unet", "text_encoder"), r"to_[qv]|q_proj")), "a")
+    pipe.load_lora_weights(spellings.peft_names(loras.parts_for(pipe, ("unet", "text_encoder"), r"to_k|k_proj")))
+    theirs = next(iter(unet.peft_config))
+    both = models.draw(pipe)
+    # Loading with peft has not switched ours off.
+    assert diffadapt.adapters(unet).active == diffadapt.adapters(encoder).active == {"a": 1.0}
+    pipe.set_adapters(["a", theirs], [0.5, 1.0])
+    assert diffadapt.adapters(unet).active == {"a": 0.5}
+    unet.set_adapters([theirs], [0.0])
+    assert diffadapt.adapters(unet).active == {"a": 0.5}
+    assert_differs(models.draw(pipe), both, 1e-3)
+    unet.set_adapters(["a", theirs], [1.0, 1.0])
+    encoder.set_adapter(theirs)
+    pipe.set_adapters(["a", theirs])
+    assert_same(models.draw(pipe), both, 1e-5)
+    unet.disable_adapters()
+    unet.enable_adapters()
+    assert_same(models.draw(pipe), both, 1e-5)
+    unet.delete_adapters(["a", theirs])
+    assert diffadapt.adapters(unet).names == []
+    assert theirs not in (getattr(unet, "peft_config", None) or {})
+
+
+def test_a_model_without_adapters_keeps_its_methods() -> None:
+    unet = models.unet_sd15()
+    diffadapt.adapters(unet)
+    assert unet.set_adapters.__func__ is vars(PeftAdapterMixin)["set_adapters"]
+    assert not hasattr(models.sd15().text_encoder, "unload_lora")

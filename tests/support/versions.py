@@ -46,8 +46,9 @@ _MISSING = re.compile(
 
 _KNOWN_FAULTS = {
     "value cannot be converted to type float without overflow": ("transformers", "5.0", "a mask of CLIP in float64"),
+    "The version of PEFT you are using is not compatible": ("peft", "0.22", "peft inside transformers 5.24"),
 }
-"""What an old version raises -> the library, the first version seen without this fault, and what it concerns."""
+"""What a version raises -> the library, the first version seen without this fault, and what it concerns."""
 
 
 class TooOld(pytest.skip.Exception):
@@ -64,9 +65,13 @@ def imported(name: str) -> Any:
 
 def needs(library: str, least: str, what: str) -> None:
     """Skip the test if the installed version of `library` is older than `least`, the first one that has `what`."""
-    installed = version(library)
-    if _numbers(installed) < _numbers(least):
-        raise TooOld(f"{what} needs {library} {least} or newer; this is {installed}")
+    if not at_least(library, least):
+        raise TooOld(f"{what} needs {library} {least} or newer; this is {version(library)}")
+
+
+def at_least(library: str, least: str) -> bool:
+    """Return whether the installed version of `library` is `least` or newer."""
+    return _numbers(version(library)) >= _numbers(least)
 
 
 class Library:

@@ -182,7 +182,8 @@ def test_the_saved_lora_of_every_type_draws_the_same_picture(adapter_type: Adapt
     again = models.sd15()
     assert again.load_adapter(file).unused == []
     assert again.adapters["b"].types == ("lora",)
-    assert_same(draw(again), picture, 1e-4)
+    # The sampler amplifies rounding; how far depends on the versions of torch and diffusers.
+    assert (draw(again) - picture).abs().max() < 0.02 * (picture - base).abs().max()
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import accelerate
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.hooks import apply_layerwise_casting
+from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import ByT5Tokenizer
@@ -22,6 +22,7 @@ from diffadapt import AdapterError
 from diffadapt.tokens import vocabulary
 from tests.support import loras, models, spellings
 from tests.support.compare import assert_differs, assert_same, assert_unchanged, snapshot
+from tests.support.versions import at_least, needs
 
 pytestmark = pytest.mark.slow
 
@@ -164,15 +165,19 @@ def test_a_pipeline_that_does_not_expand_tokens_gets_all_vectors() -> None:
     pipe, oracle = models.sd3(), models.sd3()
     before = Before(pipe)
     tokens = {"clip_l": vectors(2), "clip_g": vectors(3, 1), "t5": vectors(3, 2, 2 * models.WIDTH)}
+    pix = ["pix", "pix_1", "pix_2"]
     pipe.load_adapter(bundle({"pix": tokens}), "a")
     for suffix, rows in zip(("", "_2", "_3"), tokens.values(), strict=True):
         tokenizer, encoder = getattr(oracle, f"tokenizer{suffix}"), getattr(oracle, f"text_encoder{suffix}")
-        tokenizer.add_tokens(["pix", "pix_1", "pix_2"][: len(rows)])
+        tokenizer.add_tokens(pix[: len(rows)])
         encoder.resize_token_embeddings(len(tokenizer))
         encoder.get_input_embeddings().weight.data[-len(rows) :] = rows
+    # T5's tokenizer in older versions has a token for the space between two added tokens.
+    last = " ".join(["a", *pix, "fox"]) if at_least("transformers", "5.0") else f"a {''.join(pix)} fox"
+    spelled = ("a pix pix_1 fox", "a pix pix_1 pix_2 fox", last)
     with torch.no_grad():
-        expected = oracle.encode_prompt("a pix pix_1 fox", *["a pix pix_1 pix_2 fox"] * 2, device="cpu")
-        again = pipe.encode_prompt("a pix pix_1 fox", *["a pix pix_1 pix_2 fox"] * 2, device="cpu")
+        expected = oracle.encode_prompt(*spelled, device="cpu")
+        again = pipe.encode_prompt(*spelled, device="cpu")
     found = [tensor for tensor in expected if tensor is not None]
     assert_equal(encoded(pipe, "a pix fox"), found)
     assert_equal([tensor for tensor in again if tensor is not None], found)
@@ -186,7 +191,7 @@ def test_tokens_of_a_pipeline_without_textual_inversion_have_all_names() -> None
     base = pipe.text_encoder_3.get_input_embeddings().weight[:1].detach()
     report = pipe.load_adapter(bundle({"pix": {"clip_g": vectors(2), "t5": vectors(2, 1, 2 * models.WIDTH)}}), "a")
     assert report.tokens == {"pix": 2}
-    ids = pipe.tokenizer_3("pix pix_1", add_special_tokens=False, return_tensors="pt").input_ids
+    ids = pipe.tokenizer_3("pix", add_special_tokens=False, return_tensors="pt").input_ids
     assert_same(pipe.text_encoder_3.encoder.embed_tokens(ids)[0], vectors(2, 1, 2 * models.WIDTH), 0)
     assert torch.equal(pipe.text_encoder_3.get_input_embeddings().weight[:1], base)
     assert "pix" not in pipe.tokenizer.get_vocab()
@@ -485,6 +490,8 @@ def test_tokens_that_diffusers_loaded_before_are_kept() -> None:
 
 
 def test_diffusers_can_load_and_unload_tokens_while_an_adapter_has_some() -> None:
+    # Without any adapter, diffusers gives the id of an earlier word to a later one when it unloads one after both.
+    needs("transformers", "5.0", "unloading a word after two others")
     pipe = models.sd15()
     pipe.load_textual_inversion({"first": vectors(1, 7)})
     pipe.load_adapter({**lora(pipe), **bundle({"pix": {"clip_l": vectors(2)}})}, "a")
@@ -552,7 +559,9 @@ HOOKS: dict[str, Callable[[DiffusionPipeline], Any]] = {
         pipe.text_encoder, execution_device=torch.device("cpu")
     ),
     "model cpu offload": lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
-    "group offload": lambda pipe: pipe.enable_group_offload(torch.device("cpu"), offload_type="leaf_level"),
+    "group offload": lambda pipe: apply_group_offloading(
+        pipe.text_encoder, onload_device=torch.device("cpu"), offload_type="leaf_level"
+    ),
 }
 
 
